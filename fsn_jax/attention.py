@@ -1,0 +1,303 @@
+"""Attention as synchronization: Flax modules that map phases to updates of phases.
+
+``KuramotoAttention`` is the unfrustrated base layer (arXiv 2606.11585), ``FrustratedAttention`` the
+full kernel (arXiv 2606.18694). Both take ``theta[B, L, N]`` and return ``dtheta[B, L, N]``, in
+radians; both have ``extend``, the same computation for tokens that follow a cache.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fsn_jax.causal import (
+    CausalSum,
+    attention_weights,
+    causal_sum,
+    causal_sum_cached,
+    merge_heads,
+    split_heads,
+)
+from fsn_jax.config import FSNConfig
+from fsn_jax.coupling import coupling_update, delayed_values, fold_values, unfold_sum
+from fsn_jax.torus import Complex, features, multiply, phasor, rotary_phasor
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """What a layer keeps of the tokens it has seen: slot u holds position u.
+
+    Attributes:
+      key: ``[B, H, C, E]``.
+      value: ``[B, H, C, G]``; for the delayed coupling the newest slot still lacks its successor.
+    """
+
+    key: Array
+    value: Array
+
+
+def _put(cache: Array, new: Array, position: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), position, axis=2)
+
+
+def extend_sum(
+    query: Array,
+    key: Array,
+    value: Array,
+    cache: LayerCache,
+    position: Array,
+    *,
+    include_self: bool,
+) -> tuple[CausalSum, LayerCache]:
+    """Writes S new keys and values at ``position`` and attends to everything up to each."""
+    cache = LayerCache(_put(cache.key, key, position), _put(cache.value, value, position))
+    total = causal_sum_cached(query, cache.key, cache.value, position, include_self=include_self)
+    return total, cache
+
+
+class PhaseScore(nn.Module):
+    """Queries and keys whose inner product is the score of two tokens.
+
+    ``s[h, t, u] = beta_h Re sum_p q[t, p] conj(k[u, p]) exp(i (t - u) omega_p)``: gated phase
+    similarity with rotary drift. ``q`` and ``k`` are complex; see ``FSNConfig.score``.
+    """
+
+    config: FSNConfig
+
+    def setup(self) -> None:
+        c = self.config
+        pairs, heads = c.score_pairs, c.num_heads
+        dtype = jnp.dtype(c.dtype)
+        if c.score == "projected":
+            width = 2 * heads * pairs
+            self.query = nn.Dense(width, use_bias=False, dtype=dtype)
+            self.key = nn.Dense(width, use_bias=False, dtype=dtype)
+        elif c.score == "gated":
+            small = nn.initializers.normal(0.02)
+            self.query_gate = nn.Dense(c.num_phases, dtype=dtype, kernel_init=small)
+            self.key_gate = nn.Dense(c.num_phases, dtype=dtype, kernel_init=small)
+        elif c.score == "static":
+            self.gate = self.param("gate", nn.initializers.ones, (c.num_phases,))
+        if c.score != "none":
+            start = np.log(c.score_sharpness / np.sqrt(pairs))
+            self.log_beta = self.param("log_beta", nn.initializers.constant(start), (heads,))
+
+    def __call__(
+        self, z: Complex, rotary: Complex
+    ) -> tuple[Float[Array, "B H L E"], Float[Array, "B H L E"]]:
+        """Returns rotated queries (times beta) and keys, E = 2R reals each, in the compute dtype.
+
+        Args:
+          z: phasors ``[B, L, N]``.
+          rotary: ``exp(i t omega)`` of the tokens' positions, ``[L, R]``.
+        """
+        c = self.config
+        if c.score == "none":
+            # An inner product over nothing: all scores are zero, the mean field is uniform.
+            empty = jnp.zeros((z.re.shape[0], c.num_heads, z.re.shape[1], 0), c.dtype)
+            return empty, empty
+        if c.score == "projected":
+            f = features(z)
+            query, key = self._as_pairs(self.query(f)), self._as_pairs(self.key(f))
+        else:
+            by_head = Complex(split_heads(z.re, c.num_heads), split_heads(z.im, c.num_heads))
+            query, key = (Complex(by_head.re * gate, by_head.im * gate) for gate in self._gates(z))
+        beta = jnp.exp(self.log_beta)[None, :, None, None]
+        rotary = Complex(rotary.re[None, None], rotary.im[None, None])
+        query = multiply(query, rotary)
+        query = Complex(beta * query.re, beta * query.im)
+        return self._to_reals(query), self._to_reals(multiply(key, rotary))
+
+    def _as_pairs(self, x: Array) -> Complex:
+        # Rotated in float32: bfloat16 rotary phasors would blur positions far apart.
+        by_head = split_heads(x.astype(jnp.float32), self.config.num_heads)
+        return Complex(*jnp.split(by_head, 2, axis=-1))
+
+    def _gates(self, z: Complex) -> tuple[Array, Array]:
+        heads = self.config.num_heads
+        if self.config.score == "static":
+            gate = self.gate.reshape(1, heads, 1, -1)
+            return gate, jnp.ones_like(gate)
+        f = features(z)
+        return (
+            split_heads(1.0 + self.query_gate(f).astype(jnp.float32), heads),
+            split_heads(1.0 + self.key_gate(f).astype(jnp.float32), heads),
+        )
+
+    def _to_reals(self, x: Complex) -> Array:
+        return jnp.concatenate(x, axis=-1).astype(self.config.dtype)
+
+
+class _PhaseAttention(nn.Module):
+    """What the phase layers share: score, full and cached passes, diagnostics."""
+
+    config: FSNConfig
+
+    def _rotary(self, length: int) -> Complex:
+        return rotary_phasor(length, self.config.score_pairs, self.config.rotary_base)
+
+    def _rotary_at(self, position: Array, length: int, capacity: int) -> Complex:
+        table = self._rotary(capacity)
+        return Complex(
+            *(jax.lax.dynamic_slice_in_dim(part, position, length, axis=0) for part in table)
+        )
+
+    def _heads(self, z: Complex) -> Complex:
+        heads = self.config.num_heads
+        return Complex(split_heads(z.re, heads), split_heads(z.im, heads))
+
+    def _sow_entropy(self, query: Array, key: Array) -> None:
+        if self.is_mutable_collection("diagnostics") and not self.is_initializing():
+            weights = attention_weights(query, key)
+            entropy = -jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1)
+            self.sow("diagnostics", "attention_entropy", entropy)
+
+    def empty_cache(self, batch: int, capacity: int) -> LayerCache:
+        """A cache for ``capacity`` tokens of each of ``batch`` sequences."""
+        c = self.config
+        widths = (2 * c.score_pairs, self._value_width())
+        key, value = (jnp.zeros((batch, c.num_heads, capacity, w), c.dtype) for w in widths)
+        return LayerCache(key, value)
+
+    def _value_width(self) -> int:
+        raise NotImplementedError
+
+
+def _softplus_inverse(x: np.ndarray) -> np.ndarray:
+    return np.log(np.expm1(np.maximum(x, 1e-2)))
+
+
+def kernel_start(config: FSNConfig) -> np.ndarray:
+    """Initial in-phase coefficients ``[T, M, N]`` of the kernel; frustration angles start at 0."""
+    m = np.arange(1, config.num_harmonics + 1)
+    wave = {"sawtooth": (-1.0) ** (m + 1) / m, "first_harmonic": 1.0 * (m == 1)}
+    rho = config.kernel_scale * wave[config.kernel_init]
+    shape = (config.num_delays, config.num_harmonics, config.num_phases)
+    return np.broadcast_to(rho[None, :, None], shape).astype(np.float32)
+
+
+class FrustratedAttention(_PhaseAttention):
+    """Attention whose value pathway is one complex coupling kernel over harmonics and delays.
+
+    See ``fsn_jax.coupling`` for the equation. With ``values="linear"`` the kernel gives way to
+    dense values and an output matrix, as in a transformer (an ablation).
+    """
+
+    def setup(self) -> None:
+        c = self.config
+        self.score = PhaseScore(c)
+        if c.values == "linear":
+            dtype = jnp.dtype(c.dtype)
+            self.value = nn.Dense(c.num_phases, use_bias=False, dtype=dtype)
+            self.output = nn.Dense(c.num_phases, use_bias=False, dtype=dtype)
+            return
+        start = kernel_start(c)
+        real = start if c.signed_harmonics else _softplus_inverse(start)
+        self.kernel_real = self.param("kernel_real", lambda _: jnp.asarray(real, jnp.float32))
+        if c.static_angles:
+            self.kernel_imag = self.param("kernel_imag", nn.initializers.zeros, start.shape)
+
+    def kappa(self) -> Complex:
+        """The coupling kernel, real and imaginary parts ``[T, M, N]``."""
+        c = self.config
+        real = self.kernel_real if c.signed_harmonics else jax.nn.softplus(self.kernel_real)
+        return Complex(real, self.kernel_imag if c.static_angles else jnp.zeros_like(real))
+
+    def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
+        """The update of the phases, in radians, float32."""
+        c = self.config
+        z = phasor(theta)
+        query, key = self.score(z, self._rotary(theta.shape[1]))
+        self._sow_entropy(query, key)
+        if c.values == "linear":
+            value = split_heads(self.value(features(z)), c.num_heads)
+            return self._linear_output(causal_sum(query, key, value, include_self=True))
+        if c.implementation == "reference":
+            kappa = self.kappa()
+            return coupling_update(
+                theta, attention_weights(query, key), jax.lax.complex(kappa.re, kappa.im)
+            )
+        kappa, zh = self._kappa_by_head(), self._heads(z)
+        value = fold_values(zh, kappa).astype(c.dtype)
+        total, self_weight = causal_sum(query, key, value, include_self=False)
+        return merge_heads(unfold_sum(zh, total, self_weight, kappa))
+
+    def extend(
+        self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
+    ) -> tuple[Float[Array, "B S N"], LayerCache]:
+        """As ``__call__`` for S tokens at ``position`` and on, given a cache of those before."""
+        c = self.config
+        z = phasor(theta)
+        rotary = self._rotary_at(position, theta.shape[1], cache.key.shape[2])
+        query, key = self.score(z, rotary)
+        if c.values == "linear":
+            value = split_heads(self.value(features(z)), c.num_heads)
+            summed, cache = extend_sum(query, key, value, cache, position, include_self=True)
+            return self._linear_output(summed), cache
+        kappa, zh = self._kappa_by_head(), self._heads(z)
+        if c.delay:
+            cache = cache.replace(value=self._add_successor(cache.value, zh, kappa, position))
+        value = fold_values(zh, kappa)
+        summed, cache = extend_sum(query, key, value, cache, position, include_self=False)
+        return merge_heads(unfold_sum(zh, *summed, kappa)), cache
+
+    def _add_successor(self, value: Array, zh: Complex, kappa: Complex, position: Array) -> Array:
+        """Gives the newest cached token the successor it was waiting for."""
+        first = Complex(zh.re[:, :, :1], zh.im[:, :, :1])
+        late = jnp.concatenate([p for v in delayed_values(first, kappa) for p in v], axis=-1)
+        last = jnp.maximum(position - 1, 0)
+        known = jax.lax.dynamic_slice_in_dim(value, last, 1, axis=2)
+        return _put(value, known + jnp.where(position > 0, late, 0.0), last)
+
+    def _kappa_by_head(self) -> Complex:
+        kappa = self.kappa()
+        shape = (*kappa.re.shape[:2], self.config.num_heads, self.config.phases_per_head)
+        return Complex(kappa.re.reshape(shape), kappa.im.reshape(shape))
+
+    def _linear_output(self, summed: CausalSum) -> Array:
+        return self.output(merge_heads(summed.total)).astype(jnp.float32)
+
+    def _value_width(self) -> int:
+        c = self.config
+        return c.phases_per_head * (1 if c.values == "linear" else 2 * c.num_harmonics)
+
+
+class KuramotoAttention(_PhaseAttention):
+    """The base layer: ``dtheta_t = g * sum_u A[t, u] sin(theta_u - theta_t)``, g > 0 learned.
+
+    Written from its own equation; ``FrustratedAttention`` with one harmonic, no delay and a real
+    positive kernel is the same layer.
+    """
+
+    def setup(self) -> None:
+        self.score = PhaseScore(self.config)
+        start = _softplus_inverse(np.full(self.config.num_phases, self.config.kernel_scale))
+        self.gain = self.param("gain", lambda _: jnp.asarray(start, jnp.float32))
+
+    def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
+        """The update of the phases, in radians, float32."""
+        z = phasor(theta)
+        query, key = self.score(z, self._rotary(theta.shape[1]))
+        self._sow_entropy(query, key)
+        return self._pull(z, causal_sum(query, key, self._values(z), include_self=True))
+
+    def extend(
+        self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
+    ) -> tuple[Float[Array, "B S N"], LayerCache]:
+        """As ``__call__`` for S tokens at ``position`` and on, given a cache of those before."""
+        z = phasor(theta)
+        query, key = self.score(z, self._rotary_at(position, theta.shape[1], cache.key.shape[2]))
+        summed, cache = extend_sum(query, key, self._values(z), cache, position, include_self=True)
+        return self._pull(z, summed), cache
+
+    def _values(self, z: Complex) -> Array:
+        return jnp.concatenate(self._heads(z), axis=-1).astype(self.config.dtype)
+
+    def _pull(self, z: Complex, summed: CausalSum) -> Array:
+        mean = Complex(*(merge_heads(part) for part in jnp.split(summed.total, 2, axis=-1)))
+        return jax.nn.softplus(self.gain)[None, None] * (mean.im * z.re - mean.re * z.im)
+
+    def _value_width(self) -> int:
+        return 2 * self.config.phases_per_head

@@ -1,0 +1,74 @@
+"""What a token does by itself: a SwiGLU on its phasors, or coupling to collective modes."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fsn_jax.config import DType, FSNConfig
+from fsn_jax.torus import features, phasor
+
+
+class SwiGLU(nn.Module):
+    """``(silu(x W_gate) * (x W_up)) W_down``, no biases.
+
+    Attributes:
+      width: F.
+      features: width of the result.
+      dtype: of the matrix products.
+    """
+
+    width: int
+    features: int
+    dtype: DType = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*shape I"]) -> Float[Array, "*shape O"]:
+        dense = {"use_bias": False, "dtype": jnp.dtype(self.dtype)}
+        gate = nn.Dense(self.width, name="gate", **dense)(x)
+        up = nn.Dense(self.width, name="up", **dense)(x)
+        down = nn.Dense(self.features, name="down", **dense)(jax.nn.silu(gate) * up)
+        return down.astype(jnp.float32)
+
+
+class CollectiveModes(nn.Module):
+    """Mean-field coupling to K learned order parameters: a block without an MLP.
+
+    ``dtheta[t, n] = Im(exp(-i theta[t, n]) sum_k w[t, k] Z[k, n])`` with
+    ``w[t, k] = silu(g_k . f_t + b_k)``: each mode ``Z[k]`` is a pattern of phases that a token may
+    be pulled towards, or pushed from, as far as its content asks for it.
+    """
+
+    config: FSNConfig
+
+    @nn.compact
+    def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
+        c = self.config
+        z = phasor(theta)
+        drive = nn.Dense(c.num_modes, name="weights", dtype=jnp.dtype(c.dtype))(features(z))
+        weight = jax.nn.silu(drive.astype(jnp.float32)).astype(c.dtype)
+        start = nn.initializers.normal(c.num_modes**-0.5)
+        shape = (c.num_modes, c.num_phases)
+        field_re, field_im = (
+            jnp.einsum(
+                "blk,kn->bln",
+                weight,
+                self.param(name, start, shape).astype(c.dtype),
+                preferred_element_type=jnp.float32,
+            )
+            for name in ("modes_real", "modes_imag")
+        )
+        return field_im * z.re - field_re * z.im
+
+
+class PhasorSwiGLU(nn.Module):
+    """A SwiGLU from a token's phasors to an update of its phases, in radians."""
+
+    config: FSNConfig
+
+    @nn.compact
+    def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
+        c = self.config
+        swiglu = SwiGLU(c.feedforward_width, c.num_phases, c.dtype)
+        nn.share_scope(self, swiglu)
+        return swiglu(features(phasor(theta)))

@@ -1,0 +1,123 @@
+"""The Frustrated Synchronization Network: a language model whose token states are phases.
+
+Source: arXiv 2606.18694, reconstructed; docs/model.md has the equations and docs/choices.md what
+the published text leaves open.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fsn_jax.attention import FrustratedAttention, LayerCache
+from fsn_jax.config import FSNConfig
+from fsn_jax.feedforward import CollectiveModes, PhasorSwiGLU
+from fsn_jax.torus import features, order_parameter, phasor
+
+
+@flax.struct.dataclass
+class Cache:
+    """State of generation, of either model.
+
+    Attributes:
+      layers: one ``LayerCache`` a block.
+      position: number of tokens seen, int32 scalar.
+    """
+
+    layers: Sequence[LayerCache]
+    position: Array
+
+
+class Block(nn.Module):
+    """``theta += coupling(theta)``, then ``theta += feedforward(theta)``."""
+
+    config: FSNConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.attention = FrustratedAttention(c)
+        if c.feedforward == "swiglu":
+            self.feedforward = PhasorSwiGLU(c)
+        elif c.feedforward == "collective_modes":
+            self.feedforward = CollectiveModes(c)
+
+    def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
+        theta = theta + self.attention(theta)
+        if self.is_mutable_collection("diagnostics") and not self.is_initializing():
+            self.sow("diagnostics", "order_parameter", order_parameter(theta))
+        return self._feed_forward(theta)
+
+    def extend(self, theta: Array, cache: LayerCache, position: Array) -> tuple[Array, LayerCache]:
+        """The block for tokens that follow a cache."""
+        dtheta, cache = self.attention.extend(theta, cache, position)
+        return self._feed_forward(theta + dtheta), cache
+
+    def _feed_forward(self, theta: Array) -> Array:
+        if self.config.feedforward == "none":
+            return theta
+        return theta + self.feedforward(theta)
+
+
+def embedding_start(config: FSNConfig) -> jax.nn.initializers.Initializer:
+    """Initial embedding angles, in radians."""
+    if config.embedding_init == "normal":
+        return nn.initializers.normal(config.embedding_scale)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -jnp.pi, jnp.pi
+    )
+
+
+class FSN(nn.Module):
+    """The language model: angles in, frustrated synchronization, logits out.
+
+    ``logits[:, t]`` predicts ``tokens[:, t + 1]``.
+    """
+
+    config: FSNConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.embedding = PhaseEmbedding(c)
+        block = nn.remat(Block) if c.remat else Block
+        self.blocks = [block(c, name=f"block_{i}") for i in range(c.num_layers)]
+        self.readout = nn.Dense(c.vocab_size, dtype=jnp.dtype(c.dtype))
+
+    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        theta = self.embedding(tokens)
+        for block in self.blocks:
+            theta = block(theta)
+        return self._logits(theta)
+
+    def extend(
+        self, tokens: Int[Array, "B S"], cache: Cache
+    ) -> tuple[Float[Array, "B S V"], Cache]:
+        """Logits of S tokens that follow those in the cache, and the cache with them in it."""
+        theta = self.embedding(tokens)
+        layers = []
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            theta, layer = block.extend(theta, layer, cache.position)
+            layers.append(layer)
+        return self._logits(theta), Cache(layers, cache.position + tokens.shape[1])
+
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
+        """A cache for up to ``capacity`` tokens of each of ``batch`` sequences."""
+        layers = [block.attention.empty_cache(batch, capacity) for block in self.blocks]
+        return Cache(layers, jnp.zeros((), jnp.int32))
+
+    def _logits(self, theta: Array) -> Array:
+        return self.readout(features(phasor(theta))).astype(jnp.float32)
+
+
+class PhaseEmbedding(nn.Module):
+    """One learned angle vector per token value."""
+
+    config: FSNConfig
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L N"]:
+        c = self.config
+        angles = self.param("angles", embedding_start(c), (c.vocab_size, c.num_phases))
+        return jnp.take(angles, tokens, axis=0)

@@ -1,0 +1,349 @@
+"""Both models in float64 NumPy, written as loops from the equations and from nothing else.
+
+This file shares no code with ``fsn_jax``: it is the second opinion that the tests compare the
+library with. It is slow on purpose. The sums that the equations write are Python loops, over one
+batch element, one query `t`, one source `u`, one phase `n` at a time, and every sine and cosine is
+called where the equation has it; the library's einsums, folded values and shared powers have no
+counterpart. Only dense layers (a vector times a matrix) are left to NumPy.
+
+Letters: `B` batch, `L` length, `V` vocabulary, `N` phases a token, `H` heads, `P = N/H` phases a
+head, `R` pairs a head in the score, `M` harmonics, `T` delays, `F` feed-forward width,
+`K` collective modes, `D` transformer width.
+
+A *config* is any object with the fields of ``FSNConfig`` or ``TransformerConfig`` that a function
+reads; *params* is a nested mapping of float64 arrays with the names of the Flax tree
+(``as_float64`` makes one). All arithmetic is float64 or complex128.
+"""
+
+import cmath
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+Params = Mapping[str, Any]
+
+
+def as_float64(tree: Any) -> Any:
+    """The same nested mapping as plain dicts, every leaf a float64 array."""
+    if isinstance(tree, Mapping):
+        return {name: as_float64(branch) for name, branch in tree.items()}
+    return np.asarray(tree, dtype=np.float64)
+
+
+# Scalars
+
+
+def silu(x: float) -> float:
+    """x / (1 + exp(-x))."""
+    return x / (1.0 + math.exp(-x))
+
+
+def softplus(x: float) -> float:
+    """log(1 + exp(x))."""
+    return math.log1p(math.exp(x))
+
+
+def features(angles: Array) -> Array:
+    """angles [N] -> [cos, sin] [2N] of one token."""
+    return np.array([math.cos(x) for x in angles] + [math.sin(x) for x in angles])
+
+
+def causal_softmax(scores: Array) -> Array:
+    """scores [L, L] -> weights [L, L]: row t is a softmax over u <= t and zero after."""
+    length = scores.shape[0]
+    weights = np.zeros_like(scores)
+    for t in range(length):
+        largest = max(scores[t, u] for u in range(t + 1))
+        exponentials = [math.exp(scores[t, u] - largest) for u in range(t + 1)]
+        total = sum(exponentials)
+        for u in range(t + 1):
+            weights[t, u] = exponentials[u] / total
+    return weights
+
+
+# The coupling
+
+
+def coupling(theta: Array, attention: Array, kappa: Array) -> Array:
+    """The frustrated kernel, in its Kuramoto-Sakaguchi form.
+
+    With ``kappa = rho exp(-i alpha)``::
+
+        dtheta[t,n] = sum_{tau,m} rho[tau,m,n] sum_{u: u+tau <= t} A[h(n),t,u]
+                      sin(m (theta[u+tau,n] - theta[t,n]) - alpha[tau,m,n])
+
+    theta [B, L, N], attention [B, H, L, L], kappa [T, M, N] complex -> dtheta [B, L, N].
+    """
+    batch, length, phases = theta.shape
+    phases_per_head = phases // attention.shape[1]
+    delays, harmonics, _ = kappa.shape
+    update = np.zeros((batch, length, phases))
+    for tau in range(delays):
+        for harmonic in range(1, harmonics + 1):
+            for n in range(phases):
+                rho, minus_alpha = cmath.polar(complex(kappa[tau, harmonic - 1, n]))
+                head = n // phases_per_head
+                for b in range(batch):
+                    for t in range(length):
+                        for u in range(t + 1):
+                            if u + tau > t:
+                                continue
+                            difference = theta[b, u + tau, n] - theta[b, t, n]
+                            update[b, t, n] += (
+                                rho
+                                * attention[b, head, t, u]
+                                * math.sin(harmonic * difference + minus_alpha)
+                            )
+    return update
+
+
+def kernel(params: Params, config: Any) -> Array:
+    """kappa [T, M, N] complex from the parameters that the switches leave."""
+    real = np.array(params["kernel_real"], dtype=np.float64)
+    if not config.signed_harmonics:
+        for index in np.ndindex(real.shape):
+            real[index] = softplus(real[index])
+    if not config.static_angles:
+        return real.astype(np.complex128)
+    return real + 1j * np.asarray(params["kernel_imag"], dtype=np.float64)
+
+
+# The score
+
+
+def score_pairs(config: Any) -> int:
+    """R: the width asked for in the projected score (0: none asked for), otherwise P."""
+    return config.score_phases or config.num_phases // config.num_heads
+
+
+def query_and_key(params: Params, angles: Array, config: Any) -> tuple[Array, Array]:
+    """angles [N] of one token -> complex query and key [H, R], before the rotary drift."""
+    heads, pairs, phases = config.num_heads, score_pairs(config), config.num_phases
+    query = np.zeros((heads, pairs), dtype=np.complex128)
+    key = np.zeros((heads, pairs), dtype=np.complex128)
+    f = features(angles)
+    if config.score == "projected":
+        q = f @ params["query"]["kernel"]
+        k = f @ params["key"]["kernel"]
+        for h in range(heads):
+            for p in range(pairs):
+                # Columns come as [head][real, imaginary][pair].
+                real, imag = h * 2 * pairs + p, h * 2 * pairs + pairs + p
+                query[h, p] = complex(q[real], q[imag])
+                key[h, p] = complex(k[real], k[imag])
+        return query, key
+    if config.score == "gated":
+        a = 1.0 + f @ params["query_gate"]["kernel"] + params["query_gate"]["bias"]
+        b = 1.0 + f @ params["key_gate"]["kernel"] + params["key_gate"]["bias"]
+    else:
+        a, b = params["gate"], np.ones(phases)
+    for h in range(heads):
+        for p in range(pairs):
+            n = h * pairs + p
+            query[h, p] = a[n] * cmath.exp(1j * angles[n])
+            key[h, p] = b[n] * cmath.exp(1j * angles[n])
+    return query, key
+
+
+def attention_weights(params: Params, theta: Array, config: Any) -> Array:
+    """theta [B, L, N] -> A [B, H, L, L].
+
+    ``s[h,t,u] = beta_h sum_p Re(q[t,h,p] conj(k[u,h,p]) exp(i (t - u) omega_p))`` with
+    ``omega_p = base^(-p/R)``, then the causal softmax; score "none" gives every visible token the
+    same weight.
+    """
+    batch, length, _ = theta.shape
+    heads = config.num_heads
+    weights = np.zeros((batch, heads, length, length))
+    if config.score == "none":
+        for t in range(length):
+            weights[:, :, t, : t + 1] = 1.0 / (t + 1)
+        return weights
+    pairs = score_pairs(config)
+    omega = [config.rotary_base ** (-p / pairs) for p in range(pairs)]
+    for b in range(batch):
+        tokens = [query_and_key(params, theta[b, t], config) for t in range(length)]
+        for h in range(heads):
+            beta = math.exp(params["log_beta"][h])
+            scores = np.zeros((length, length))
+            for t in range(length):
+                for u in range(t + 1):
+                    for p in range(pairs):
+                        product = tokens[t][0][h, p] * tokens[u][1][h, p].conjugate()
+                        scores[t, u] += beta * (product * cmath.exp(1j * (t - u) * omega[p])).real
+            weights[b, h] = causal_softmax(scores)
+    return weights
+
+
+# The layers
+
+
+def frustrated_attention(params: Params, theta: Array, config: Any) -> Array:
+    """FrustratedAttention: theta [B, L, N] -> dtheta [B, L, N]."""
+    weights = attention_weights(params.get("score", {}), theta, config)
+    if config.values == "circular":
+        return coupling(theta, weights, kernel(params, config))
+    batch, length, phases = theta.shape
+    update = np.zeros(theta.shape)
+    for b in range(batch):
+        values = [features(theta[b, u]) @ params["value"]["kernel"] for u in range(length)]
+        for t in range(length):
+            mixed = np.zeros(phases)
+            for n in range(phases):
+                head = n // (phases // config.num_heads)
+                for u in range(t + 1):
+                    mixed[n] += weights[b, head, t, u] * values[u][n]
+            update[b, t] = mixed @ params["output"]["kernel"]
+    return update
+
+
+def kuramoto_attention(params: Params, theta: Array, config: Any) -> Array:
+    """KuramotoAttention: theta [B, L, N] -> dtheta [B, L, N].
+
+    ``dtheta[t,n] = softplus(gain[n]) sum_u A[h(n),t,u] sin(theta[u,n] - theta[t,n])``.
+    """
+    weights = attention_weights(params.get("score", {}), theta, config)
+    batch, length, phases = theta.shape
+    update = np.zeros(theta.shape)
+    for b in range(batch):
+        for t in range(length):
+            for n in range(phases):
+                head = n // (phases // config.num_heads)
+                pull = sum(
+                    weights[b, head, t, u] * math.sin(theta[b, u, n] - theta[b, t, n])
+                    for u in range(t + 1)
+                )
+                update[b, t, n] = softplus(params["gain"][n]) * pull
+    return update
+
+
+def feedforward(params: Params, theta: Array, config: Any) -> Array:
+    """SwiGLU on phasors, or collective modes, or nothing: theta [B, L, N] -> dtheta [B, L, N]."""
+    update = np.zeros(theta.shape)
+    if config.feedforward == "none":
+        return update
+    batch, length, phases = theta.shape
+    for b in range(batch):
+        for t in range(length):
+            f = features(theta[b, t])
+            if config.feedforward == "swiglu":
+                gate, up = f @ params["gate"]["kernel"], f @ params["up"]["kernel"]
+                hidden = np.array([silu(g) * x for g, x in zip(gate, up, strict=True)])
+                update[b, t] = hidden @ params["down"]["kernel"]
+                continue
+            drive = f @ params["weights"]["kernel"] + params["weights"]["bias"]
+            for n in range(phases):
+                field = 0j
+                for k in range(config.num_modes):
+                    field += silu(drive[k]) * complex(
+                        params["modes_real"][k, n], params["modes_imag"][k, n]
+                    )
+                update[b, t, n] = (cmath.exp(-1j * theta[b, t, n]) * field).imag
+    return update
+
+
+def fsn_from_angles(params: Params, theta: Array, config: Any) -> Array:
+    """The FSN after its embedding: theta [B, L, N] -> logits [B, L, V]."""
+    theta = np.array(theta, dtype=np.float64)
+    for i in range(config.num_layers):
+        block = params[f"block_{i}"]
+        theta = theta + frustrated_attention(block.get("attention", {}), theta, config)
+        theta = theta + feedforward(block.get("feedforward", {}), theta, config)
+    readout = params["readout"]
+    return np.stack(
+        [[features(x) @ readout["kernel"] + readout["bias"] for x in row] for row in theta]
+    )
+
+
+def fsn(params: Params, tokens: Array, config: Any) -> Array:
+    """The FSN: tokens int [B, L] -> logits [B, L, V]."""
+    return fsn_from_angles(params, params["embedding"]["angles"][np.asarray(tokens)], config)
+
+
+# The baseline
+
+
+def rms_norm(x: Array, scale: Array) -> Array:
+    """x [D] -> x / sqrt(mean(x^2) + 1e-6) * scale."""
+    return x / math.sqrt(sum(v * v for v in x) / len(x) + 1e-6) * scale
+
+
+def rotate(x: Array, position: int, base: float) -> Array:
+    """Rotate the pairs (x[p], x[p + d/2]) of one head [d] by position * base^(-p/(d/2))."""
+    half = len(x) // 2
+    turned = np.zeros(len(x))
+    for p in range(half):
+        angle = position * base ** (-p / half)
+        turned[p] = x[p] * math.cos(angle) - x[p + half] * math.sin(angle)
+        turned[p + half] = x[p] * math.sin(angle) + x[p + half] * math.cos(angle)
+    return turned
+
+
+def transformer_attention(params: Params, x: Array, config: Any) -> Array:
+    """Causal RoPE attention: normed x [L, D] -> [L, D]."""
+    length, width = x.shape
+    size = width // config.num_heads
+    query, key, value = (x @ params[name]["kernel"] for name in ("query", "key", "value"))
+    mixed = np.zeros((length, width))
+    for h in range(config.num_heads):
+        columns = slice(h * size, (h + 1) * size)
+        scores = np.zeros((length, length))
+        for t in range(length):
+            q = rotate(query[t, columns], t, config.rotary_base)
+            for u in range(t + 1):
+                scores[t, u] = q @ rotate(key[u, columns], u, config.rotary_base) / math.sqrt(size)
+        weights = causal_softmax(scores)
+        for t in range(length):
+            for u in range(t + 1):
+                mixed[t, columns] += weights[t, u] * value[u, columns]
+    return mixed @ params["output"]["kernel"]
+
+
+def transformer(params: Params, tokens: Array, config: Any) -> Array:
+    """The pre-norm RoPE-SwiGLU transformer: tokens int [B, L] -> logits [B, L, V]."""
+    embedding = params["embedding"]["embedding"]
+    logits = []
+    for row in np.asarray(tokens):
+        x = np.array([embedding[token] for token in row], dtype=np.float64)
+        for i in range(config.num_layers):
+            block = params[f"block_{i}"]
+            normed = np.stack([rms_norm(v, block["attention_norm"]["scale"]) for v in x])
+            x = x + transformer_attention(block["attention"], normed, config)
+            mlp = block["feedforward"]
+            for t in range(len(row)):
+                v = rms_norm(x[t], block["feedforward_norm"]["scale"])
+                gate, up = v @ mlp["gate"]["kernel"], v @ mlp["up"]["kernel"]
+                hidden = np.array([silu(g) * y for g, y in zip(gate, up, strict=True)])
+                x[t] = x[t] + hidden @ mlp["down"]["kernel"]
+        normed = np.stack([rms_norm(v, params["final_norm"]["scale"]) for v in x])
+        head = embedding.T if config.tied_embedding else params["readout"]["kernel"]
+        logits.append(normed @ head)
+    return np.stack(logits)
+
+
+# Derivatives
+
+
+def shifted(tree: Any, direction: Any, step: float) -> Any:
+    """tree + step * direction; a branch that is absent from the direction stays as it is."""
+    if isinstance(tree, Mapping):
+        return {
+            name: shifted(branch, direction[name], step) if name in direction else branch
+            for name, branch in tree.items()
+        }
+    return tree + step * direction
+
+
+def directional_derivative(
+    function: Callable[[Any], float], tree: Any, direction: Any, step: float = 1e-5
+) -> float:
+    """Central difference of a scalar function of a float64 tree.
+
+    Its error is of order step^2 (truncation) plus 1e-16 / step (rounding), both far below float32.
+    """
+    ahead = function(shifted(tree, direction, step))
+    behind = function(shifted(tree, direction, -step))
+    return (ahead - behind) / (2.0 * step)

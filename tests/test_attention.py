@@ -1,0 +1,211 @@
+"""Both attention layers: against the oracle for every switch, and what the switches imply."""
+
+import itertools
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from fsn_jax import FrustratedAttention, KuramotoAttention
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+SCORES = ("projected", "gated", "static", "none")
+ROTATION = 0.8
+
+
+def circular_switches():
+    """The product of the switches that shape the kernel, as keyword arguments."""
+    names = ("num_harmonics", "delay", "static_angles", "signed_harmonics")
+    choices = ((1, 2, 5), (True, False), (True, False), (True, False))
+    for combination in itertools.product(*choices):
+        yield dict(zip(names, combination, strict=True))
+
+
+SWITCHES = [{"values": "circular", **kernel} for kernel in circular_switches()]
+SWITCHES.append({"values": "linear"})
+
+
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
+@pytest.mark.parametrize("score", SCORES)
+def test_every_switch_against_oracle(score, implementation):
+    """All combinations of values, M, delay, static angles and sign, for one score."""
+    theta = cases.angles(2, 7, 8, turns=2.0)
+    for switches in SWITCHES:
+        config = cases.fsn_config(
+            num_phases=8, num_heads=2, score=score, implementation=implementation, **switches
+        )
+        layer = FrustratedAttention(config)
+        variables = cases.random_variables(layer, theta)
+        expected = oracle.frustrated_attention(
+            oracle.as_float64(variables["params"]), oracle.as_float64(theta), config
+        )
+        actual = layer.apply(variables, theta)
+        assert actual.dtype == jnp.float32
+        np.testing.assert_allclose(actual, expected, **TOLERANCE, err_msg=str(switches))
+
+
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("batch", "length", "phases", "heads", "pairs"),
+    [(1, 1, 3, 1, 0), (3, 2, 12, 2, 7), (1, 13, 10, 5, 3)],
+)
+def test_odd_shapes_against_oracle(batch, length, phases, heads, pairs, implementation):
+    theta = cases.angles(batch, length, phases)
+    config = cases.fsn_config(
+        num_phases=phases, num_heads=heads, score_phases=pairs, implementation=implementation
+    )
+    layer = FrustratedAttention(config)
+    variables = cases.random_variables(layer, theta)
+    expected = oracle.frustrated_attention(
+        oracle.as_float64(variables["params"]), oracle.as_float64(theta), config
+    )
+    actual = jax.jit(layer.apply)(variables, theta)
+    np.testing.assert_allclose(actual, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_base_layer_against_oracle(score):
+    theta = cases.angles(2, 9, 9, turns=2.0)
+    config = cases.fsn_config(score=score)
+    layer = KuramotoAttention(config)
+    variables = cases.random_variables(layer, theta)
+    expected = oracle.kuramoto_attention(
+        oracle.as_float64(variables["params"]), oracle.as_float64(theta), config
+    )
+    np.testing.assert_allclose(layer.apply(variables, theta), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_base_layer_is_one_real_undelayed_positive_harmonic(score):
+    """KuramotoAttention(gain) = FrustratedAttention(kernel_real[0, 0] = gain) in that corner."""
+    theta = cases.angles(2, 9, 9)
+    config = cases.fsn_config(score=score, **cases.BASE_LAYER)
+    base = KuramotoAttention(config)
+    variables = cases.random_variables(base, theta)
+    params = dict(variables["params"])
+    params["kernel_real"] = params.pop("gain")[None, None]
+    full = FrustratedAttention(config)
+    shapes = jax.eval_shape(full.init, jax.random.key(0), theta)["params"]
+    assert cases.leaf_paths(params) == cases.leaf_paths(shapes)
+    np.testing.assert_allclose(
+        full.apply({"params": params}, theta), base.apply(variables, theta), **TOLERANCE
+    )
+
+
+def test_base_layer_ignores_the_switches_of_the_kernel():
+    theta = cases.angles(2, 9, 9)
+    plain = KuramotoAttention(cases.fsn_config(**cases.BASE_LAYER))
+    switched = KuramotoAttention(cases.fsn_config(num_harmonics=3))
+    variables = cases.random_variables(plain, theta)
+    np.testing.assert_array_equal(
+        plain.apply(variables, theta), switched.apply(variables, theta)
+    )
+
+
+@pytest.mark.parametrize("score", ["static", "none"])
+@pytest.mark.parametrize("values", [{}, cases.BASE_LAYER])
+def test_static_scores_are_invariant_under_a_global_rotation(score, values):
+    theta = cases.angles(2, 9, 9)
+    layer = FrustratedAttention(cases.fsn_config(score=score, **values))
+    variables = cases.random_variables(layer, theta)
+    plain = layer.apply(variables, theta)
+    # One more rounding of every angle (1e-7 rad) times couplings and harmonics of order ten.
+    np.testing.assert_allclose(layer.apply(variables, theta + ROTATION), plain, atol=2e-5)
+
+
+@pytest.mark.parametrize("score", ["projected", "gated"])
+def test_content_scores_are_not_invariant_under_a_global_rotation(score):
+    """The test above is not vacuous: where the score reads the angles, the rotation is seen."""
+    theta = cases.angles(2, 9, 9)
+    layer = FrustratedAttention(cases.fsn_config(score=score))
+    variables = cases.random_variables(layer, theta)
+    plain = layer.apply(variables, theta)
+    assert np.abs(layer.apply(variables, theta + ROTATION) - plain).max() > 0.01
+
+
+def test_linear_values_are_not_invariant_under_a_global_rotation():
+    theta = cases.angles(2, 9, 9)
+    layer = FrustratedAttention(cases.fsn_config(score="static", values="linear"))
+    variables = cases.random_variables(layer, theta)
+    plain = layer.apply(variables, theta)
+    assert np.abs(layer.apply(variables, theta + ROTATION) - plain).max() > 0.01
+
+
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
+def test_rotary_drift_depends_on_the_distance(implementation):
+    """Tokens with equal angles are told apart by their distance alone.
+
+    Every angle is zero, so ``A[t, u] = softmax_u(beta sum_p cos((t - u) omega_p))``. One phase is
+    gated out of the score; turned by a quarter at one source, it reads that source's weight.
+    """
+    length, beta, base = 6, 1.5, 7.0
+    config = cases.fsn_config(
+        num_phases=4,
+        num_heads=1,
+        score="static",
+        rotary_base=base,
+        implementation=implementation,
+        **cases.BASE_LAYER,
+    )
+    params = {
+        "score": {
+            "gate": jnp.array([1.0, 1.0, 1.0, 0.0]),
+            "log_beta": jnp.log(jnp.array([beta])),
+        },
+        "kernel_real": jnp.full((1, 1, 4), np.log(np.e - 1)),  # softplus gives one
+    }
+    distance = np.arange(length)[:, None, None] - np.arange(length)[:, None]
+    omega = base ** (-np.array([0, 1, 2]) / 4)
+    weights = np.tril(np.exp(beta * np.cos(distance * omega).sum(-1)))
+    weights /= weights.sum(-1, keepdims=True)
+    for source in range(length):
+        theta = jnp.zeros((1, length, 4)).at[0, source, 3].set(np.pi / 2)
+        update = np.asarray(FrustratedAttention(config).apply({"params": params}, theta))
+        later = slice(source + 1, length)
+        np.testing.assert_allclose(update[0, later, 3], weights[later, source], atol=1e-6)
+
+
+@pytest.mark.parametrize("layer_class", [KuramotoAttention, FrustratedAttention])
+def test_exactly_causal(layer_class):
+    """d dtheta[t] / d theta[u] is exactly zero for u > t and for another window of the batch.
+
+    test_fsn.py has the same of the whole model, for every variant.
+    """
+    length = 5
+    layer = layer_class(cases.fsn_config())
+    theta = cases.angles(2, length, 9)
+    variables = cases.random_variables(layer, theta)
+    jacobian = np.asarray(jax.jit(jax.jacrev(lambda x: layer.apply(variables, x)))(theta))
+    size = np.abs(jacobian).max(axis=(2, 5))  # [B, L, B, L] over outputs and inputs
+    for t in range(length):
+        assert (size[0, t, 0, t + 1 :] == 0).all()
+        assert (size[1, t, 1, t + 1 :] == 0).all()
+        assert (size[0, t, 1] == 0).all() and (size[1, t, 0] == 0).all()
+    # The zeros mean something: what may be seen is seen.
+    assert (size[0, :, 0][np.tri(length, k=-1, dtype=bool)] > 0).all()
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
+def test_gradients_against_central_differences(score, implementation):
+    """d loss along a random direction of each parameter and of the angles, against float64."""
+    theta = cases.angles(1, 6, 6)
+    config = cases.fsn_config(
+        num_phases=6, num_heads=2, score=score, implementation=implementation
+    )
+    layer = FrustratedAttention(config)
+    variables = cases.random_variables(layer, theta)
+    weights = cases.angles(*theta.shape, seed=5)
+
+    def library(inputs):
+        return (weights * layer.apply({"params": inputs["params"]}, inputs["theta"])).sum()
+
+    def exact(inputs):
+        update = oracle.frustrated_attention(inputs["params"], inputs["theta"], config)
+        return float((oracle.as_float64(weights) * update).sum())
+
+    at = {"params": variables["params"], "theta": theta}
+    cases.check_gradients(jax.jit(jax.grad(library))(at), exact, oracle.as_float64(at))

@@ -1,0 +1,125 @@
+"""Checkpoints of a run: asynchronous saves, the latest and the best kept, exact restoration."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    BestN,
+    LatestN,
+)
+
+from train.config import CheckpointConfig
+from train.errors import UserError
+from train.step import TrainState
+
+METRIC = "validation_loss"
+_ITEM = "state"
+
+
+class Checkpoints:
+    """The checkpoints in ``<run folder>/checkpoints``.
+
+    A context manager: leaving it waits for saves under way.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, *, read_only: bool = False):
+        """Opens the folder, or makes it unless ``read_only``."""
+        # Orbax tells of each save and of files it may clean up; a run has its own progress line.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.folder = folder.resolve()
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                create=not read_only,
+                read_only=read_only,
+                best_fn=lambda metrics: metrics[METRIC],
+                best_mode="min",
+                preservation_policy=AnyPreservationPolicy(
+                    [
+                        LatestN(config.keep),
+                        BestN(
+                            get_metric_fn=lambda metrics: metrics[METRIC],
+                            reverse=True,
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def save(self, state: TrainState, step: int, validation_loss: float | None) -> None:
+        """Starts a save; the values are copied before this returns, so ``state`` may be donated."""
+        metrics = None if validation_loss is None else {METRIC: validation_loss}
+        self._manager.save(
+            step, args=ocp.args.Composite(**{_ITEM: ocp.args.StandardSave(state)}), metrics=metrics
+        )
+
+    def wait(self) -> None:
+        """Returns when every started save is on disk."""
+        self._manager.wait_until_finished()
+
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def all_steps(self) -> list[int]:
+        """Steps of all checkpoints kept, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best(self) -> int | None:
+        """Step of the checkpoint with the lowest validation loss, None if none was evaluated."""
+        return self._manager.best_step()
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state saved at ``step``.
+
+        Args:
+          step: which checkpoint.
+          like: shapes, types and placement, see ``train.step.abstract_state``.
+
+        Raises:
+          UserError: the checkpoint holds another model.
+        """
+        saved = self._metadata(step)
+        wanted = _shapes(like)
+        if saved != wanted:
+            differ = sorted(
+                k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k)
+            )
+            name = differ[0]
+            raise UserError(
+                f"the checkpoint {self.folder / str(step)} is of another model: {name} is "
+                f"{saved.get(name, 'missing')} there and {wanted.get(name, 'absent')} in the config "
+                f"({len(differ)} arrays differ); use the run's own config, or another config.run_dir"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(**{_ITEM: ocp.args.StandardRestore(like)})
+            )
+        return restored[_ITEM]
+
+    def _metadata(self, step: int) -> dict[str, tuple[int, ...]]:
+        return _shapes(self._manager.item_metadata(step)[_ITEM])
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): (
+            tuple(leaf.shape)
+        )
+        for path, leaf in leaves
+    }

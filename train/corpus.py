@@ -1,0 +1,267 @@
+"""A prepared corpus: three flat byte files and a manifest, in a folder of the cache.
+
+    <cache>/<name>[-<8 hex digits of the source's fingerprint>]/
+        manifest.json  train.bin  validation.bin  test.bin
+
+The folder stands for itself: it can be carried to a machine without tensorflow-datasets or Grain,
+into that machine's cache or anywhere else (`data.path` may name it). The manifest:
+
+    format        FORMAT, an int
+    name          enwik8, pycode, codeparrot or text
+    splits        {split: {"bytes": int, "sha256": hex}}
+    vocabulary    the byte values that occur in any split, ascending, as hex
+    source        {"description": str, "sha256": hex} of what the corpus was made from
+    rule          how the source became the splits, in words
+
+A token is the rank of its byte in the vocabulary.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from train.datasets.pinned import PINNED
+from train.errors import UserError
+from train.fetch import Progress, file_sha256
+
+NAMES = ("enwik8", "pycode", "codeparrot", "text")
+SPLITS = ("train", "validation", "test")
+FORMAT = 1
+MANIFEST = "manifest.json"
+NOT_A_TOKEN = 255  # in the table of tokens, unless all 256 byte values are in the vocabulary
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitInfo:
+    """Length and SHA-256 of a split's file."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+    """A prepared corpus, opened by `open_corpus`.
+
+    Attributes:
+      name: enwik8, pycode, codeparrot or text.
+      folder: where its files are.
+      vocabulary: uint8[V], the byte values that occur in it, ascending.
+      splits: length and hash of each of SPLITS.
+      source: what it was made from, in words.
+    """
+
+    name: str
+    folder: Path
+    vocabulary: Bytes
+    splits: Mapping[str, SplitInfo]
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        """The identity of the corpus, equal wherever and however it was prepared.
+
+        SHA-256 of the ASCII lines "<split> <bytes> <sha256>" of train, validation and test, then
+        "vocabulary <hex of the byte values>", each ended by a newline.
+        """
+        lines = [f"{name} {info.num_bytes} {info.sha256}" for name, info in self._ordered_splits()]
+        lines.append(f"vocabulary {self.vocabulary.tobytes().hex()}")
+        return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of tokens."""
+        return int(self.vocabulary.size)
+
+    @property
+    def table(self) -> Bytes:
+        """uint8[256]: the token of each byte value (NOT_A_TOKEN for bytes outside)."""
+        table = np.full(256, NOT_A_TOKEN, np.uint8)
+        table[self.vocabulary] = np.arange(self.vocab_size, dtype=np.uint8)
+        return table
+
+    def split(self, name: str, *, allow_test: bool = False) -> Bytes:
+        """The raw bytes of a split, uint8[n], mapped from its file, read-only.
+
+        The test split is for the one command that records its use; it alone passes `allow_test`.
+        Its hash is checked here, since opening the corpus leaves its bytes unread.
+
+        Raises:
+          UserError: no such split, or the test split without `allow_test`, or a damaged one.
+        """
+        if name not in self.splits:
+            raise UserError(f"there is no split {name!r}: choose one of {', '.join(self.splits)}")
+        if name == "test":
+            if not allow_test:
+                raise UserError(
+                    "the test split is read by `python -m train.final_test` only, which records "
+                    "each use: choose train or validation"
+                )
+            _check_hash(self, name)
+        return np.memmap(self.path(name), dtype=np.uint8, mode="r")
+
+    def tokens(self, name: str, *, allow_test: bool = False) -> Bytes:
+        """The tokens of a split, uint8[n], in memory: the rank of each byte in the vocabulary."""
+        return self.table[self.split(name, allow_test=allow_test)]
+
+    def encode(self, text: bytes) -> npt.NDArray[np.int32]:
+        """The tokens of some text, int32[n].
+
+        Raises:
+          UserError: a byte of the text does not occur in the corpus.
+        """
+        data = np.frombuffer(text, np.uint8)
+        unknown = np.flatnonzero(~np.isin(data, self.vocabulary))
+        if unknown.size:
+            first = int(unknown[0])
+            raise UserError(
+                f"the text holds byte 0x{data[first]:02x} at position {first}, which does not "
+                f"occur in {self.name}, so the model has no token for it: remove it"
+            )
+        return self.table[data].astype(np.int32)
+
+    def decode(self, tokens: npt.ArrayLike) -> bytes:
+        """The bytes of some tokens, the inverse of `encode`.
+
+        Raises:
+          ValueError: a number is no token.
+        """
+        ranks = np.asarray(tokens, dtype=np.int64)
+        if ranks.size and (ranks.min() < 0 or ranks.max() >= self.vocab_size):
+            raise ValueError(f"tokens must be in [0, {self.vocab_size})")
+        return self.vocabulary[ranks].tobytes()
+
+    def path(self, name: str) -> Path:
+        """The file of a split."""
+        return self.folder / f"{name}.bin"
+
+    def _ordered_splits(self) -> list[tuple[str, SplitInfo]]:
+        return [(name, self.splits[name]) for name in SPLITS]
+
+
+def open_corpus(
+    *,
+    name: str,
+    path: str = "",
+    cache_dir: str = "",
+    verify: bool = True,
+    progress: Progress = print,
+) -> Corpus:
+    """Open a corpus from the cache, or prepare it there first.
+
+    Args:
+      name: one of NAMES.
+      path: the user's file, folder or pattern, required by codeparrot and text; for enwik8 the
+        file itself or a zip or gzip archive of it, for pycode the folder of its wheels, both
+        optional; or, for any of them, the folder of a prepared corpus.
+      cache_dir: the cache; "" means `default_cache()`.
+      verify: check the hashes of train and validation (test is checked when it is read).
+      progress: called with one line at a time while a corpus is prepared.
+
+    Raises:
+      UserError: an unknown name, files that cannot be had or used, a damaged cache.
+    """
+    if name not in NAMES:
+        raise UserError(f"config.data.name={name} is not known: choose one of {', '.join(NAMES)}")
+    if path and (Path(path).expanduser() / MANIFEST).is_file():
+        folder = Path(path).expanduser()
+    else:
+        # Preparing needs more than opening does; a machine with a carried cache may not have it.
+        from train.prepare import corpus_folder, prepare_corpus
+
+        cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
+        folder = corpus_folder(name, path, cache)
+        if not folder.exists():
+            prepare_corpus(name, path, cache, progress=progress)
+    corpus = read_corpus(folder, verify=verify)
+    if corpus.name != name:
+        raise UserError(
+            f"config.data.path={path} holds the corpus {corpus.name}, not data.name={name}"
+        )
+    return corpus
+
+
+def default_cache() -> Path:
+    """$FSN_JAX_CACHE, or ~/.cache/fsn_jax."""
+    return Path(os.environ.get("FSN_JAX_CACHE") or "~/.cache/fsn_jax").expanduser()
+
+
+def read_corpus(folder: Path, *, verify: bool = True) -> Corpus:
+    """Read a prepared corpus from its folder.
+
+    Raises:
+      UserError: a file is missing or is not what the manifest says, or the manifest of a pinned
+        corpus is not the known one.
+    """
+    manifest = folder / MANIFEST
+    try:
+        fields = json.loads(manifest.read_text())
+    except FileNotFoundError:
+        raise _damaged(manifest, "is missing", folder) from None
+    except (OSError, ValueError) as error:
+        raise _damaged(manifest, f"cannot be read ({error})", folder) from error
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise _damaged(manifest, f"is not of format {FORMAT}", folder)
+    try:
+        corpus = Corpus(
+            name=str(fields["name"]),
+            folder=folder,
+            vocabulary=np.frombuffer(bytes.fromhex(fields["vocabulary"]), np.uint8),
+            splits={
+                split: SplitInfo(int(info["bytes"]), str(info["sha256"]))
+                for split, info in ((split, fields["splits"][split]) for split in SPLITS)
+            },
+            source=str(fields["source"]["description"]),
+        )
+    except (LookupError, TypeError, ValueError) as error:
+        raise _damaged(manifest, f"is not understood ({error!r})", folder) from error
+    pinned = PINNED.get(corpus.name)
+    if pinned and pinned.splits != {s: (i.num_bytes, i.sha256) for s, i in corpus.splits.items()}:
+        raise _damaged(manifest, "does not describe the known corpus", folder)
+    for split, info in corpus.splits.items():
+        file = corpus.path(split)
+        size = file.stat().st_size if file.is_file() else None
+        if size != info.num_bytes:
+            found = "is missing" if size is None else f"holds {size} bytes, not {info.num_bytes}"
+            raise _damaged(file, found, folder)
+        if verify and split != "test":
+            _check_hash(corpus, split)
+    return corpus
+
+
+def write_manifest(corpus: Corpus, source_sha256: str, rule: str) -> None:
+    """Write the manifest of a corpus into its folder."""
+    fields: dict[str, Any] = {
+        "format": FORMAT,
+        "name": corpus.name,
+        "splits": {
+            split: {"bytes": info.num_bytes, "sha256": info.sha256}
+            for split, info in corpus.splits.items()
+        },
+        "vocabulary": corpus.vocabulary.tobytes().hex(),
+        "source": {"description": corpus.source, "sha256": source_sha256},
+        "rule": rule,
+    }
+    (corpus.folder / MANIFEST).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _check_hash(corpus: Corpus, split: str) -> None:
+    digest = file_sha256(corpus.path(split))
+    if digest != corpus.splits[split].sha256:
+        raise _damaged(corpus.path(split), f"has SHA-256 {digest}", corpus.folder)
+
+
+def _damaged(file: Path, what: str, folder: Path) -> UserError:
+    return UserError(
+        f"the prepared corpus is damaged: {file} {what}; delete {folder} and start again, or "
+        "prepare it with `python -m train.prepare`"
+    )

@@ -1,0 +1,48 @@
+"""text: the user's own file or folder."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from train.datasets.files import SEPARATOR, Span, UserFile, contents
+from train.datasets.records import RECORD_BYTES, CorpusBuilder
+
+
+class Text(CorpusBuilder):
+    """Spans of what some files hold.
+
+    Attributes:
+      files: the files; several are each followed by a separator, unless they end with one.
+      spans: which bytes of which file each split takes, in order.
+    """
+
+    DESCRIPTION = "Text of the user's own."
+
+    def __init__(
+        self, *, files: Sequence[UserFile], spans: Mapping[str, Sequence[Span]], **kwargs: Any
+    ):
+        self.files = list(files)
+        self.spans = {split: list(parts) for split, parts in spans.items()}
+        super().__init__(**kwargs)
+
+    def records(self, split: str) -> Iterator[tuple[str, bytes]]:
+        """Cut each span into records of at most RECORD_BYTES, named by file and offset."""
+        for span in self.spans[split]:
+            file = self.files[span.file]
+            before = 0
+            for piece in separated(file, several=len(self.files) > 1):
+                text = piece[max(span.start - before, 0) : max(span.stop - before, 0)]
+                for offset in range(0, len(text), RECORD_BYTES):
+                    yield file.name, text[offset : offset + RECORD_BYTES]
+                before += len(piece)
+                if before >= span.stop:
+                    break
+
+
+def separated(file: UserFile, *, several: bool) -> Iterator[bytes]:
+    """Yield what a file holds; one of several that does not end with a separator is given one."""
+    last = SEPARATOR
+    for piece in contents(file.path):
+        last = piece[-1:] or last
+        yield piece
+    if several and last != SEPARATOR:
+        yield SEPARATOR

@@ -1,0 +1,84 @@
+"""What a run leaves when it ends: a summary, the loss curve, a sample of text."""
+
+import json
+
+from train.config import ExperimentConfig
+from train.corpus import Corpus
+from train.figures import loss_curve
+from train.load import TrainedModel
+from train.loop import Outcome
+from train.metrics import read_rows
+from train.run import RunFolder, write_atomically
+from train.sample import sample_bytes
+from train.step import build_model, data_mesh
+
+SAMPLE_LENGTH = 400
+
+
+def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome: Outcome) -> None:
+    """Writes ``summary.json``, ``loss.png`` and ``sample.txt`` and tells where they are."""
+    validation = [row for row in read_rows(run.metrics) if row["kind"] == "validation"]
+    last = validation[-1]
+    best = min(validation, key=lambda row: row["loss"])
+    timing = read_rows(run.path / "timing.jsonl")
+    seconds = sum(row["seconds"] for row in timing)
+    trained_characters = outcome.step * experiment.characters_per_step
+    summary = {
+        "steps": outcome.step,
+        "parameters": experiment.model.num_params(),
+        "characters": trained_characters,
+        "training_flops": trained_characters
+        * experiment.model.flops_per_token(experiment.data.context),
+        "seconds": round(seconds, 1),
+        "characters_per_second": round(trained_characters / max(seconds, 1e-9)),
+        "validation": {
+            "bpc": last["bpc"],
+            "best_bpc": best["bpc"],
+            "best_step": best["step"],
+            "bytes": last["bytes"],
+            "context": experiment.data.context,
+            "stride": experiment.evaluation_stride,
+        },
+        "data_sha256": corpus.sha256,
+    }
+    write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    loss_curve([run.path], run.path / "loss.png")
+    text = _sample(experiment, corpus, run, outcome)
+    (run.path / "sample.txt").write_bytes(text)
+
+    print(
+        f"\nvalidation {last['bpc']:.4f} BPC on {last['bytes']:,} bytes (context "
+        f"{experiment.data.context}, stride {experiment.evaluation_stride}), best "
+        f"{best['bpc']:.4f} at step {best['step']}; {experiment.model.num_params():,} parameters, "
+        f"{trained_characters:,} characters in {seconds / 60:.1f} min"
+    )
+    print(f"\n{text.decode(errors='replace')}\n")
+    print(f"curve     {run.path / 'loss.png'}")
+    print(f"evaluate  python -m train.evaluate {run.path}     (the whole validation split)")
+    print(f"sample    python -m train.sample {run.path} --prompt 'The '")
+    print(f"watch     tensorboard --logdir {run.path.parent}")
+
+
+def _sample(
+    experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome: Outcome
+) -> bytes:
+    trained = TrainedModel(
+        run=run,
+        experiment=experiment,
+        corpus=corpus,
+        model=build_model(experiment.model),
+        params=outcome.state.params,
+        step=outcome.step,
+        mesh=data_mesh(),
+    )
+    prompt = bytes(corpus.split("validation")[:64])
+    chunks = sample_bytes(
+        trained,
+        prompt=prompt,
+        num_tokens=SAMPLE_LENGTH,
+        seed=experiment.seed,
+        temperature=0.8,
+        top_k=0,
+        top_p=1.0,
+    )
+    return prompt + b"".join(chunks)

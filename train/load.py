@@ -1,0 +1,88 @@
+"""From a run's folder to a model that can be applied: what evaluation and sampling start from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+from jax.sharding import Mesh
+
+from train.checkpoint import Checkpoints
+from train.config import ExperimentConfig
+from train.corpus import Corpus, open_corpus
+from train.errors import UserError
+from train.optimizer import make_optimizer
+from train.run import RunFolder, open_run, refuse_other_data
+from train.step import abstract_state, build_model, data_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A model of a run at one checkpoint.
+
+    Attributes:
+      run: its folder.
+      experiment: its settings.
+      corpus: the data it was trained on.
+      model: the Flax module.
+      params: its parameters.
+      step: of the checkpoint.
+      mesh: where the parameters are.
+    """
+
+    run: RunFolder
+    experiment: ExperimentConfig
+    corpus: Corpus
+    model: nn.Module
+    params: Any
+    step: int
+    mesh: Mesh
+
+
+def open_experiment_corpus(experiment: ExperimentConfig) -> Corpus:
+    """The corpus of an experiment, prepared if need be."""
+    data = experiment.data
+    return open_corpus(name=data.name, path=data.path, cache_dir=data.cache_dir)
+
+
+def load(run_dir: str | Path, *, which: str = "best") -> TrainedModel:
+    """Loads a run.
+
+    Args:
+      run_dir: its folder.
+      which: ``best`` (lowest validation loss; the latest if none was evaluated), ``latest``, or a
+        step.
+
+    Raises:
+      UserError: there is no run, no such checkpoint, or the corpus is not the run's.
+    """
+    run = open_run(run_dir)
+    experiment = run.read_config()
+    corpus = open_experiment_corpus(experiment)
+    refuse_other_data(run, corpus)
+    mesh = data_mesh()
+    model = build_model(experiment.model)
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps)
+    if not run.checkpoints.is_dir():
+        raise UserError(f"the run {run.path} has no checkpoint yet")
+    with Checkpoints(run.checkpoints, experiment.checkpoints, read_only=True) as checkpoints:
+        step = _choose(checkpoints, which, run)
+        state = checkpoints.restore(step, abstract_state(model, optimizer, mesh=mesh))
+    return TrainedModel(run, experiment, corpus, model, state.params, step, mesh)
+
+
+def _choose(checkpoints: Checkpoints, which: str, run: RunFolder) -> int:
+    latest = checkpoints.latest()
+    if latest is None:
+        raise UserError(f"the run {run.path} has no checkpoint yet")
+    if which == "latest":
+        return latest
+    if which == "best":
+        return checkpoints.best() or latest
+    steps = checkpoints.all_steps()
+    if not which.isdigit() or int(which) not in steps:
+        raise UserError(
+            f"--checkpoint must be best, latest or a step among "
+            f"{', '.join(map(str, steps))}; got {which!r}"
+        )
+    return int(which)

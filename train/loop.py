@@ -1,0 +1,260 @@
+"""The training loop: dispatch, log, evaluate, save; resumes where the newest checkpoint stands."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from train.checkpoint import Checkpoints
+from train.config import ExperimentConfig
+from train.corpus import Corpus
+from train.data import WindowOrder, evaluation_windows, host_batches, place_tokens
+from train.errors import UserError
+from train.metrics import Metrics
+from train.optimizer import learning_rate, make_optimizer
+from train.run import RunFolder, write_parameter_table, write_provenance
+from train.step import (
+    DATA_AXIS,
+    Tally,
+    TrainState,
+    abstract_state,
+    build_model,
+    data_mesh,
+    init_state,
+    make_evaluate_rows,
+    make_train_steps,
+    replicated,
+)
+
+
+class DivergedError(UserError):
+    """More steps than allowed had a loss or gradient that was not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      state: after the last step.
+      step: of it.
+      validation_loss: nats per character, of the last evaluation.
+      best_step: of the checkpoint with the lowest validation loss.
+      seconds: of this start, from the first step to the last save.
+      resumed_from: the step this start began at.
+    """
+
+    state: TrainState
+    step: int
+    validation_loss: float | None
+    best_step: int | None
+    seconds: float
+    resumed_from: int
+
+
+def check_devices(experiment: ExperimentConfig, num_devices: int) -> None:
+    """Raises UserError unless every device gets an equal share of each batch."""
+    training, evaluation = experiment.training, experiment.evaluation
+    parts = num_devices * training.accumulation_steps
+    if training.batch_size % parts:
+        raise UserError(
+            f"config.training.batch_size must be a multiple of {num_devices} devices times "
+            f"config.training.accumulation_steps ({training.accumulation_steps}); "
+            f"got {training.batch_size}"
+        )
+    if evaluation.batch_size % num_devices:
+        raise UserError(
+            f"config.evaluation.batch_size must be a multiple of the {num_devices} devices; "
+            f"got {evaluation.batch_size}"
+        )
+
+
+class Evaluator:
+    """Cross entropy over a split, each character after the first predicted once."""
+
+    def __init__(self, experiment: ExperimentConfig, rows: Callable[..., Any]):
+        """``rows`` is the compiled ``make_evaluate_rows`` of the model."""
+        self._experiment = experiment
+        self._rows = rows
+
+    def __call__(
+        self, params: Any, tokens: np.ndarray, *, stride: int | None = None
+    ) -> tuple[float, int]:
+        """Mean loss in nats per character and the number of characters predicted."""
+        context = self._experiment.data.context
+        batches = evaluation_windows(
+            len(tokens),
+            context,
+            stride or self._experiment.evaluation_stride,
+            self._experiment.evaluation.batch_size,
+        )
+        offsets = np.arange(context + 1)
+        sums, count = [], 0
+        for starts, scored in batches:
+            sums.append(self._rows(params, tokens[starts[:, None] + offsets], scored))
+            count += int(scored.sum())
+        # float64 on the host, in the order of the text: the sum does not depend on the devices.
+        total = sum(np.asarray(rows, np.float64).sum() for rows in sums)
+        return float(total) / count, count
+
+
+def train(
+    experiment: ExperimentConfig,
+    corpus: Corpus,
+    run: RunFolder,
+    *,
+    show_progress: bool = True,
+) -> Outcome:
+    """Trains, or goes on training, the run in ``run``.
+
+    Raises:
+      UserError: the batch does not divide the devices, or the checkpoint is of another model.
+      DivergedError: the loss or gradient stopped being finite.
+    """
+    training = experiment.training
+    mesh = data_mesh()
+    check_devices(experiment, mesh.size)
+    tokens = corpus.tokens("train")
+    validation = _validation_slice(experiment, corpus)
+    order = WindowOrder(len(tokens), experiment.data.context, training.batch_size, experiment.seed)
+    model = build_model(experiment.model)
+    optimizer = make_optimizer(experiment.optimizer, training.num_steps)
+    rate = learning_rate(experiment.optimizer, training.num_steps)
+    train_steps = make_train_steps(
+        model,
+        optimizer,
+        mesh=mesh,
+        context=experiment.data.context,
+        placement=experiment.data.placement,
+        accumulation_steps=training.accumulation_steps,
+        log_every=training.log_every,
+    )
+    evaluate = Evaluator(experiment, make_evaluate_rows(model, mesh=mesh))
+
+    with Checkpoints(run.checkpoints, experiment.checkpoints) as checkpoints:
+        start = checkpoints.latest() or 0
+        if start:
+            like = abstract_state(model, optimizer, mesh=mesh)
+            state = checkpoints.restore(start, like)
+        else:
+            state = init_state(model, optimizer, seed=experiment.seed, mesh=mesh)
+            write_parameter_table(run, state.params)
+        write_provenance(run, corpus, resume_step=start)
+        metrics = Metrics(
+            run.path,
+            resume_step=start,
+            num_steps=training.num_steps,
+            characters_per_step=experiment.characters_per_step,
+            show_progress=show_progress,
+        )
+        pending: tuple[int, Tally] | None = None
+        validation_loss = None
+        began = time.perf_counter()
+
+        def flush() -> None:
+            nonlocal pending
+            if pending is not None:
+                _record(metrics, experiment, order, rate, checkpoints, *pending)
+                pending = None
+
+        try:
+            for step, batch in _batches(experiment, mesh, tokens, order, start):
+                # The order below is fixed: a checkpoint must come after every row of its step is
+                # written, so that a resumed run finds them all and repeats none.
+                state, tally = train_steps(state, *batch)
+                flush()
+                pending = (step, tally)
+                last = step == training.num_steps
+                evaluating = last or step % experiment.evaluation.every == 0
+                saving = last or step % experiment.checkpoints.every == 0
+                if evaluating or saving:
+                    flush()
+                fresh_loss = None
+                if evaluating:
+                    validation_loss, count = evaluate(state.params, validation)
+                    fresh_loss = validation_loss
+                    metrics.validation(step, loss=validation_loss, num_bytes=count)
+                if saving:
+                    checkpoints.save(state, step, fresh_loss)
+                if evaluating or saving:
+                    metrics.skip_clock()
+            checkpoints.wait()
+        finally:
+            metrics.close()
+        return Outcome(
+            state=state,
+            step=training.num_steps,
+            validation_loss=validation_loss,
+            best_step=checkpoints.best(),
+            seconds=time.perf_counter() - began,
+            resumed_from=start,
+        )
+
+
+def _validation_slice(experiment: ExperimentConfig, corpus: Corpus) -> np.ndarray:
+    tokens = corpus.tokens("validation")
+    limit = experiment.evaluation.num_bytes
+    return tokens[:limit] if limit else tokens
+
+
+def _batches(
+    experiment: ExperimentConfig,
+    mesh: jax.sharding.Mesh,
+    tokens: np.ndarray,
+    order: WindowOrder,
+    start: int,
+) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """For each dispatch the step it ends at and what ``train_steps`` takes after the state."""
+    training = experiment.training
+    per_dispatch = training.steps_per_dispatch
+    ends = range(start + per_dispatch, training.num_steps + 1, per_dispatch)
+    by_step_and_row = NamedSharding(mesh, P(None, DATA_AXIS))
+    if experiment.data.placement == "resident":
+        corpus = place_tokens(tokens, replicated(mesh))
+        for end in ends:
+            starts = order.starts_of_steps(end - per_dispatch, per_dispatch)
+            yield end, (corpus, jax.device_put(starts, by_step_and_row))
+        return
+    batches = host_batches(tokens, order, start_step=start, num_steps=training.num_steps - start)
+    for end in ends:
+        windows = np.stack([next(batches) for _ in range(per_dispatch)])
+        yield end, (jax.device_put(windows, by_step_and_row),)
+
+
+def _record(
+    metrics: Metrics,
+    experiment: ExperimentConfig,
+    order: WindowOrder,
+    rate: Callable[[int], Any],
+    checkpoints: Checkpoints,
+    step: int,
+    tally: Tally,
+) -> None:
+    skipped = int(tally.skipped)
+    if skipped > experiment.training.skipped_limit:
+        checkpoints.wait()
+        saved = checkpoints.latest()
+        where = (
+            f"the checkpoint of step {saved} is good" if saved else "no checkpoint was saved yet"
+        )
+        raise DivergedError(
+            f"the loss or its gradient was not finite at step {int(tally.last_skipped)}; {where}; "
+            f"lower config.optimizer.peak_learning_rate or config.optimizer.clip_norm, or allow "
+            f"for such steps with config.training.skipped_limit"
+        )
+    if step % experiment.training.log_every:
+        return
+    steps = max(int(tally.steps), 1)
+    metrics.train(
+        step,
+        epoch=round(order.epoch(step), 6),
+        loss=float(tally.loss) / steps,
+        grad_norm=float(tally.grad_norm) / steps,
+        learning_rate=float(rate(step - 1)),
+        skipped=skipped,
+    )

@@ -1,0 +1,167 @@
+"""Where a run's numbers go: ``metrics.jsonl`` (exact), ``timing.jsonl`` (not), TensorBoard, a bar.
+
+``metrics.jsonl`` holds nothing that depends on the clock, so that a run that was interrupted and
+resumed leaves the same bytes as one that was not.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tqdm import tqdm
+
+
+def bits_per_character(nats: float) -> float:
+    """BPC of a cross entropy in nats per character."""
+    return nats / math.log(2)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class RowLog:
+    """A JSONL file that is cut back to a step when a run resumes, then appended to."""
+
+    def __init__(self, path: Path, *, resume_step: int):
+        """Drops what was logged after ``resume_step`` and opens the file."""
+        kept = [row for row in read_rows(path) if row["step"] <= resume_step]
+        # Written beside and moved into place: a crash here must not lose the rows already kept.
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(_line(row) for row in kept))
+        os.replace(beside, path)
+        self._file: IO[str] = path.open("a")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends a row and hands it to the operating system."""
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+class Metrics:
+    """The running display and record of a run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        resume_step: int,
+        num_steps: int,
+        characters_per_step: int,
+        show_progress: bool,
+    ):
+        """Opens the logs of a run that starts, or goes on, at ``resume_step``."""
+        self._rows = RowLog(folder / "metrics.jsonl", resume_step=resume_step)
+        self._timing = RowLog(folder / "timing.jsonl", resume_step=resume_step)
+        self._events = EventFileWriter(str(folder / "tensorboard"))
+        self._characters_per_step = characters_per_step
+        self._clock = time.perf_counter()
+        self._bar = tqdm(
+            total=num_steps,
+            initial=resume_step,
+            unit="step",
+            disable=not show_progress,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            smoothing=0.1,
+        )
+        self._shown: dict[str, str] = {}
+        self._clocked_step = resume_step
+
+    def train(
+        self,
+        step: int,
+        *,
+        epoch: float,
+        loss: float,
+        grad_norm: float,
+        learning_rate: float,
+        skipped: int,
+    ) -> None:
+        """Records the mean of the steps since the last row."""
+        row = {
+            "kind": "train",
+            "step": step,
+            "characters": step * self._characters_per_step,
+            "epoch": epoch,
+            "loss": loss,
+            "bpc": bits_per_character(loss),
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "skipped": skipped,
+        }
+        self._record(row)
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        speed = (step - self._clocked_step) * self._characters_per_step / max(seconds, 1e-9)
+        self._clocked_step = step
+        self._timing.write({"step": step, "seconds": seconds, "characters_per_second": speed})
+        self._scalar("characters_per_second", speed, step)
+        self._show(step, loss=f"{loss:.3f}", bpc=f"{row['bpc']:.3f}", speed=f"{speed / 1e3:.1f}k/s")
+
+    def validation(self, step: int, *, loss: float, num_bytes: int) -> None:
+        """Records an evaluation on ``num_bytes`` predicted characters of the validation split."""
+        bpc = bits_per_character(loss)
+        row = {
+            "kind": "validation",
+            "step": step,
+            "characters": step * self._characters_per_step,
+            "loss": loss,
+            "bpc": bpc,
+            "bytes": num_bytes,
+        }
+        self._record(row)
+        self._show(step, validation=f"{bpc:.3f}")
+
+    def say(self, message: str) -> None:
+        """Prints a line without disturbing the progress bar."""
+        tqdm.write(message)
+
+    def skip_clock(self) -> None:
+        """Leaves the time since the last row out of the next row's speed."""
+        self._clock = time.perf_counter()
+
+    def close(self) -> None:
+        """Closes everything."""
+        self._bar.close()
+        self._rows.close()
+        self._timing.close()
+        self._events.close()
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self._rows.write(row)
+        for name, value in row.items():
+            if name not in ("kind", "step", "bytes"):
+                self._scalar(f"{row['kind']}/{name}", value, row["step"])
+
+    def _scalar(self, tag: str, value: float, step: int) -> None:
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _show(self, step: int, **shown: str) -> None:
+        self._shown |= shown
+        self._bar.set_postfix(self._shown, refresh=False)
+        self._bar.update(step - self._bar.n)

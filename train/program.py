@@ -1,0 +1,32 @@
+"""What every program of this package does around its work."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+
+from train.errors import UserError
+
+EXIT_USER_ERROR = 2
+
+
+def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Runs a program; a user's mistake becomes one line on stderr and exit status 2."""
+    try:
+        program(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR if it is set."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = Path("~/.cache/fsn_jax/compiled").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -1,0 +1,265 @@
+"""A run's folder: its config, its provenance, its parameter table, its lock.
+
+::
+
+    runs/<name>/
+      config.json        every setting
+      provenance.json    commit, packages, device, data hash: one entry a start
+      parameters.txt     the parameter table
+      metrics.jsonl      losses, exact          timing.jsonl   speed
+      checkpoints/       Orbax                  tensorboard/
+      loss.png  sample.txt  summary.json        when it ends
+"""
+
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+import numpy as np
+
+from train.config import ExperimentConfig
+from train.corpus import Corpus
+from train.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+_FREE = {"run_dir", "data.cache_dir", "data.path", "data.placement", "checkpoints.keep"}
+"""Settings that may change when a run goes on: they do not touch its numbers."""
+
+
+class RunFolder:
+    """An open run folder; the lock is held until ``close``."""
+
+    def __init__(self, path: Path, lock: IO[str] | None = None):
+        """Use ``create_or_resume`` to train and ``open_run`` to read."""
+        self.path = path
+        self._lock = lock
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where Orbax keeps the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The exact log."""
+        return self.path / "metrics.jsonl"
+
+    def read_config(self) -> ExperimentConfig:
+        """The run's settings."""
+        return ExperimentConfig.from_json((self.path / "config.json").read_text())
+
+    def read_provenance(self) -> list[dict[str, Any]]:
+        """One entry a start of the run."""
+        return json.loads((self.path / "provenance.json").read_text())
+
+    def close(self) -> None:
+        """Releases the lock."""
+        if self._lock:
+            self._lock.close()
+
+
+def default_folder(experiment: ExperimentConfig) -> Path:
+    """The folder that a config names."""
+    return Path(experiment.run_dir or Path("runs") / experiment.name)
+
+
+def create_or_resume(experiment: ExperimentConfig, corpus: Corpus) -> RunFolder:
+    """Makes the run's folder, or opens it to go on with the same settings.
+
+    Raises:
+      UserError: the folder cannot be written, is in use, or holds a run with other settings or
+        other data.
+    """
+    path = default_folder(experiment)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("a+")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the run folder {path} ({error.strerror}); choose another with "
+            f"--config.run_dir=FOLDER"
+        ) from None
+    _take_lock(lock, path)
+    run = RunFolder(path, lock)
+    config_file = path / "config.json"
+    if config_file.exists():
+        _refuse_other_settings(run, experiment)
+        refuse_other_data(run, corpus)
+    else:
+        write_atomically(config_file, json.dumps(experiment.to_dict(), indent=2) + "\n")
+    return run
+
+
+def open_run(path: str | Path) -> RunFolder:
+    """Opens a run's folder to read from it.
+
+    Raises:
+      UserError: there is no run there.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a run folder (no config.json); train one first")
+    return RunFolder(folder)
+
+
+def _take_lock(lock: IO[str], path: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "an unknown process"
+        lock.close()
+        raise UserError(
+            f"the run folder {path} is in use by {holder}; wait for it, or choose another with "
+            f"--config.run_dir=FOLDER"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``{"model.num_layers": 4, ...}``."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _refuse_other_settings(run: RunFolder, experiment: ExperimentConfig) -> None:
+    before, now = flatten(run.read_config().to_dict()), flatten(experiment.to_dict())
+    differ = [
+        name
+        for name in sorted(before.keys() | now.keys())
+        if name not in _FREE and before.get(name) != now.get(name)
+    ]
+    if differ:
+        changes = ", ".join(f"{n} {before.get(n)!r} -> {now.get(n)!r}" for n in differ[:3])
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise UserError(
+            f"the run folder {run.path} holds a run with other settings: {changes}{more}; give "
+            f"this one its own folder with --config.run_dir=FOLDER"
+        )
+
+
+def refuse_other_data(run: RunFolder, corpus: Corpus) -> None:
+    """Raises UserError unless the corpus is the one that the run started with."""
+    starts = run.read_provenance() if (run.path / "provenance.json").exists() else []
+    if starts and starts[0]["data"]["sha256"] != corpus.sha256:
+        raise UserError(
+            f"the corpus {corpus.name!r} has changed since the run in {run.path} started (sha256 "
+            f"{starts[0]['data']['sha256'][:12]} then, {corpus.sha256[:12]} now); restore the data "
+            f"or choose another folder with --config.run_dir=FOLDER"
+        )
+
+
+def write_provenance(run: RunFolder, corpus: Corpus, *, resume_step: int) -> None:
+    """Adds an entry for this start: what runs, on what, with which data."""
+    file = run.path / "provenance.json"
+    starts = run.read_provenance() if file.exists() else []
+    starts.append(
+        {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "step": resume_step,
+            "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
+            "git": git_state(),
+            "python": platform.python_version(),
+            "packages": package_versions(),
+            "device": device_description(),
+            "data": {
+                "name": corpus.name,
+                "sha256": corpus.sha256,
+                "vocabulary": len(corpus.vocabulary),
+            },
+        }
+    )
+    write_atomically(file, json.dumps(starts, indent=2) + "\n")
+
+
+def write_parameter_table(run: RunFolder, params: Any) -> None:
+    """Writes path, shape, size of every parameter, and the total."""
+    write_atomically(run.path / "parameters.txt", parameter_table(params))
+
+
+def parameter_table(params: Any) -> str:
+    """A line a parameter: path, shape, number of scalars."""
+    rows = [
+        ("/".join(k.key for k in path), str(tuple(leaf.shape)), f"{int(np.prod(leaf.shape)):,}")
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    ]
+    total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+    rows.append(("total", "", f"{total:,}"))
+    name, shape, size = (max(len(row[i]) for row in rows) for i in range(3))
+    return "".join(f"{r[0]:<{name}}  {r[1]:<{shape}}  {r[2]:>{size}}\n" for r in rows)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file so that a crash leaves the old one or the new one."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def device_description() -> str:
+    """For instance ``8 x cpu (Intel ..., 2 cores)``."""
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    if devices[0].platform == "cpu":
+        kind = f"cpu ({_processor()}, {os.cpu_count()} cores)"
+    return f"{len(devices)} x {kind}"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the code that runs and whether the tree differs from it."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    diff = git("diff", "HEAD")
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "modified": bool(diff) if diff is not None else None,
+        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+    }

@@ -185,7 +185,7 @@ def open_corpus(
     corpus = read_corpus(folder, verify=verify)
     if corpus.name != name:
         raise UserError(
-            f"config.data.path={path} holds the corpus {corpus.name}, not data.name={name}"
+            f"config.data.path={path} holds the corpus {corpus.name}, not config.data.name={name}"
         )
     return corpus
 

@@ -20,6 +20,7 @@ from train import corpus as corpora
 from train.corpus import NAMES, SPLITS, Corpus, SplitInfo
 from train.datasets.files import find_files, fingerprint, plan_splits, without_duplicates
 from train.datasets.pinned import ENWIK8_MEMBER, PINNED
+from train.datasets.python_files import SEPARATOR, select, split_of
 from train.errors import UserError
 from train.fetch import LocalFile, Progress, fetch
 
@@ -90,7 +91,7 @@ def prepare_corpus(name: str, path: str, cache: Path, *, progress: Progress = pr
             made = scratch / "corpus"
             made.mkdir()
             corpus = _write_splits(name, recipe, scratch / "records", made)
-            _check_splits(corpus, path)
+            _check_pins(corpus)
             corpora.write_manifest(corpus, recipe.sha256, recipe.rule)
             _move_into_place(made, folder)
     except ImportError as error:
@@ -162,17 +163,24 @@ def _pycode(path: str, scratch: Path, progress: Progress) -> Recipe:
 
 
 def _codeparrot(path: str, scratch: Path, progress: Progress) -> Recipe:
-    from train.datasets.codeparrot import Codeparrot
+    from train.datasets.codeparrot import Codeparrot, shard_sources
     from train.datasets.records import builder_options
 
     del scratch, progress
-    shards = find_files(path, SHARD_SUFFIX)
+    found = find_files(path, SHARD_SUFFIX)
+    shards = [shard.path for shard in found]
+    # An empty split is an error to tensorflow-datasets: look until each holds enough.
+    sizes = dict.fromkeys(SPLITS, 0)
+    for _, content, digest in select(shard_sources(shards)):
+        sizes[split_of(digest)] += len(content) + len(SEPARATOR)
+        if min(sizes.values()) >= MIN_SPLIT_BYTES:
+            break
+    else:
+        raise _too_small(path, sum(sizes.values()))
     return Recipe(
-        lambda folder: Codeparrot(
-            shards=[shard.path for shard in shards], **builder_options(folder)
-        ),
-        source=f"{len(shards)} shards of codeparrot-clean at {path}",
-        sha256=fingerprint(shards),
+        lambda folder: Codeparrot(shards=shards, **builder_options(folder)),
+        source=f"codeparrot-clean shards: {len(shards)} at {path}",
+        sha256=fingerprint(found),
         rule=FILE_RULE,
     )
 
@@ -188,10 +196,10 @@ def _text(path: str, scratch: Path, progress: Progress) -> Recipe:
     if sum(sizes) < MIN_BYTES:
         raise _too_small(path, sum(sizes))
     rule, spans = plan_splits(sizes, [file.sha256 for file in files], MIN_SPLIT_BYTES)
-    progress(f"{len(files)} files, {sum(sizes)} bytes, split {rule}")
+    progress(f"files: {len(files)}, of {sum(sizes)} bytes together, split {rule}")
     return Recipe(
         lambda folder: Text(files=files, spans=spans, **builder_options(folder)),
-        source=f"{len(files)} files at {path}",
+        source=f"files: {len(files)} at {path}",
         sha256=fingerprint(found),
         rule=f"exact duplicates left out; 90 / 5 / 5 {rule}",
     )
@@ -225,13 +233,11 @@ def _write_splits(name: str, recipe: Recipe, records: Path, folder: Path) -> Cor
     return Corpus(name, folder, vocabulary, splits, recipe.source)
 
 
-def _check_splits(corpus: Corpus, path: str) -> None:
+def _check_pins(corpus: Corpus) -> None:
     if corpus.name in PINNED:
         made = {split: (info.num_bytes, info.sha256) for split, info in corpus.splits.items()}
         if made != PINNED[corpus.name].splits:
             raise RuntimeError(f"{corpus.name} came out other than it is pinned: {made}")
-    elif min(info.num_bytes for info in corpus.splits.values()) < MIN_SPLIT_BYTES:
-        raise _too_small(path, sum(info.num_bytes for info in corpus.splits.values()))
 
 
 def _too_small(path: str, size: int) -> UserError:

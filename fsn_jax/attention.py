@@ -238,7 +238,8 @@ class FrustratedAttention(_PhaseAttention):
             return self._linear_output(summed), cache
         kappa, zh = self._kappa_by_head(), self._heads(z)
         if c.delay:
-            cache = cache.replace(value=self._add_successor(cache.value, zh, kappa, position))
+            known = self._add_successor(cache.value, zh, kappa, position)
+            cache = LayerCache(cache.key, known)
         value = fold_values(zh, kappa)
         summed, cache = extend_sum(query, key, value, cache, position, include_self=False)
         return merge_heads(unfold_sum(zh, *summed, kappa)), cache
@@ -248,8 +249,8 @@ class FrustratedAttention(_PhaseAttention):
         first = Complex(zh.re[:, :, :1], zh.im[:, :, :1])
         late = jnp.concatenate([p for v in delayed_values(first, kappa) for p in v], axis=-1)
         last = jnp.maximum(position - 1, 0)
-        known = jax.lax.dynamic_slice_in_dim(value, last, 1, axis=2)
-        return _put(value, known + jnp.where(position > 0, late, 0.0), last)
+        newest = jax.lax.dynamic_slice_in_dim(value, last, 1, axis=2)
+        return _put(value, newest + jnp.where(position > 0, late, 0.0), last)
 
     def _kappa_by_head(self) -> Complex:
         kappa = self.kappa()

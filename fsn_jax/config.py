@@ -21,11 +21,11 @@ DType = Literal["float32", "bfloat16"]
 Implementation = Literal["auto", "reference", "xla"]
 
 TRAINING_FLOPS_FACTOR = 3
-"""Forward plus backward over forward: the backward pass has two products for each of the forward's."""
+"""Forward plus backward over forward: for each product the backward pass has two."""
 
 
 class ConfigError(ValueError):
-    """A field of a configuration has a value that cannot work; the message is one line and names it."""
+    """A field of a configuration has a value that cannot work; one line that names it."""
 
 
 def check_fields(config: object) -> None:

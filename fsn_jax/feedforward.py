@@ -1,5 +1,7 @@
 """What a token does by itself: a SwiGLU on its phasors, or coupling to collective modes."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*shape I"]) -> Float[Array, "*shape O"]:
-        dense = {"use_bias": False, "dtype": jnp.dtype(self.dtype)}
+        dense: dict[str, Any] = {"use_bias": False, "dtype": jnp.dtype(self.dtype)}
         gate = nn.Dense(self.width, name="gate", **dense)(x)
         up = nn.Dense(self.width, name="up", **dense)(x)
         down = nn.Dense(self.features, name="down", **dense)(jax.nn.silu(gate) * up)

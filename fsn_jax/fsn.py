@@ -10,6 +10,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fsn_jax.attention import FrustratedAttention, LayerCache
@@ -39,10 +40,9 @@ class Block(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.attention = FrustratedAttention(c)
-        if c.feedforward == "swiglu":
-            self.feedforward = PhasorSwiGLU(c)
-        elif c.feedforward == "collective_modes":
-            self.feedforward = CollectiveModes(c)
+        if c.feedforward != "none":
+            kinds = {"swiglu": PhasorSwiGLU, "collective_modes": CollectiveModes}
+            self.feedforward = kinds[c.feedforward](c)
 
     def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
         theta = theta + self.attention(theta)
@@ -65,9 +65,8 @@ def embedding_start(config: FSNConfig) -> jax.nn.initializers.Initializer:
     """Initial embedding angles, in radians."""
     if config.embedding_init == "normal":
         return nn.initializers.normal(config.embedding_scale)
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -jnp.pi, jnp.pi
-    )
+
+    return nn.initializers.uniform(2 * np.pi)
 
 
 class FSN(nn.Module):

@@ -6,7 +6,8 @@ those of the full forward pass.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from fsn_jax.config import ConfigError
 from fsn_jax.fsn import Cache
+
+Variables = Mapping[str, Any]
 
 CHUNK = 32
 """Tokens sampled in one compiled call: often enough to stream, seldom enough to be quick."""
@@ -27,7 +30,7 @@ def sample_token(
     temperature: float,
     top_k: int,
     top_p: float,
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
     """Draws a token a row.
 
     Args:
@@ -55,9 +58,9 @@ def sample_token(
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"))
 def _prefill(
-    model: nn.Module, variables: dict, prompt: Array, capacity: int
+    model: nn.Module, variables: Variables, prompt: Array, capacity: int
 ) -> tuple[Array, Cache]:
-    cache = model.apply(variables, prompt.shape[0], capacity, method="empty_cache")
+    cache: Any = model.apply(variables, prompt.shape[0], capacity, method="empty_cache")
     logits, cache = model.apply(variables, prompt, cache, method="extend")
     return logits[:, -1], cache
 
@@ -65,7 +68,7 @@ def _prefill(
 @functools.partial(jax.jit, static_argnames=("model", "temperature", "top_k", "top_p"))
 def _sample_chunk(
     model: nn.Module,
-    variables: dict,
+    variables: Variables,
     logits: Array,
     cache: Cache,
     key: Array,
@@ -80,8 +83,8 @@ def _sample_chunk(
     def body(carry: tuple[Array, Cache], index: Array) -> tuple[tuple[Array, Cache], Array]:
         logits, cache = carry
         token = draw(logits, jax.random.fold_in(key, index))
-        logits, cache = model.apply(variables, token[:, None], cache, method="extend")
-        return (logits[:, 0], cache), token
+        extended: Any = model.apply(variables, token[:, None], cache, method="extend")
+        return (extended[0][:, 0], extended[1]), token
 
     (logits, cache), tokens = jax.lax.scan(body, (logits, cache), drawn + jnp.arange(CHUNK))
     return tokens.T, logits, cache
@@ -89,7 +92,7 @@ def _sample_chunk(
 
 def stream(
     model: nn.Module,
-    variables: dict,
+    variables: Variables,
     prompt: Int[Array, "B S"],
     *,
     num_tokens: int,
@@ -111,7 +114,9 @@ def stream(
       num_tokens: how many to draw.
       key: PRNG key; token i is drawn with ``fold_in(key, i)``.
       context: how far the model may look back.
-      temperature, top_k, top_p: see ``sample_token``.
+      temperature: see ``sample_token``.
+      top_k: see ``sample_token``.
+      top_p: see ``sample_token``.
 
     Raises:
       ConfigError: an argument is out of range.
@@ -143,7 +148,7 @@ def stream(
 
 def generate(
     model: nn.Module,
-    variables: dict,
+    variables: Variables,
     prompt: Int[Array, "B S"],
     *,
     num_tokens: int,

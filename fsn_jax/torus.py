@@ -47,9 +47,7 @@ def _polynomial_phasor(theta: Array) -> Complex:
     turn = quadrant.astype(jnp.int32)
     odd = (turn & 1) != 0
     re, im = jnp.where(odd, sin, cos), jnp.where(odd, cos, sin)
-    return Complex(
-        jnp.where(((turn + 1) & 2) != 0, -re, re), jnp.where((turn & 2) != 0, -im, im)
-    )
+    return Complex(jnp.where(((turn + 1) & 2) != 0, -re, re), jnp.where((turn & 2) != 0, -im, im))
 
 
 @jax.custom_jvp

@@ -4,6 +4,8 @@ It shares the causal sum, the feed-forward, the rotary frequencies and the cache
 the mixer and the state differ.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,11 @@ class RotaryAttention(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        dense = {"features": c.width, "use_bias": False, "dtype": jnp.dtype(c.dtype)}
+        dense: dict[str, Any] = {
+            "features": c.width,
+            "use_bias": False,
+            "dtype": jnp.dtype(c.dtype),
+        }
         self.query, self.key = nn.Dense(**dense), nn.Dense(**dense)
         self.value, self.output = nn.Dense(**dense), nn.Dense(**dense)
 

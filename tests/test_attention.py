@@ -62,7 +62,7 @@ def test_odd_shapes_against_oracle(batch, length, phases, heads, pairs, implemen
     expected = oracle.frustrated_attention(
         oracle.as_float64(variables["params"]), oracle.as_float64(theta), config
     )
-    actual = jax.jit(layer.apply)(variables, theta)
+    actual = cases.quick_jit(layer.apply)(variables, theta)
     np.testing.assert_allclose(actual, expected, **TOLERANCE)
 
 
@@ -100,9 +100,7 @@ def test_base_layer_ignores_the_switches_of_the_kernel():
     plain = KuramotoAttention(cases.fsn_config(**cases.BASE_LAYER))
     switched = KuramotoAttention(cases.fsn_config(num_harmonics=3))
     variables = cases.random_variables(plain, theta)
-    np.testing.assert_array_equal(
-        plain.apply(variables, theta), switched.apply(variables, theta)
-    )
+    np.testing.assert_array_equal(plain.apply(variables, theta), switched.apply(variables, theta))
 
 
 @pytest.mark.parametrize("score", ["static", "none"])
@@ -178,7 +176,7 @@ def test_exactly_causal(layer_class):
     layer = layer_class(cases.fsn_config())
     theta = cases.angles(2, length, 9)
     variables = cases.random_variables(layer, theta)
-    jacobian = np.asarray(jax.jit(jax.jacrev(lambda x: layer.apply(variables, x)))(theta))
+    jacobian = np.asarray(cases.quick_jit(jax.jacrev(lambda x: layer.apply(variables, x)))(theta))
     size = np.abs(jacobian).max(axis=(2, 5))  # [B, L, B, L] over outputs and inputs
     for t in range(length):
         assert (size[0, t, 0, t + 1 :] == 0).all()
@@ -195,9 +193,7 @@ def test_exactly_causal(layer_class):
 def test_gradients_against_central_differences(score, implementation):
     """d loss along a random direction of each parameter and of the angles, against float64."""
     theta = cases.angles(1, 6, 6)
-    config = cases.fsn_config(
-        num_phases=6, num_heads=2, score=score, implementation=implementation
-    )
+    config = cases.fsn_config(num_phases=6, num_heads=2, score=score, implementation=implementation)
     layer = FrustratedAttention(config)
     variables = cases.random_variables(layer, theta)
     weights = cases.angles(*theta.shape, seed=5)
@@ -210,4 +206,4 @@ def test_gradients_against_central_differences(score, implementation):
         return float((oracle.as_float64(weights) * update).sum())
 
     at = {"params": variables["params"], "theta": theta}
-    cases.check_gradients(jax.jit(jax.grad(library))(at), exact, oracle.as_float64(at))
+    cases.check_gradients(cases.quick_jit(jax.grad(library))(at), exact, oracle.as_float64(at))

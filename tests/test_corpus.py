@@ -346,6 +346,14 @@ def test_a_folder_is_split_by_file(tmp_path, cache):
     }
 
 
+def test_each_of_several_files_ends_with_one_separator(tmp_path, cache):
+    write(tmp_path / "own" / "a.jsonl", json.dumps({"text": "z" * 50_000}).encode())
+    write(tmp_path / "own" / "b.txt", b"plain")
+    write(tmp_path / "own" / "c.txt", b"nul\0")
+    splits = read_splits(opened("text", tmp_path / "own", cache))
+    assert b"".join(splits.values()) == b"z" * 50_000 + b"\0plain\0nul\0"
+
+
 def test_files_too_few_to_split_by_file_are_split_by_position(tmp_path, cache):
     files = make_folder(tmp_path / "own", count=3, size=30_000)
     joined = b"".join(text + b"\0" for _, text in sorted(files.items()))

@@ -66,7 +66,9 @@ def test_gradients_against_central_differences(argument):
 
     def exact(p):
         kappa = p["kappa_real"] + 1j * p["kappa_imag"]
-        return float((oracle.as_float64(weights) * oracle.coupling(p["theta"], p["attention"], kappa)).sum())
+        return float(
+            (oracle.as_float64(weights) * oracle.coupling(p["theta"], p["attention"], kappa)).sum()
+        )
 
     expected = oracle.directional_derivative(exact, oracle.as_float64(at), {argument: direction})
     gradient = np.asarray(jax.grad(library)(at[argument]), np.float64)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from train import fetch as fetching
+from train.datasets.pinned import PINNED
 from train.errors import UserError
 from train.fetch import LocalFile, PackageFile, SourceFailure, UrlArchive, copy_member, fetch
 
@@ -383,6 +384,22 @@ def test_a_wheel_is_taken_as_it_is(index, cache):
     assert os.listdir(cache) == ["w.whl"]
 
 
+def test_what_pip_delivers_is_checked_again(cache, tmp_path, monkeypatch):
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").touch()
+    (tmp_path / "pip" / "__main__.py").write_text(
+        "import pathlib, sys\n"
+        "[folder] = [word[7:] for word in sys.argv if word.startswith('--dest=')]\n"
+        "pathlib.Path(folder, 'some_wheel-1.0-py3-none-any.whl').write_bytes(b'other')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    said = f"through pip: altered: SHA-256 {hashlib.sha256(b'other').hexdigest()}"
+    source = PackageFile("some-wheel", "1.0", hashlib.sha256(GOOD_ZIP).hexdigest(), member="corpus")
+    with pytest.raises(UserError, match=said):
+        fetch_corpus(cache, source)
+    assert os.listdir(cache) == []
+
+
 def test_a_python_without_pip_is_told(cache, tmp_path, monkeypatch):
     (tmp_path / "pip").mkdir()
     (tmp_path / "pip" / "__main__.py").write_text("import sys; sys.exit('No module named pip')")
@@ -390,3 +407,21 @@ def test_a_python_without_pip_is_told(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(UserError, match="pip is not installed in this Python"):
         fetch_corpus(cache, PackageFile("some-wheel", "1.0", SHA256))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        pytest.param(file, source, id=source.label)
+        for pinned in PINNED.values()
+        for file in pinned.files
+        for source in file.sources
+        if isinstance(source, PackageFile)
+    ],
+)
+def test_every_pinned_package_holds_its_file(cache, file, source):
+    target = cache / file.name
+    fetch(target, [source], size=file.size, sha256=file.sha256, advice="", progress=print)
+    assert target.stat().st_size == file.size
+    assert os.listdir(cache) == [file.name]

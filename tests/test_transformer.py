@@ -24,7 +24,7 @@ def test_against_oracle(batch, length, shape, variant):
     model = Transformer(config)
     variables = cases.random_variables(model, tokens)
     expected = oracle.transformer(oracle.as_float64(variables["params"]), tokens, config)
-    logits = jax.jit(model.apply)(variables, tokens)
+    logits = cases.quick_jit(model.apply)(variables, tokens)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, **TOLERANCE)
 
@@ -44,7 +44,7 @@ def test_gradients_against_central_differences(variant):
         logits = oracle.transformer(params, tokens, config)
         return float((oracle.as_float64(weights) * logits).sum())
 
-    gradients = jax.jit(jax.grad(library))(params)
+    gradients = cases.quick_jit(jax.grad(library))(params)
     cases.check_gradients(gradients, exact, oracle.as_float64(params))
 
 
@@ -55,12 +55,11 @@ def test_no_logit_depends_on_a_later_token():
     tokens = jnp.array([[3, 0, 4, 1, 2]], jnp.int32)
     params = cases.random_variables(model, tokens)["params"]
 
-    @jax.jit
     def run(embedding):
         changed = {**params, "embedding": {"embedding": embedding}}
         return model.apply({"params": changed}, tokens)[0]
 
-    jacobian = np.asarray(jax.jit(jax.jacrev(run))(params["embedding"]["embedding"]))
+    jacobian = np.asarray(cases.quick_jit(jax.jacrev(run))(params["embedding"]["embedding"]))
     size = np.abs(jacobian[:, :, tokens[0]]).max(axis=(1, 3))  # [t, u]
     seen = np.tri(length, dtype=bool)
     assert (size[~seen] == 0).all()
@@ -80,8 +79,12 @@ def test_equal_tokens_are_told_apart_by_distance_alone():
     seen = np.diag([1.0, 1.0, 1.0, 0.0])
     params = {
         name: {"kernel": jnp.asarray(matrix, jnp.float32)}
-        for name, matrix in
-        {"query": seen, "key": seen, "value": marker, "output": np.eye(4)}.items()
+        for name, matrix in {
+            "query": seen,
+            "key": seen,
+            "value": marker,
+            "output": np.eye(4),
+        }.items()
     }
     # Pairs (0, 2) and (1, 3): the first has both its channels on, the second one of them.
     distance = np.arange(length)[:, None] - np.arange(length)

@@ -92,17 +92,16 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint holds another model.
         """
-        saved = self._metadata(step)
-        wanted = _shapes(like)
-        if saved != wanted:
-            differ = sorted(
-                k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k)
-            )
+        saved = _shapes(self._manager.item_metadata(step)[_ITEM].tree["params"])
+        wanted = _shapes(like.params)
+        differ = sorted(n for n in saved.keys() | wanted.keys() if saved.get(n) != wanted.get(n))
+        if differ:
             name = differ[0]
             raise UserError(
                 f"the checkpoint {self.folder / str(step)} is of another model: {name} is "
-                f"{saved.get(name, 'missing')} there and {wanted.get(name, 'absent')} in the config "
-                f"({len(differ)} arrays differ); use the run's own config, or another config.run_dir"
+                f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} in the "
+                f"config ({len(differ)} arrays differ); use the run's own config, or another "
+                f"folder with --config.run_dir=FOLDER"
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -111,15 +110,7 @@ class Checkpoints:
             )
         return restored[_ITEM]
 
-    def _metadata(self, step: int) -> dict[str, tuple[int, ...]]:
-        return _shapes(self._manager.item_metadata(step)[_ITEM])
 
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): (
-            tuple(leaf.shape)
-        )
-        for path, leaf in leaves
-    }
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {"/".join(str(k.key) for k in path): tuple(leaf.shape) for path, leaf in leaves}

@@ -244,7 +244,11 @@ class ExperimentConfig:
         return experiment
 
     def _check(self) -> None:
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
+        try:
+            check_fields(self)
+        except ConfigError as error:
+            raise UserError(str(error).replace("ExperimentConfig.", "config.")) from None
+        if not 0 <= self.seed < 2**31:
             raise UserError(f"config.seed must be from 0 to 2**31 - 1; got {self.seed}")
         if not self.name or "/" in self.name:
             raise UserError(f"config.name must be a plain folder name; got {self.name!r}")
@@ -327,7 +331,7 @@ def experiment(
 ) -> ConfigDict:
     """A locked ConfigDict for a file under ``configs/``: the given parts, defaults for the rest."""
     architecture = "fsn" if isinstance(model, FSNConfig) else "transformer"
-    parts = {
+    parts: dict[str, Any] = {
         "data": data or DataConfig(),
         "optimizer": optimizer or OptimizerConfig(),
         "training": training or TrainingConfig(),

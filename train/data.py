@@ -247,9 +247,10 @@ def evaluation_windows(
             index = np.arange(first, first + batch_size, dtype=np.int64)
             starts = np.minimum(index * stride, last_start)
             # One past the last target of the window before: what is left to score begins there.
+            # For rows that only fill the batch it lies past the end: they score nothing.
             reached = np.where(index == 0, 1, (index - 1) * stride + context + 1)
-            scored = (starts[:, None] + 1 + columns >= reached[:, None]) & (index < count)[:, None]
-            yield EvaluationBatch(np.where(index < count, starts, 0).astype(dtype), scored)
+            scored = starts[:, None] + 1 + columns >= reached[:, None]
+            yield EvaluationBatch(starts.astype(dtype), scored)
 
     return batches()
 

@@ -1,5 +1,6 @@
 """``python -m train --config=configs/quickstart.py``: trains, or goes on training, a run."""
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -28,15 +29,20 @@ def parse_config(argv: Sequence[str]) -> ExperimentConfig:
     )
     try:
         rest = values(list(argv))
-    except FileNotFoundError as error:
-        raise UserError(f"--config names a file that does not exist: {error.filename}") from None
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{error}") from None
+        chosen = config.value
+    except OSError as error:
+        missing = re.search(r"No such file or directory: '(.*)'", str(error))
+        reason = f"{missing[1]} does not exist" if missing else str(error)
+        raise UserError(f"--config names a file that cannot be read: {reason}") from None
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"there is no such setting: {error.args[0]}") from None
+    except (flags.Error, SyntaxError, ImportError, TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; settings look like --config.seed=1")
-    if config.value is None:
+    if chosen is None:
         raise UserError("--config=FILE is needed, for instance --config=configs/quickstart.py")
-    return ExperimentConfig.from_config_dict(config.value)
+    return ExperimentConfig.from_config_dict(chosen)
 
 
 def program(argv: Sequence[str]) -> None:

@@ -1,0 +1,101 @@
+"""FSN and transformer on enwik8: ``--config=configs/enwik8.py:ARM``.
+
+Pocket arms (about 0.23M parameters) are for a CPU, 1M arms for an accelerator. Both arms of a rung
+see the same batches in the same order and have the same number of parameters within 1%.
+"""
+
+from ml_collections import ConfigDict
+
+from fsn_jax import FSNConfig, TransformerConfig
+from train.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    experiment,
+)
+
+VOCABULARY = 205
+CHARACTERS_PER_EPOCH = 90_000_000
+
+FSN_OPTIMIZER = OptimizerConfig(peak_learning_rate=1e-2, angle_factor=4.0)
+TRANSFORMER_OPTIMIZER = OptimizerConfig(peak_learning_rate=1e-2)
+
+POCKET: dict[str, ModelConfig] = {
+    "fsn_pocket": FSNConfig(
+        vocab_size=VOCABULARY,
+        num_layers=4,
+        num_phases=64,
+        num_heads=4,
+        score_phases=8,
+        feedforward_width=96,
+    ),
+    "base_pocket": FSNConfig(
+        vocab_size=VOCABULARY,
+        num_layers=4,
+        num_phases=64,
+        num_heads=4,
+        score_phases=8,
+        feedforward_width=97,
+        num_harmonics=1,
+        delay=False,
+        static_angles=False,
+        signed_harmonics=False,
+    ),
+    "modes_pocket": FSNConfig(
+        vocab_size=VOCABULARY,
+        num_layers=4,
+        num_phases=64,
+        num_heads=4,
+        score_phases=8,
+        feedforward="collective_modes",
+        num_modes=120,
+    ),
+    "transformer_pocket": TransformerConfig(
+        vocab_size=VOCABULARY, num_layers=4, width=64, num_heads=4, feedforward_width=178
+    ),
+}
+ONE_MILLION: dict[str, ModelConfig] = {
+    "fsn_1m": FSNConfig(
+        vocab_size=VOCABULARY,
+        num_layers=6,
+        num_phases=112,
+        num_heads=4,
+        score_phases=14,
+        feedforward_width=188,
+        num_harmonics=2,
+    ),
+    "transformer_1m": TransformerConfig(
+        vocab_size=VOCABULARY, num_layers=6, width=112, num_heads=4, feedforward_width=306
+    ),
+}
+ARMS = (*POCKET, *ONE_MILLION)
+
+
+def get_config(arm: str = "fsn_pocket") -> ConfigDict:
+    """A rung's arm; see ``ARMS``."""
+    if arm not in ARMS:
+        raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
+    pocket = arm in POCKET
+    model = POCKET[arm] if pocket else ONE_MILLION[arm]
+    batch_size, context = (32, 256) if pocket else (64, 512)
+    characters = 20_000_000 if pocket else 30 * CHARACTERS_PER_EPOCH
+    steps_per_dispatch = 10 if pocket else 50
+    every = 120 if pocket else 2000
+    num_steps = round(characters / (batch_size * context) / every) * every
+    return experiment(
+        f"enwik8_{arm}",
+        model=model,
+        data=DataConfig(name="enwik8", context=context),
+        optimizer=FSN_OPTIMIZER if isinstance(model, FSNConfig) else TRANSFORMER_OPTIMIZER,
+        training=TrainingConfig(
+            batch_size=batch_size,
+            num_steps=num_steps,
+            steps_per_dispatch=steps_per_dispatch,
+            log_every=steps_per_dispatch * 4,
+        ),
+        evaluation=EvaluationConfig(every=every, num_bytes=1_000_000),
+        checkpoints=CheckpointConfig(every=every),
+    )

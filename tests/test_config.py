@@ -1,0 +1,198 @@
+"""Configurations: they refuse what cannot work, and they know their own size."""
+
+import dataclasses
+import itertools
+
+import cases
+import jax
+import pytest
+
+from fsn_jax import FSN, ConfigError, FSNConfig, Transformer, TransformerConfig
+
+BAD_FSN = [
+    ("vocab_size", 0),
+    ("vocab_size", 2.5),
+    ("num_layers", 0),
+    ("num_layers", "4"),
+    ("num_phases", -8),
+    ("num_heads", 0),
+    ("num_heads", 5),
+    ("num_heads", True),
+    ("num_harmonics", 0),
+    ("delay", 1),
+    ("static_angles", "yes"),
+    ("signed_harmonics", None),
+    ("score", "cosine"),
+    ("score_phases", -1),
+    ("values", "dense"),
+    ("feedforward", "mlp"),
+    ("feedforward_width", 0),
+    ("num_modes", 0),
+    ("rotary_base", 1.0),
+    ("rotary_base", float("nan")),
+    ("embedding_init", "zeros"),
+    ("embedding_scale", -1.0),
+    ("score_sharpness", 0.0),
+    ("kernel_init", "random"),
+    ("kernel_scale", float("inf")),
+    ("dtype", "float16"),
+    ("remat", "no"),
+    ("implementation", "triton"),
+]
+BAD_TRANSFORMER = [
+    ("vocab_size", -1),
+    ("num_layers", 1.0),
+    ("width", 0),
+    ("width", 63),
+    ("num_heads", 0),
+    ("num_heads", 3),
+    ("feedforward_width", 0),
+    ("tied_embedding", "both"),
+    ("rotary_base", 0.5),
+    ("dtype", "int8"),
+    ("remat", 2),
+    ("implementation", "pallas?"),
+]
+CASES = [(FSNConfig, *bad) for bad in BAD_FSN]
+CASES += [(TransformerConfig, *bad) for bad in BAD_TRANSFORMER]
+
+
+@pytest.mark.parametrize(("config_class", "field", "value"), CASES)
+def test_refuses_a_bad_field_in_one_line_that_names_it(config_class, field, value):
+    with pytest.raises(ConfigError) as caught:
+        config_class(**{field: value})
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"{config_class.__name__}.{field}" in message or f"{field} must" in message
+    assert str(value) in message
+
+
+def test_refuses_a_width_of_the_score_where_there_is_no_projection():
+    for score in ("gated", "static", "none"):
+        with pytest.raises(ConfigError, match="score_phases"):
+            FSNConfig(score=score, score_phases=3)
+
+
+@pytest.mark.parametrize("config", [FSNConfig(), TransformerConfig()])
+def test_refuses_a_context_without_tokens(config):
+    with pytest.raises(ConfigError, match="context"):
+        config.flops_per_token(0)
+
+
+@pytest.mark.parametrize("config", [FSNConfig(), TransformerConfig()])
+def test_frozen_hashable_and_checked_again_when_replaced(config):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_layers = 3
+    assert hash(config) == hash(type(config)())
+    assert dataclasses.replace(config, num_layers=3).num_layers == 3
+    with pytest.raises(ConfigError, match="num_layers"):
+        dataclasses.replace(config, num_layers=0)
+
+
+def fsn_grid():
+    """Every combination of the switches that make parameters; the sizes change along the way."""
+    switches = itertools.product(
+        ("projected", "gated", "static", "none"),
+        ("circular", "linear"),
+        ("swiglu", "collective_modes", "none"),
+        (True, False),
+        (True, False),
+    )
+    for i, (score, values, feedforward, delay, angles) in enumerate(switches):
+        yield cases.fsn_config(
+            score=score,
+            values=values,
+            feedforward=feedforward,
+            delay=delay,
+            static_angles=angles,
+            num_harmonics=1 + i % 3,
+            num_layers=1 + i % 2,
+            num_heads=(1, 3, 9)[i % 3],
+            vocab_size=5 + i % 4,
+            score_phases=i % 3 if score == "projected" else 0,
+        )
+
+
+def count(model):
+    tokens = cases.tokens(1, 3, 5)
+    tree = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_num_params_of_every_kind_of_fsn():
+    for config in fsn_grid():
+        assert count(FSN(config)) == config.num_params(), config
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_num_params_of_the_transformer(layers, tied):
+    config = cases.transformer_config(num_layers=layers, tied_embedding=tied, vocab_size=205)
+    assert count(Transformer(config)) == config.num_params()
+
+
+CONTEXT = 10
+PAIRS = sum(range(1, CONTEXT + 1))  # of a query and a visible source, in one window: 55
+
+
+def training_flops(products):
+    """Three passes (forward, and two products for each of them backward) over one window.
+
+    products: (rows, inner, columns) of every matrix product of a forward pass over the window;
+    each of its multiply-adds is two operations.
+    """
+    return sum(3 * 2 * rows * inner * columns for rows, inner, columns in products) / CONTEXT
+
+
+@pytest.mark.parametrize(
+    ("switches", "products_of_a_layer"),
+    [
+        (
+            # N = 6, H = 2, R = 4, M = 3, F = 7.
+            {"score_phases": 4, "num_harmonics": 3},
+            [
+                (CONTEXT, 12, 16),  # queries
+                (CONTEXT, 12, 16),  # keys
+                (2 * PAIRS, 8, 1),  # scores: two heads, four pairs of reals
+                (2 * PAIRS, 1, 18),  # values: a head has 3 phases, 3 harmonics, two reals each
+                (CONTEXT, 12, 7),
+                (CONTEXT, 12, 7),
+                (CONTEXT, 7, 6),
+            ],
+        ),
+        (
+            # Both gates; modes K = 5, real and imaginary.
+            {"score": "gated", "feedforward": "collective_modes"},
+            [
+                (CONTEXT, 12, 6),
+                (CONTEXT, 12, 6),
+                (2 * PAIRS, 6, 1),
+                (2 * PAIRS, 1, 12),
+                (CONTEXT, 12, 5),
+                (CONTEXT, 5, 6),
+                (CONTEXT, 5, 6),
+            ],
+        ),
+        (
+            {"score": "static", "values": "linear", "feedforward": "none"},
+            [(2 * PAIRS, 6, 1), (CONTEXT, 12, 6), (2 * PAIRS, 1, 3), (CONTEXT, 6, 6)],
+        ),
+    ],
+)
+def test_flops_of_the_fsn_counted_by_hand(switches, products_of_a_layer):
+    config = cases.fsn_config(num_phases=6, num_heads=2, **switches)
+    products = config.num_layers * products_of_a_layer + [(CONTEXT, 12, 11)]
+    assert config.flops_per_token(CONTEXT) == pytest.approx(training_flops(products), rel=1e-12)
+
+
+def test_flops_of_the_transformer_counted_by_hand():
+    config = cases.transformer_config()  # D = 12, H = 3, F = 7, V = 11
+    layer = [
+        *[(CONTEXT, 12, 12)] * 4,  # query, key, value, output
+        (3 * PAIRS, 4, 1),
+        (3 * PAIRS, 1, 4),
+        *[(CONTEXT, 12, 7)] * 2,
+        (CONTEXT, 7, 12),
+    ]
+    products = 2 * layer + [(CONTEXT, 12, 11)]
+    assert config.flops_per_token(CONTEXT) == pytest.approx(training_flops(products), rel=1e-12)

@@ -1,0 +1,204 @@
+"""Each ablation switch changes exactly what it names: which parameters exist, and what they do."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fsn_jax import FSN
+
+TOKENS = cases.tokens(length=7)
+N, H, M, F, K = 9, 3, 2, 7, 5
+BLOCK = "block_0"
+FULL = {
+    f"{BLOCK}/attention/score/query/kernel": (2 * N, 2 * N),
+    f"{BLOCK}/attention/score/key/kernel": (2 * N, 2 * N),
+    f"{BLOCK}/attention/score/log_beta": (H,),
+    f"{BLOCK}/attention/kernel_real": (2, M, N),
+    f"{BLOCK}/attention/kernel_imag": (2, M, N),
+    f"{BLOCK}/feedforward/gate/kernel": (2 * N, F),
+    f"{BLOCK}/feedforward/up/kernel": (2 * N, F),
+    f"{BLOCK}/feedforward/down/kernel": (F, N),
+    "embedding/angles": (11, N),
+    "readout/kernel": (2 * N, 11),
+    "readout/bias": (11,),
+}
+KERNEL = ("attention/kernel_real", "attention/kernel_imag")
+DENSE_SCORE = ("attention/score/query/kernel", "attention/score/key/kernel")
+SWIGLU = ("feedforward/gate/kernel", "feedforward/up/kernel", "feedforward/down/kernel")
+# Switch: what leaves the tree of a block, and what enters it or changes its shape.
+SWITCHES = {
+    ("num_harmonics", 3): ((), {name: (2, 3, N) for name in KERNEL}),
+    ("delay", False): ((), {name: (1, M, N) for name in KERNEL}),
+    ("static_angles", False): (("attention/kernel_imag",), {}),
+    ("signed_harmonics", False): ((), {}),
+    ("score_phases", 5): ((), {name: (2 * N, 2 * H * 5) for name in DENSE_SCORE}),
+    ("score", "gated"): (
+        DENSE_SCORE,
+        {
+            f"attention/score/{side}_gate/{part}": shape
+            for side in ("query", "key")
+            for part, shape in (("kernel", (2 * N, N)), ("bias", (N,)))
+        },
+    ),
+    ("score", "static"): (DENSE_SCORE, {"attention/score/gate": (N,)}),
+    ("score", "none"): ((*DENSE_SCORE, "attention/score/log_beta"), {}),
+    ("values", "linear"): (
+        KERNEL,
+        {"attention/value/kernel": (2 * N, N), "attention/output/kernel": (N, N)},
+    ),
+    ("feedforward", "collective_modes"): (
+        SWIGLU,
+        {
+            "feedforward/weights/kernel": (2 * N, K),
+            "feedforward/weights/bias": (K,),
+            "feedforward/modes_real": (K, N),
+            "feedforward/modes_imag": (K, N),
+        },
+    ),
+    ("feedforward", "none"): (SWIGLU, {}),
+}
+
+
+def build(**changes):
+    model = FSN(cases.fsn_config(num_layers=1, **changes))
+    return model, cases.random_variables(model, TOKENS)["params"]
+
+
+def shapes(**changes):
+    tree = jax.eval_shape(
+        FSN(cases.fsn_config(num_layers=1, **changes)).init, jax.random.key(0), TOKENS
+    )
+    return {
+        "/".join(step.key for step in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree["params"])
+    }
+
+
+def with_block(params, **parts):
+    """Replace modules of the block: attention=..., feedforward=...; None leaves a module out."""
+    block = {**params[BLOCK], **parts}
+    return {**params, BLOCK: {name: part for name, part in block.items() if part is not None}}
+
+
+def logits(model, params):
+    return cases.quick_jit(model.apply)({"params": params}, TOKENS)
+
+
+def assert_same(one, other):
+    np.testing.assert_allclose(logits(*one), logits(*other), rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_of_the_full_model():
+    assert shapes() == FULL
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: "=".join(map(str, switch)))
+def test_parameters_that_a_switch_changes(switch):
+    removed, entered = SWITCHES[switch]
+    expected = {k: v for k, v in FULL.items() if k not in {f"{BLOCK}/{name}" for name in removed}}
+    expected |= {f"{BLOCK}/{name}": shape for name, shape in entered.items()}
+    assert shapes(**dict([switch])) == expected
+
+
+def test_a_harmonic_of_zero_strength_is_no_harmonic():
+    more, params = build(num_harmonics=3)
+    attention = params[BLOCK]["attention"]
+    silent = {name.split("/")[1]: attention[name.split("/")[1]].at[:, 2].set(0) for name in KERNEL}
+    fewer = {name: kernel[:, :2] for name, kernel in silent.items()}
+    assert_same(
+        (more, with_block(params, attention={**attention, **silent})),
+        (build()[0], with_block(params, attention={**attention, **fewer})),
+    )
+
+
+def test_a_delay_of_zero_strength_is_no_delay():
+    delayed, params = build()
+    attention = params[BLOCK]["attention"]
+    kernels = {name: attention[name] for name in ("kernel_real", "kernel_imag")}
+    silent = {name: kernel.at[1].set(0) for name, kernel in kernels.items()}
+    without = {name: kernel[:1] for name, kernel in kernels.items()}
+    assert_same(
+        (delayed, with_block(params, attention={**attention, **silent})),
+        (build(delay=False)[0], with_block(params, attention={**attention, **without})),
+    )
+
+
+def test_angles_of_zero_are_no_angles():
+    """A real kernel has the angles 0 and pi only."""
+    complex_kernel, params = build()
+    attention = params[BLOCK]["attention"]
+    zero = {**attention, "kernel_imag": jnp.zeros_like(attention["kernel_imag"])}
+    real = {name: leaf for name, leaf in attention.items() if name != "kernel_imag"}
+    assert_same(
+        (complex_kernel, with_block(params, attention=zero)),
+        (build(static_angles=False)[0], with_block(params, attention=real)),
+    )
+
+
+def test_unsigned_harmonics_are_softplus_of_the_parameter():
+    """Whatever the parameter, the in-phase coefficient is positive; the out-of-phase one is free."""
+    signed, params = build()
+    attention = params[BLOCK]["attention"]
+    assert (attention["kernel_real"] < 0).any()
+    positive = {**attention, "kernel_real": jnp.logaddexp(0.0, attention["kernel_real"])}
+    assert_same(
+        (signed, with_block(params, attention=positive)),
+        (build(signed_harmonics=False)[0], params),
+    )
+
+
+@pytest.mark.parametrize("score", ["projected", "gated", "static"])
+def test_a_score_of_zero_is_no_score(score):
+    """The uniform mean field: every score equal because every query is zero."""
+    model, params = build(score=score)
+    attention = params[BLOCK]["attention"]
+    zero = jax.tree.map(jnp.zeros_like, attention["score"])
+    if score == "gated":
+        zero["query_gate"]["bias"] -= 1.0  # the gate is one plus its dense layer
+    unscored = {name: part for name, part in attention.items() if name != "score"}
+    assert_same(
+        (model, with_block(params, attention={**attention, "score": zero})),
+        (build(score="none")[0], with_block(params, attention=unscored)),
+    )
+
+
+def test_gates_without_content_are_static_gates():
+    gated, params = build(score="gated")
+    attention = params[BLOCK]["attention"]
+    gate = cases.angles(N, seed=3)
+    blind = jax.tree.map(jnp.zeros_like, attention["score"])
+    blind["query_gate"]["bias"] = gate - 1.0
+    blind["log_beta"] = attention["score"]["log_beta"]
+    static = {"gate": gate, "log_beta": attention["score"]["log_beta"]}
+    assert_same(
+        (gated, with_block(params, attention={**attention, "score": blind})),
+        (build(score="static")[0], with_block(params, attention={**attention, "score": static})),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "silenced"), [("swiglu", ["down"]), ("collective_modes", ["modes_real", "modes_imag"])]
+)
+def test_a_feedforward_of_zero_is_no_feedforward(kind, silenced):
+    model, params = build(feedforward=kind)
+    silent = dict(params[BLOCK]["feedforward"])
+    for name in silenced:
+        silent[name] = jax.tree.map(jnp.zeros_like, silent[name])
+    assert_same(
+        (model, with_block(params, feedforward=silent)),
+        (build(feedforward="none")[0], with_block(params, feedforward=None)),
+    )
+
+
+def test_linear_values_mix_features_without_looking_at_the_receiver():
+    """Zero values give a zero update; circular values push a token by its own phase, too."""
+    linear, params = build(values="linear", score="none", feedforward="none")
+    attention = dict(params[BLOCK]["attention"])
+    attention["value"] = jax.tree.map(jnp.zeros_like, attention["value"])
+    f = np.asarray(params["embedding"]["angles"])[np.asarray(TOKENS)]
+    f = np.concatenate([np.cos(f), np.sin(f)], -1)
+    unmoved = f @ np.asarray(params["readout"]["kernel"]) + np.asarray(params["readout"]["bias"])
+    actual = logits(linear, with_block(params, attention=attention))
+    np.testing.assert_allclose(actual, unmoved, rtol=1e-5, atol=1e-5)

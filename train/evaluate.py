@@ -1,0 +1,107 @@
+"""``python -m train.evaluate RUN``: the loss over the whole validation split, and nothing else."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from train.errors import UserError
+from train.load import TrainedModel, load
+from train.loop import Evaluator, check_devices
+from train.metrics import bits_per_character
+from train.program import run_program, use_compilation_cache
+from train.step import make_evaluate_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A loss and all that it depends on.
+
+    Attributes:
+      step: of the checkpoint.
+      bpc: bits per character.
+      num_bytes: characters predicted: all of the split but its first.
+      context: most characters the model saw before a prediction.
+      stride: new characters a window predicts.
+      seconds: it took.
+    """
+
+    step: int
+    bpc: float
+    num_bytes: int
+    context: int
+    stride: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.bpc:.4f} BPC on {self.num_bytes:,} bytes (context {self.context}, stride "
+            f"{self.stride}, step {self.step}, {self.seconds:.0f} s)"
+        )
+
+
+def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> Evaluation:
+    """Predicts every token but the first, once each.
+
+    Args:
+      trained: the model.
+      tokens: uint8[n].
+      stride: new characters a window predicts; 0 takes the run's own.
+
+    Raises:
+      UserError: the stride is longer than the context or the text shorter.
+    """
+    experiment = trained.experiment
+    stride = stride or experiment.evaluation_stride
+    check_devices(experiment, trained.mesh.size)
+    evaluator = Evaluator(experiment, make_evaluate_rows(trained.model, mesh=trained.mesh))
+    began = time.perf_counter()
+    loss, count = evaluator(trained.params, tokens, stride=stride)
+    return Evaluation(
+        step=trained.step,
+        bpc=bits_per_character(loss),
+        num_bytes=count,
+        context=experiment.data.context,
+        stride=stride,
+        seconds=round(time.perf_counter() - began, 1),
+    )
+
+
+def parser(description: str, prog: str) -> argparse.ArgumentParser:
+    """What this command and the final test have in common."""
+    p = argparse.ArgumentParser(prog=prog, description=description)
+    p.add_argument("run", help="a run's folder, for instance runs/quickstart")
+    p.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    p.add_argument(
+        "--stride", type=int, default=0, help="new characters a window predicts; 0: the run's own"
+    )
+    return p
+
+
+def checked_stride(stride: int) -> int:
+    """Raises UserError for a negative stride."""
+    if stride < 0:
+        raise UserError(f"--stride must be at least 1 (or 0 for the run's own); got {stride}")
+    return stride
+
+
+def program(argv: Sequence[str]) -> None:
+    """Parses and calls."""
+    options = parser(__doc__ or "", "python -m train.evaluate").parse_args(argv[1:])
+    stride = checked_stride(options.stride)
+    use_compilation_cache()
+    trained = load(options.run, which=options.checkpoint)
+    result = evaluate(trained, trained.corpus.tokens("validation"), stride=stride)
+    print(f"validation {result}")
+
+
+def main() -> None:
+    """The command line."""
+    sys.exit(run_program(program, sys.argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""``python -m train.final_test RUN``: the loss on the test split, read once and recorded.
+
+The only program that opens the test split. Each use is a line in the run's ``test_reads.jsonl``; a
+checkpoint and stride already read are reported from there, not computed again.
+"""
+
+import dataclasses
+import datetime
+import json
+import sys
+from collections.abc import Sequence
+
+from train.evaluate import checked_stride, evaluate, parser
+from train.load import load
+from train.metrics import read_rows
+from train.program import run_program, use_compilation_cache
+from train.run import git_state
+
+
+def program(argv: Sequence[str]) -> None:
+    """Parses and calls."""
+    options = parser(__doc__ or "", "python -m train.final_test").parse_args(argv[1:])
+    stride = checked_stride(options.stride)
+    use_compilation_cache()
+    trained = load(options.run, which=options.checkpoint)
+    stride = stride or trained.experiment.evaluation_stride
+    log = trained.run.path / "test_reads.jsonl"
+    reads = read_rows(log)
+    for row in reads:
+        if (row["step"], row["stride"]) == (trained.step, stride):
+            print(f"test {row['bpc']:.4f} BPC, read on {row['time']} (step {row['step']})")
+            return
+    if reads:
+        print(f"note: this run's test split has been read {len(reads)} time(s) before; see {log}")
+    result = evaluate(trained, trained.corpus.tokens("test", allow_test=True), stride=stride)
+    row = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **dataclasses.asdict(result),
+        "data_sha256": trained.corpus.sha256,
+        "git": git_state(),
+    }
+    with log.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"test {result}")
+
+
+def main() -> None:
+    """The command line."""
+    sys.exit(run_program(program, sys.argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -68,7 +68,7 @@ ONE_MILLION: dict[str, ModelConfig] = {
         num_harmonics=2,
     ),
     "transformer_1m": TransformerConfig(
-        vocab_size=VOCABULARY, num_layers=6, width=112, num_heads=4, feedforward_width=306
+        vocab_size=VOCABULARY, num_layers=6, width=112, num_heads=4, feedforward_width=327
     ),
 }
 ARMS = (*POCKET, *ONE_MILLION)

@@ -144,6 +144,14 @@ class _PhaseAttention(nn.Module):
             *(jax.lax.dynamic_slice_in_dim(part, position, length, axis=0) for part in table)
         )
 
+    def _causal_sum(
+        self, query: Array, key: Array, value: Array, *, include_self: bool
+    ) -> CausalSum:
+        implementation = self.config.implementation
+        return causal_sum(
+            query, key, value, include_self=include_self, implementation=implementation
+        )
+
     def _heads(self, z: Complex) -> Complex:
         heads = self.config.num_heads
         return Complex(split_heads(z.re, heads), split_heads(z.im, heads))
@@ -213,7 +221,7 @@ class FrustratedAttention(_PhaseAttention):
         self._sow_entropy(query, key)
         if c.values == "linear":
             value = split_heads(self.value(features(z)), c.num_heads)
-            return self._linear_output(causal_sum(query, key, value, include_self=True))
+            return self._linear_output(self._causal_sum(query, key, value, include_self=True))
         if c.implementation == "reference":
             kappa = self.kappa()
             return coupling_update(
@@ -221,7 +229,7 @@ class FrustratedAttention(_PhaseAttention):
             )
         kappa, zh = self._kappa_by_head(), self._heads(z)
         value = fold_values(zh, kappa).astype(c.dtype)
-        total, self_weight = causal_sum(query, key, value, include_self=False)
+        total, self_weight = self._causal_sum(query, key, value, include_self=False)
         return merge_heads(unfold_sum(zh, total, self_weight, kappa))
 
     def extend(
@@ -282,7 +290,7 @@ class KuramotoAttention(_PhaseAttention):
         z = phasor(theta)
         query, key = self.score(z, self._rotary(theta.shape[1]))
         self._sow_entropy(query, key)
-        return self._pull(z, causal_sum(query, key, self._values(z), include_self=True))
+        return self._pull(z, self._causal_sum(query, key, self._values(z), include_self=True))
 
     def extend(
         self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]

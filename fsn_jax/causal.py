@@ -3,16 +3,30 @@
 ``A[t, u] = softmax_u(q_t . k_u)`` over ``u <= t``. The frustrated coupling needs the sum over the
 strict past, ``sum_{u < t} A[t, u] v_u``, and the weight ``A[t, t]`` apart from it; the transformer
 needs the whole sum. Queries carry the temperature.
+
+``causal_sum`` works through blocks of queries, each against the keys before its end only, and its
+backward pass computes the weights again from their normaliser: half the work of the full square
+and no ``[B, H, L, L]`` array in either direction.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
+
+from fsn_jax.config import Implementation
 
 _MASKED = -1e30  # finite: exp gives 0 without the NaN that minus infinity leaves in the gradient
+
+BLOCK = 128
+"""Queries worked on together."""
+
+MAX_SEGMENTS = 8
+"""Distinct prefix lengths compiled; a longer sequence loops over the blocks of a segment."""
 
 
 class CausalSum(NamedTuple):
@@ -39,41 +53,11 @@ def merge_heads(x: Float[Array, "B H L P"]) -> Float[Array, "B L HxP"]:
     return x.transpose(0, 2, 1, 3).reshape(batch, length, heads * width)
 
 
-def _scores(query: Array, key: Array) -> Array:
-    return jnp.einsum("bhte,bhue->bhtu", query, key, preferred_element_type=jnp.float32)
-
-
-def _softmax(scores: Array, causal: Bool[Array, "S C"] | np.ndarray) -> Array:
-    # float32 whatever the inputs: the normaliser sums up to L terms.
-    return jax.nn.softmax(jnp.where(causal[None, None], scores, _MASKED), axis=-1)
-
-
 def attention_weights(
     query: Float[Array, "B H L E"], key: Float[Array, "B H L E"]
 ) -> Float[Array, "B H L L"]:
     """The matrix ``A`` itself: rows sum to one over ``u <= t``."""
-    length = query.shape[2]
-    return _softmax(_scores(query, key), np.tri(length, dtype=bool))
-
-
-def causal_sum(
-    query: Float[Array, "B H L E"],
-    key: Float[Array, "B H L E"],
-    value: Float[Array, "B H L G"],
-    *,
-    include_self: bool,
-) -> CausalSum:
-    """The weighted sum over ``u <= t`` (``include_self``) or ``u < t``.
-
-    The self weight stays in the normaliser either way.
-    """
-    length = query.shape[2]
-    return _weighted_sum(
-        _softmax(_scores(query, key), np.tri(length, dtype=bool)),
-        value,
-        own=np.eye(length, dtype=bool),
-        include_self=include_self,
-    )
+    return _softmax(_inner(query, key), np.tri(query.shape[2], dtype=bool))
 
 
 def causal_sum_cached(
@@ -90,24 +74,215 @@ def causal_sum_cached(
     """
     own_slot = position + jnp.arange(query.shape[2])[:, None]
     slot = jnp.arange(key.shape[2])[None, :]
-    weights = _softmax(_scores(query, key), slot <= own_slot)
-    return _weighted_sum(weights, value, own=slot == own_slot, include_self=include_self)
+    weights = _softmax(_inner(query, key), slot <= own_slot)
+    return _weigh(weights, value, slot == own_slot, include_self=include_self)
 
 
-def _weighted_sum(
-    weights: Float[Array, "B H S C"],
-    value: Float[Array, "B H C G"],
-    *,
-    own: Bool[Array, "S C"] | np.ndarray,
-    include_self: bool,
+def _inner(x: Array, y: Array) -> Array:
+    return jnp.einsum("bhte,bhue->bhtu", x, y, preferred_element_type=jnp.float32)
+
+
+def _combine(weights: Array, x: Array) -> Array:
+    """``sum_u weights[t, u] x[u]``, the product in the type of ``x``, the sum in float32."""
+    weights = weights.astype(x.dtype)
+    return jnp.einsum("bhtu,bhug->bhtg", weights, x, preferred_element_type=jnp.float32)
+
+
+def _softmax(scores: Array, causal: Array | np.ndarray) -> Array:
+    # float32 whatever the inputs: the normaliser sums up to L terms.
+    return jax.nn.softmax(jnp.where(causal, scores, _MASKED), axis=-1)
+
+
+def _weigh(
+    weights: Array, value: Array, own: Array | np.ndarray, *, include_self: bool
 ) -> CausalSum:
-    own = own[None, None]
     self_weight = jnp.where(own, weights, 0).sum(axis=-1)
     summed = weights if include_self else jnp.where(own, 0, weights)
-    total = jnp.einsum(
-        "bhtu,bhug->bhtg",
-        summed.astype(value.dtype),
-        value,
-        preferred_element_type=jnp.float32,
+    return CausalSum(_combine(summed, value), self_weight)
+
+
+def causal_sum(
+    query: Float[Array, "B H L E"],
+    key: Float[Array, "B H L E"],
+    value: Float[Array, "B H L G"],
+    *,
+    include_self: bool,
+    implementation: Implementation = "auto",
+) -> CausalSum:
+    """The weighted sum over ``u <= t`` (``include_self``) or ``u < t``.
+
+    The self weight stays in the normaliser either way. Differentiable in reverse mode.
+
+    Args:
+      query: float32 or bfloat16; sums and softmax are float32 either way.
+      key: as ``query``.
+      value: as ``query``.
+      include_self: whether a token's own value is in its sum.
+      implementation: ``reference`` goes through the whole matrix and has all derivatives; ``xla``
+        goes block by block; ``auto`` is the fastest for the backend.
+    """
+    if implementation == "reference":
+        return _causal_sum_reference(query, key, value, include_self=include_self)
+    length = query.shape[2]
+    # Padded keys come after every real query and padded queries are cut off, so zeros will do.
+    rows = ((0, 0), (0, 0), (0, -length % _block(length)), (0, 0))
+    query, key, value = (jnp.pad(x, rows) for x in (query, key, value))
+    total, self_weight = _causal_sum(query, key, value, include_self)
+    return CausalSum(total[:, :, :length], self_weight[:, :, :length])
+
+
+def _causal_sum_reference(
+    query: Array, key: Array, value: Array, *, include_self: bool
+) -> CausalSum:
+    own = np.eye(query.shape[2], dtype=bool)
+    return _weigh(attention_weights(query, key), value, own, include_self=include_self)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _causal_sum(query: Array, key: Array, value: Array, include_self: bool) -> CausalSum:
+    return _causal_sum_forward(query, key, value, include_self)[0]
+
+
+def _causal_sum_forward(
+    query: Array, key: Array, value: Array, include_self: bool
+) -> tuple[CausalSum, tuple[Array, ...]]:
+    own_score = _own_inner(query, key)
+    parts = []
+    for segment in _segments(query.shape[2]):
+        prefix = key[:, :, : segment.stop], value[:, :, : segment.stop]
+        work = functools.partial(_forward_block, *prefix)
+        parts.append(_over_blocks(work, segment, query, own_score))
+    total, self_weight, log_normaliser = (
+        jnp.concatenate(arrays, axis=2) for arrays in zip(*parts, strict=True)
     )
-    return CausalSum(total, self_weight)
+    if include_self:
+        total += self_weight[..., None] * value
+    residuals = (query, key, value, total, self_weight, log_normaliser)
+    return CausalSum(total, self_weight), residuals
+
+
+def _causal_sum_backward(
+    include_self: bool, residuals: tuple[Array, ...], gradient: CausalSum
+) -> tuple[Array, Array, Array]:
+    query, key, value, total, self_weight, log_normaliser = residuals
+    d_total, d_self = gradient
+    mean = jnp.sum(d_total * total, axis=-1) + d_self * self_weight
+    d_own = d_self + _own_inner(d_total, value) if include_self else d_self
+    d_own_score = (self_weight * (d_own - mean))[..., None]
+    d_query = []
+    d_key, d_value = d_own_score * query, jnp.zeros(value.shape, jnp.float32)
+    if include_self:
+        d_value += self_weight[..., None] * d_total
+    d_total = d_total.astype(value.dtype)
+    for segment in _segments(query.shape[2]):
+        prefix = key[:, :, : segment.stop], value[:, :, : segment.stop]
+        work = functools.partial(_backward_block, *prefix)
+        arrays = (query, log_normaliser, d_total, mean)
+        dq, dk, dv = _over_blocks(work, segment, *arrays, sums=2)
+        d_query.append(dq)
+        rows = ((0, 0), (0, 0), (0, query.shape[2] - segment.stop), (0, 0))
+        d_key += jnp.pad(dk, rows)
+        d_value += jnp.pad(dv, rows)
+    full_query = jnp.concatenate(d_query, axis=2) + d_own_score * key
+    return full_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype)
+
+
+_causal_sum.defvjp(_causal_sum_forward, _causal_sum_backward)
+
+
+def _forward_block(
+    key: Array, value: Array, start: Array, query: Array, own_score: Array
+) -> tuple[Array, Array, Array]:
+    """The strict sum, self weights and log normalisers of the queries from ``start`` on."""
+    past = _past(start, query, key)
+    scores = jnp.where(past, _inner(query, key), _MASKED)
+    largest = jnp.maximum(scores.max(axis=-1), own_score)
+    weights = jnp.exp(scores - largest[..., None])
+    own_weight = jnp.exp(own_score - largest)
+    normaliser = weights.sum(axis=-1) + own_weight
+    total = _combine(weights, value) / normaliser[..., None]
+    return total, own_weight / normaliser, largest + jnp.log(normaliser)
+
+
+def _backward_block(
+    key: Array,
+    value: Array,
+    start: Array,
+    query: Array,
+    log_normaliser: Array,
+    d_total: Array,
+    mean: Array,
+) -> tuple[Array, Array, Array]:
+    """Gradients by the strict sum: of these queries, and of all keys and values."""
+    past = _past(start, query, key)
+    scores = jnp.where(past, _inner(query, key), _MASKED)
+    weights = jnp.exp(scores - log_normaliser[..., None])
+    d_scores = weights * (_inner(d_total, value) - mean[..., None])
+    return (
+        _combine(d_scores, key),
+        _combine(d_scores.swapaxes(2, 3), query),
+        _combine(weights.swapaxes(2, 3), d_total),
+    )
+
+
+def _past(start: Array, query: Array, key: Array) -> Array:
+    time = start + jnp.arange(query.shape[2])[:, None]
+    return jnp.arange(key.shape[2])[None, :] < time
+
+
+def _own_inner(x: Array, y: Array) -> Array:
+    return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
+
+
+class _Segment(NamedTuple):
+    """Queries ``[start, stop)``, taken ``block`` at a time, against keys ``[0, stop)``."""
+
+    start: int
+    stop: int
+    block: int
+
+
+def _block(length: int) -> int:
+    return min(BLOCK, length)
+
+
+def _segments(length: int) -> list[_Segment]:
+    """Cuts a padded length into at most MAX_SEGMENTS runs of whole blocks."""
+    block = _block(length)
+    num_blocks = length // block
+    step = -(-num_blocks // MAX_SEGMENTS) * block
+    return [_Segment(a, min(a + step, length), block) for a in range(0, length, step)]
+
+
+def _over_blocks(
+    work: Callable[..., tuple[Array, ...]], segment: _Segment, *arrays: Array, sums: int = 0
+) -> list[Array]:
+    """Applies ``work(start, *rows)`` to each block of a segment.
+
+    The last ``sums`` results are summed over the blocks, the others joined along the rows.
+    """
+    rows = [x[:, :, segment.start : segment.stop] for x in arrays]
+    num_blocks = (segment.stop - segment.start) // segment.block
+    if num_blocks == 1:
+        return list(work(jnp.int32(segment.start), *rows))
+
+    def split(x: Array) -> Array:
+        shape = (*x.shape[:2], num_blocks, segment.block, *x.shape[3:])
+        return jnp.moveaxis(x.reshape(shape), 2, 0)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+    starts = segment.start + segment.block * jnp.arange(num_blocks)
+    inputs = (starts, *map(split, rows))
+    shapes = jax.eval_shape(work, *(x[0] for x in inputs))
+    zeros = [jnp.zeros(s.shape, s.dtype) for s in shapes[len(shapes) - sums :]]
+
+    def body(totals: list[Array], block: tuple[Array, ...]) -> tuple[list[Array], list[Array]]:
+        results = work(*block)
+        joined, summed = results[: len(results) - sums], results[len(results) - sums :]
+        return [a + b for a, b in zip(totals, summed, strict=True)], list(joined)
+
+    totals, joined = jax.lax.scan(body, zeros, inputs)
+    return [*map(join, joined), *totals]

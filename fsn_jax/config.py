@@ -10,6 +10,7 @@ Letters (used in names, annotations and einsums throughout the package)::
 
 import dataclasses
 import math
+import typing
 from typing import Literal
 
 Score = Literal["projected", "gated", "static", "none"]
@@ -83,6 +84,8 @@ def _mean_causal_pairs(context: int) -> float:
     return (context + 1) / 2
 
 
+# They check themselves, with words for a user; run-time type checks would only come in between.
+@typing.no_type_check
 @dataclasses.dataclass(frozen=True)
 class FSNConfig:
     """A Frustrated Synchronization Network.
@@ -227,6 +230,7 @@ class FSNConfig:
         return float(TRAINING_FLOPS_FACTOR * 2 * multiply_adds)
 
 
+@typing.no_type_check
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """The baseline: decoder-only, pre-RMSNorm, RoPE, SwiGLU, no biases.

@@ -121,7 +121,11 @@ def stream(
     Raises:
       ConfigError: an argument is out of range.
     """
-    _check(prompt, num_tokens, context, temperature, top_k, top_p)
+    if prompt.shape[1] < 1:
+        raise ConfigError("prompt must hold at least one token")
+    if context < 2:
+        raise ConfigError(f"context must be at least 2; got {context}")
+    check_sampling(num_tokens=num_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     window, drawn = prompt, 0
     while drawn < num_tokens:
         if window.shape[1] >= context:
@@ -173,15 +177,10 @@ def generate(
     return jnp.concatenate(list(chunks), axis=1)
 
 
-def _check(
-    prompt: Array, num_tokens: int, context: int, temperature: float, top_k: int, top_p: float
-) -> None:
-    if prompt.shape[1] < 1:
-        raise ConfigError("prompt must hold at least one token")
+def check_sampling(*, num_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    """Raises ConfigError if an argument of ``stream`` is out of range."""
     if num_tokens < 1:
         raise ConfigError(f"num_tokens must be at least 1; got {num_tokens}")
-    if context < 2:
-        raise ConfigError(f"context must be at least 2; got {context}")
     if not 0 <= temperature < float("inf"):
         raise ConfigError(f"temperature must be finite and not negative; got {temperature}")
     if top_k < 0:

@@ -39,7 +39,10 @@ class RotaryAttention(nn.Module):
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         rotary = self._rotary(x.shape[1])
         query, key, value = self._project(x, rotary)
-        return self._output(causal_sum(query, key, value, include_self=True))
+        implementation = self.config.implementation
+        return self._output(
+            causal_sum(query, key, value, include_self=True, implementation=implementation)
+        )
 
     def extend(self, x: Array, cache: LayerCache, position: Array) -> tuple[Array, LayerCache]:
         """As ``__call__`` for S tokens at ``position`` and on, given a cache of those before."""

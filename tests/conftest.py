@@ -4,9 +4,19 @@ Warnings are errors and shapes are checked at run time, both set in pyproject.to
 """
 
 import os
+from collections.abc import Iterator
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-pages",
+        action="store_true",
+        help="write the pages under docs/ that tests make, instead of comparing them",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,3 +29,25 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module")
+def quick_compiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiles with less effort, and each program of the session once.
+
+    For tests of what is around a model, where compiling is nearly all of the time.
+    """
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name, False) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

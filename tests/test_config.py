@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import cases
 import jax
@@ -63,7 +64,7 @@ def test_refuses_a_bad_field_in_one_line_that_names_it(config_class, field, valu
         config_class(**{field: value})
     message = str(caught.value)
     assert "\n" not in message
-    assert f"{config_class.__name__}.{field}" in message or f"{field} must" in message
+    assert message.startswith(config_class.__name__) and re.search(rf"\b{field}\b", message)
     assert str(value) in message
 
 
@@ -90,21 +91,19 @@ def test_frozen_hashable_and_checked_again_when_replaced(config):
 
 
 def fsn_grid():
-    """Every combination of the switches that make parameters; the sizes change along the way."""
-    switches = itertools.product(
+    """Every score with every value pathway and feed-forward; the rest varies along the way."""
+    kinds = itertools.product(
         ("projected", "gated", "static", "none"),
         ("circular", "linear"),
         ("swiglu", "collective_modes", "none"),
-        (True, False),
-        (True, False),
     )
-    for i, (score, values, feedforward, delay, angles) in enumerate(switches):
+    for i, (score, values, feedforward) in enumerate(kinds):
         yield cases.fsn_config(
             score=score,
             values=values,
             feedforward=feedforward,
-            delay=delay,
-            static_angles=angles,
+            delay=i % 2 == 0,
+            static_angles=i % 5 < 3,
             num_harmonics=1 + i % 3,
             num_layers=1 + i % 2,
             num_heads=(1, 3, 9)[i % 3],

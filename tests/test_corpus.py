@@ -19,6 +19,7 @@ from train.datasets.files import contents, find_files, plan_splits
 from train.datasets.pinned import ENWIK8, PINNED, Pinned, PinnedFile
 from train.datasets.python_files import is_test, split_of
 from train.errors import UserError
+from train.program import run_program
 
 
 @pytest.fixture
@@ -604,7 +605,7 @@ def test_without_tensorflow_datasets_the_remedies_are_named(tmp_path, cache, mon
 def test_the_command_prepares_and_tells_what_it_made(tmp_path, cache, capsys):
     own = write(tmp_path / "own.txt", text_of(50_000))
     arguments = ["--name=text", f"--path={own}", f"--cache_dir={cache}"]
-    assert prepare.main(arguments) == 0
+    assert run_program(prepare.program, ["prepare", *arguments]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     assert "train            45,000 bytes" in printed.out
@@ -613,7 +614,8 @@ def test_the_command_prepares_and_tells_what_it_made(tmp_path, cache, capsys):
 
 
 def test_the_command_fails_in_one_line_with_status_2(cache, capsys):
-    assert prepare.main(["--name=text", f"--cache_dir={cache}"]) == 2
+    argv = ["prepare", "--name=text", f"--cache_dir={cache}"]
+    assert run_program(prepare.program, argv) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("error: config.data.name=text needs your own files")

@@ -138,7 +138,7 @@ def test_angles_of_zero_are_no_angles():
 
 
 def test_unsigned_harmonics_are_softplus_of_the_parameter():
-    """Whatever the parameter, the in-phase coefficient is positive; the out-of-phase one is free."""
+    """Whatever the parameter, the in-phase coefficient is positive; the other one is free."""
     signed, params = build()
     attention = params[BLOCK]["attention"]
     assert (attention["kernel_real"] < 0).any()

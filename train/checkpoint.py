@@ -34,6 +34,8 @@ class Checkpoints:
         self.folder = folder.resolve()
         self._manager = ocp.CheckpointManager(
             self.folder,
+            # Named here, or a manager that has saved nothing yet cannot tell what is in a checkpoint.
+            item_handlers={_ITEM: ocp.StandardCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 create=not read_only,
                 read_only=read_only,

@@ -45,10 +45,6 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_at_least(self, 2, "context")
-        if self.name in ("codeparrot", "text") and not self.path:
-            raise ConfigError(
-                f"DataConfig.path must name a file or folder for the corpus {self.name!r}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +246,11 @@ class ExperimentConfig:
             raise UserError(str(error).replace("ExperimentConfig.", "config.")) from None
         if not 0 <= self.seed < 2**31:
             raise UserError(f"config.seed must be from 0 to 2**31 - 1; got {self.seed}")
+        if self.data.name in ("codeparrot", "text") and not self.data.path:
+            raise UserError(
+                f"config.data.name={self.data.name} needs a file or folder of yours: give it with "
+                f"--config.data.path=FILE_OR_FOLDER"
+            )
         if not self.name or "/" in self.name:
             raise UserError(f"config.name must be a plain folder name; got {self.name!r}")
         steps = self.training.steps_per_dispatch
@@ -328,8 +329,12 @@ def experiment(
     evaluation: EvaluationConfig | None = None,
     checkpoints: CheckpointConfig | None = None,
     seed: int = 0,
+    vocabulary_from_corpus: bool = False,
 ) -> ConfigDict:
-    """A locked ConfigDict for a file under ``configs/``: the given parts, defaults for the rest."""
+    """A locked ConfigDict for a file under ``configs/``: the given parts, defaults for the rest.
+
+    With ``vocabulary_from_corpus`` the model's ``vocab_size`` is whatever the corpus has.
+    """
     architecture = "fsn" if isinstance(model, FSNConfig) else "transformer"
     parts: dict[str, Any] = {
         "data": data or DataConfig(),
@@ -347,4 +352,6 @@ def experiment(
             **{key: dataclasses.asdict(part) for key, part in parts.items()},
         }
     )
+    if vocabulary_from_corpus:
+        config.model.vocab_size = 0
     return config.lock()

@@ -281,6 +281,7 @@ def _evaluation_extent(
     if limit < context + 1:
         raise UserError(
             f"config.data.context={context} needs at least {context + 1} bytes to evaluate on, and "
-            f"there are {limit}: lower the context, or give more text or a larger max_bytes"
+            f"there are {limit}: lower the context, or give more text or a larger "
+            "config.evaluation.num_bytes"
         )
     return limit, 1 - (-(limit - 1 - context) // stride)

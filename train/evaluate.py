@@ -1,6 +1,5 @@
 """``python -m train.evaluate RUN``: the loss over the whole validation split, and nothing else."""
 
-import argparse
 import dataclasses
 import sys
 import time
@@ -12,7 +11,7 @@ from train.errors import UserError
 from train.load import TrainedModel, load
 from train.loop import Evaluator, check_devices
 from train.metrics import bits_per_character
-from train.program import run_program, use_compilation_cache
+from train.program import Arguments, run_program, use_compilation_cache
 from train.step import make_evaluate_rows
 
 
@@ -70,9 +69,9 @@ def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> E
     )
 
 
-def parser(description: str, prog: str) -> argparse.ArgumentParser:
+def parser(description: str, prog: str) -> Arguments:
     """What this command and the final test have in common."""
-    p = argparse.ArgumentParser(prog=prog, description=description)
+    p = Arguments(prog=prog, description=description)
     p.add_argument("run", help="a run's folder, for instance runs/quickstart")
     p.add_argument("--checkpoint", default="best", help="best, latest or a step")
     p.add_argument(

@@ -43,7 +43,7 @@ class Outcome:
     Attributes:
       state: after the last step.
       step: of it.
-      validation_loss: nats per character, of the last evaluation.
+      validation_loss: nats per character, of the last evaluation in this start.
       best_step: of the checkpoint with the lowest validation loss.
       seconds: of this start, from the first step to the last save.
       resumed_from: the step this start began at.
@@ -72,6 +72,26 @@ def check_devices(experiment: ExperimentConfig, num_devices: int) -> None:
             f"config.evaluation.batch_size must be a multiple of the {num_devices} devices; "
             f"got {evaluation.batch_size}"
         )
+
+
+def check_experiment(experiment: ExperimentConfig, corpus: Corpus, num_devices: int) -> None:
+    """Judges the settings beside the corpus and the devices, before anything is written.
+
+    Raises:
+      UserError: a batch does not divide, or a split is too short for a window.
+    """
+    check_devices(experiment, num_devices)
+    context, evaluation = experiment.data.context, experiment.evaluation
+    WindowOrder(
+        corpus.splits["train"].num_bytes, context, experiment.training.batch_size, experiment.seed
+    )
+    evaluation_windows(
+        corpus.splits["validation"].num_bytes,
+        context,
+        experiment.evaluation_stride,
+        evaluation.batch_size,
+        max_bytes=evaluation.num_bytes,
+    )
 
 
 class Evaluator:
@@ -113,12 +133,13 @@ def train(
     """Trains, or goes on training, the run in ``run``.
 
     Raises:
-      UserError: the batch does not divide the devices, or the checkpoint is of another model.
+      UserError: the settings do not suit the corpus or the devices, or the checkpoint is of
+        another model.
       DivergedError: the loss or gradient stopped being finite.
     """
     training = experiment.training
     mesh = data_mesh()
-    check_devices(experiment, mesh.size)
+    check_experiment(experiment, corpus, mesh.size)
     tokens = corpus.tokens("train")
     validation = _validation_slice(experiment, corpus)
     order = WindowOrder(len(tokens), experiment.data.context, training.batch_size, experiment.seed)
@@ -144,6 +165,15 @@ def train(
         else:
             state = init_state(model, optimizer, seed=experiment.seed, mesh=mesh)
             write_parameter_table(run, state.params)
+        if start == training.num_steps:
+            return Outcome(
+                state=state,
+                step=start,
+                validation_loss=None,
+                best_step=checkpoints.best(),
+                seconds=0.0,
+                resumed_from=start,
+            )
         write_provenance(run, corpus, resume_step=start)
         metrics = Metrics(
             run.path,
@@ -152,6 +182,8 @@ def train(
             characters_per_step=experiment.characters_per_step,
             show_progress=show_progress,
         )
+        if start:
+            metrics.say(f"going on from the checkpoint of step {start}")
         pending: tuple[int, Tally] | None = None
         validation_loss = None
         began = time.perf_counter()
@@ -174,6 +206,7 @@ def train(
                 saving = last or step % experiment.checkpoints.every == 0
                 if evaluating or saving:
                     flush()
+                paused = time.perf_counter()
                 fresh_loss = None
                 if evaluating:
                     validation_loss, count = evaluate(state.params, validation)
@@ -182,7 +215,7 @@ def train(
                 if saving:
                     checkpoints.save(state, step, fresh_loss)
                 if evaluating or saving:
-                    metrics.skip_clock()
+                    metrics.leave_out(time.perf_counter() - paused)
             checkpoints.wait()
         finally:
             metrics.close()
@@ -244,8 +277,9 @@ def _record(
         )
         raise DivergedError(
             f"the loss or its gradient was not finite at step {int(tally.last_skipped)}; {where}; "
-            f"lower config.optimizer.peak_learning_rate or config.optimizer.clip_norm, or allow "
-            f"for such steps with config.training.skipped_limit"
+            f"lower config.optimizer.peak_learning_rate or config.optimizer.clip_norm in another "
+            f"--config.run_dir, or go on past such steps with a higher "
+            f"config.training.skipped_limit"
         )
     if step % experiment.training.log_every:
         return
@@ -255,6 +289,6 @@ def _record(
         epoch=round(order.epoch(step), 6),
         loss=float(tally.loss) / steps,
         grad_norm=float(tally.grad_norm) / steps,
-        learning_rate=float(rate(step - 1)),
+        learning_rate=float(rate(step - 1 - skipped)),  # the schedule waits for skipped steps
         skipped=skipped,
     )

@@ -1,20 +1,35 @@
 """``python -m train --config=configs/quickstart.py``: trains, or goes on training, a run."""
 
-import re
+import difflib
+import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from train.config import ExperimentConfig
 from train.errors import UserError
 from train.finish import finish
 from train.load import open_experiment_corpus
-from train.loop import train
+from train.loop import check_experiment, train
 from train.program import run_program, use_compilation_cache
-from train.run import create_or_resume, default_folder
+from train.run import create_or_resume, default_folder, flatten
+
+HELP = """Any setting of the file can be changed: --config.training.num_steps=500, for instance.
+train/config.py and fsn_jax/config.py tell what each one means. The same command goes on with a run
+that was interrupted."""
+
+_KINDS: dict[type, tuple[Callable[..., Any], str]] = {
+    bool: (flags.DEFINE_boolean, "True or False"),
+    int: (flags.DEFINE_integer, "a whole number"),
+    float: (flags.DEFINE_float, "a number"),
+    str: (flags.DEFINE_string, "a text"),
+}
+"""How a flag is made of a setting, and what it takes."""
 
 
 def parse_config(argv: Sequence[str]) -> ExperimentConfig:
@@ -23,38 +38,76 @@ def parse_config(argv: Sequence[str]) -> ExperimentConfig:
     Raises:
       UserError: a flag, the file or a setting is wrong.
     """
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file(
-        "config", None, "FILE[:ARGUMENT] under configs/", flag_values=values
-    )
+    named, settings = flags.FlagValues(), flags.FlagValues()
+    file = flags.DEFINE_string("config", None, "FILE[:ARGUMENT]", flag_values=named)
     try:
-        rest = values(list(argv))
-        chosen = config.value
-    except OSError as error:
-        missing = re.search(r"No such file or directory: '(.*)'", str(error))
-        reason = f"{missing[1]} does not exist" if missing else str(error)
-        raise UserError(f"--config names a file that cannot be read: {reason}") from None
-    except (AttributeError, KeyError) as error:
-        raise UserError(f"there is no such setting: {error.args[0]}") from None
-    except (flags.Error, SyntaxError, ImportError, TypeError, ValueError) as error:
-        raise UserError(str(error)) from None
+        others = named(list(argv), known_only=True)
+        if not file.value:
+            raise UserError("--config=FILE is needed, for instance --config=configs/quickstart.py")
+        config = load_config(file.value)
+        for name, value in flatten({"config": config.to_dict()}).items():
+            define, _ = _KINDS[type(value)]
+            define(name, value, "", flag_values=settings)
+        rest = settings(others)
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, list(settings), n=1)
+        hint = f"did you mean --{near[0]}?" if near else "settings look like --config.seed=1"
+        raise UserError(f"there is no setting --{error.flagname}; {hint}") from None
+    except flags.IllegalFlagValueError as error:
+        name, _, value = str(error).removeprefix("flag --").partition("=")
+        _, kind = _KINDS[type(settings[name].default)]
+        raise UserError(f"--{name} takes {kind}; got {value.partition(': ')[0]!r}") from None
+    except flags.Error as error:
+        raise UserError(f"{error}; settings look like --config.seed=1") from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; settings look like --config.seed=1")
-    if chosen is None:
-        raise UserError("--config=FILE is needed, for instance --config=configs/quickstart.py")
-    return ExperimentConfig.from_config_dict(chosen)
+    config.update_from_flattened_dict(settings.flag_values_dict(), strip_prefix="config.")
+    return ExperimentConfig.from_config_dict(config)
+
+
+def load_config(argument: str) -> ConfigDict:
+    """What the function ``get_config`` of ``FILE[:ARGUMENT]`` returns.
+
+    Raises:
+      UserError: there is no such file or it fails.
+    """
+    file, colon, rest = argument.partition(":")
+    if not Path(file).is_file():
+        raise UserError(f"--config={argument}: there is no file {file}; see configs/ for some")
+    try:
+        get_config = runpy.run_path(file).get("get_config")
+        if get_config is None:
+            raise UserError(f"--config={argument}: the file has no function get_config()")
+        config = get_config(rest) if colon else get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever it is, the file's author can mend it
+        reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"--config={argument}: {reason}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config={argument}: get_config() must return what train.config.experiment(...) "
+            f"gives; got {type(config).__name__}"
+        )
+    return config
 
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\n{HELP}")
+        return
     experiment = parse_config(argv)
     corpus = open_experiment_corpus(experiment)
     experiment = experiment.with_vocabulary(len(corpus.vocabulary))
+    check_experiment(experiment, corpus, jax.device_count())
     use_compilation_cache()
     run = create_or_resume(experiment, corpus)
     try:
         print(f"run folder {default_folder(experiment)} · {jax.device_count()} device(s)")
         outcome = train(experiment, corpus, run)
+        if outcome.resumed_from == outcome.step:
+            print(f"finished before: all {outcome.step} steps are done, nothing is left to train")
         finish(experiment, corpus, run, outcome)
     finally:
         run.close()

@@ -140,9 +140,9 @@ class Metrics:
         """Prints a line without disturbing the progress bar."""
         tqdm.write(message)
 
-    def skip_clock(self) -> None:
-        """Leaves the time since the last row out of the next row's speed."""
-        self._clock = time.perf_counter()
+    def leave_out(self, seconds: float) -> None:
+        """Keeps time spent on something else out of the next row's speed."""
+        self._clock += seconds
 
     def close(self) -> None:
         """Closes everything."""

@@ -5,7 +5,6 @@ tensorflow-datasets builder turns them into ordered ArrayRecord files, and the r
 out as one flat file a split. Only the complete folder is moved into place; the rest is removed.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import sys
@@ -23,6 +22,7 @@ from train.datasets.pinned import ENWIK8_MEMBER, PINNED
 from train.datasets.python_files import SEPARATOR, select, split_of
 from train.errors import UserError
 from train.fetch import LocalFile, Progress, fetch
+from train.program import Arguments, run_program
 
 MIN_SPLIT_BYTES = 2048  # of every split: some windows
 MIN_BYTES = 20 * MIN_SPLIT_BYTES
@@ -260,29 +260,29 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prepare a corpus, print what it holds, and return the exit status."""
-    parser = argparse.ArgumentParser(
+def program(argv: Sequence[str]) -> None:
+    """Prepare a corpus and print what it holds."""
+    parser = Arguments(
         prog="python -m train.prepare", description="Fetch and prepare a corpus in the cache."
     )
     parser.add_argument("--name", default="enwik8", help=f"one of {', '.join(NAMES)}")
     parser.add_argument("--path", default="", help="your own file, folder or pattern")
     parser.add_argument("--cache_dir", default="", help=f"default: {corpora.default_cache()}")
-    options = parser.parse_args(arguments)
-    try:
-        corpus = corpora.open_corpus(
-            name=options.name, path=options.path, cache_dir=options.cache_dir, progress=_say
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(argv[1:])
+    corpus = corpora.open_corpus(
+        name=options.name, path=options.path, cache_dir=options.cache_dir, progress=_say
+    )
     _say(f"{corpus.name}: {corpus.source}")
     for split, info in corpus.splits.items():
         _say(f"  {split:10} {info.num_bytes:>12,} bytes  sha256 {info.sha256}")
     _say(f"  vocabulary {corpus.vocab_size} byte values; identity {corpus.sha256}")
     _say(f"  in {corpus.folder}")
-    return 0
+
+
+def main() -> None:
+    """The command line."""
+    sys.exit(run_program(program, sys.argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

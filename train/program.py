@@ -1,15 +1,25 @@
 """What every program of this package does around its work."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 
 from train.errors import UserError
 
 EXIT_USER_ERROR = 2
+
+
+class Arguments(argparse.ArgumentParser):
+    """A command line whose mistakes are one line, like every other, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:

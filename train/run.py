@@ -33,7 +33,14 @@ from train.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
-_FREE = {"run_dir", "data.cache_dir", "data.path", "data.placement", "checkpoints.keep"}
+_FREE = {
+    "run_dir",
+    "data.cache_dir",
+    "data.path",
+    "data.placement",
+    "training.skipped_limit",
+    "checkpoints.keep",
+}
 """Settings that may change when a run goes on: they do not touch its numbers."""
 
 
@@ -56,8 +63,16 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def read_config(self) -> ExperimentConfig:
-        """The run's settings."""
-        return ExperimentConfig.from_json((self.path / "config.json").read_text())
+        """The run's settings.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        file = self.path / "config.json"
+        try:
+            return ExperimentConfig.from_json(file.read_text())
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"{file} cannot be read ({error}); restore it or start anew") from error
 
     def read_provenance(self) -> list[dict[str, Any]]:
         """One entry a start of the run."""
@@ -94,10 +109,13 @@ def create_or_resume(experiment: ExperimentConfig, corpus: Corpus) -> RunFolder:
     run = RunFolder(path, lock)
     config_file = path / "config.json"
     if config_file.exists():
-        _refuse_other_settings(run, experiment)
-        refuse_other_data(run, corpus)
-    else:
-        write_atomically(config_file, json.dumps(experiment.to_dict(), indent=2) + "\n")
+        try:
+            _refuse_other_settings(run, experiment)
+            refuse_other_data(run, corpus)
+        except UserError:
+            run.close()
+            raise
+    write_atomically(config_file, json.dumps(experiment.to_dict(), indent=2) + "\n")
     return run
 
 

@@ -1,7 +1,7 @@
 """``python -m train.sample RUN``: text from a trained model, printed as it is drawn."""
 
-import argparse
 import itertools
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from fsn_jax.config import ConfigError
-from fsn_jax.generate import stream
+from fsn_jax.generate import check_sampling, stream
 from train.errors import UserError
 from train.load import TrainedModel, load
-from train.program import run_program, use_compilation_cache
+from train.program import Arguments, run_program, use_compilation_cache
 
 
 def sample_bytes(
@@ -28,32 +28,28 @@ def sample_bytes(
     """Yields the bytes that follow ``prompt``, a few at a time.
 
     Raises:
-      UserError: the prompt is empty or has a byte that the corpus has not, or an option is out of
-        range.
+      UserError: the prompt is empty or has a byte that the corpus has not.
     """
     if not prompt:
         raise UserError("--prompt must not be empty: the first character needs one before it")
     tokens = jnp.asarray(trained.corpus.encode(prompt))[None]
-    try:
-        for chunk in stream(
-            trained.model,
-            {"params": trained.params},
-            tokens,
-            num_tokens=num_tokens,
-            key=jax.random.key(seed),
-            context=trained.experiment.data.context,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        ):
-            yield trained.corpus.decode(jax.device_get(chunk[0]))
-    except ConfigError as error:
-        raise UserError(f"--{error}") from None
+    for chunk in stream(
+        trained.model,
+        {"params": trained.params},
+        tokens,
+        num_tokens=num_tokens,
+        key=jax.random.key(seed),
+        context=trained.experiment.data.context,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    ):
+        yield trained.corpus.decode(jax.device_get(chunk[0]))
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Arguments:
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m train.sample", description=__doc__)
+    p = Arguments(prog="python -m train.sample", description=__doc__)
     p.add_argument("run", help="a run's folder, for instance runs/quickstart")
     p.add_argument("--prompt", default="The ", help="what the text begins with")
     p.add_argument("--num_tokens", type=int, default=400, help="characters to draw")
@@ -68,9 +64,18 @@ def parser() -> argparse.ArgumentParser:
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     options = parser().parse_args(argv[1:])
+    try:
+        check_sampling(
+            num_tokens=options.num_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+        )
+    except ConfigError as error:
+        raise UserError(f"--{error}") from None
     use_compilation_cache()
     trained = load(options.run, which=options.checkpoint)
-    prompt = options.prompt.encode()
+    prompt = os.fsencode(options.prompt)
     context = trained.experiment.data.context
     if len(prompt) >= context:
         print(
@@ -88,7 +93,7 @@ def program(argv: Sequence[str]) -> None:
         top_p=options.top_p,
     )
     out = sys.stdout.buffer
-    first = next(chunks)  # an option that is out of range is refused before anything is printed
+    first = next(chunks)  # a prompt that cannot be read is refused before anything is printed
     for part in itertools.chain((prompt, first), chunks):
         out.write(part)
         out.flush()

@@ -31,7 +31,7 @@ class Tally:
       grad_norm: sum of the gradients' global norms before clipping.
       steps: how many were added.
       skipped: steps of the whole run whose loss or gradient was not finite.
-      last_skipped: the newest of them, -1 if none.
+      last_skipped: the newest of them, counted from 1 as in the metrics; 0 if none.
     """
 
     loss: Array
@@ -86,7 +86,7 @@ def init_state(
             grad_norm=jnp.zeros((), jnp.float32),
             steps=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
-            last_skipped=jnp.full((), -1, jnp.int32),
+            last_skipped=jnp.zeros((), jnp.int32),
         )
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), tally)
 
@@ -97,7 +97,11 @@ def abstract_state(
     model: nn.Module, optimizer: optax.GradientTransformation, *, mesh: Mesh
 ) -> TrainState:
     """Shapes, types and placement of the state, without computing it."""
-    return jax.eval_shape(functools.partial(init_state, model, optimizer, seed=0, mesh=mesh))
+    shapes = jax.eval_shape(functools.partial(init_state, model, optimizer, seed=0, mesh=mesh))
+    everywhere = replicated(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes
+    )
 
 
 def window_loss(
@@ -159,7 +163,7 @@ def make_train_steps(
 
     def one_step(state: TrainState, windows: Array) -> TrainState:
         loss, gradient = loss_and_gradient(state.params, windows)
-        grad_norm = optax.global_norm(gradient)
+        grad_norm = optax.tree.norm(gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -175,7 +179,7 @@ def make_train_steps(
             + jnp.where(finite, grad_norm, 0.0),
             steps=jnp.where(fresh, 0, state.tally.steps) + finite,
             skipped=state.tally.skipped + ~finite,
-            last_skipped=jnp.where(finite, state.tally.last_skipped, state.step),
+            last_skipped=jnp.where(finite, state.tally.last_skipped, state.step + 1),
         )
         return TrainState(state.step + 1, params, opt_state, tally)
 

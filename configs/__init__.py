@@ -1,0 +1,1 @@
+"""Experiments: one file a family, each with ``get_config``; see README.md."""

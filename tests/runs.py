@@ -1,0 +1,116 @@
+"""Small corpora, models and runs that the tests of the training half share."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from fsn_jax import FSNConfig, TransformerConfig
+from train import loop
+from train.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    experiment,
+)
+from train.corpus import SPLITS, Corpus, SplitInfo, write_manifest
+from train.fetch import file_sha256
+from train.loop import Outcome
+from train.run import create_or_resume
+from train.step import data_mesh
+
+ALPHABET = b"abcdefghijkl"
+CONTEXT, BATCH = 16, 16
+
+# Few parameters of few kinds: what is tested with them does not depend on the layers, and nearly
+# all of its time goes to compiling them.
+TINY_FSN = FSNConfig(
+    vocab_size=len(ALPHABET),
+    num_layers=1,
+    num_phases=8,
+    num_heads=2,
+    score="static",
+    feedforward="none",
+)
+TINY_TRANSFORMER = TransformerConfig(
+    vocab_size=len(ALPHABET), num_layers=1, width=8, num_heads=2, feedforward_width=8
+)
+
+
+def text_of(size: int, seed: int = 0, alphabet: bytes = ALPHABET) -> bytes:
+    """Random letters that begin with all of the alphabet."""
+    drawn = random.Random(seed).choices(alphabet, k=size)
+    return (alphabet + bytes(drawn))[:size]
+
+
+def write_corpus(
+    folder: Path, *, train: bytes = text_of(4000), validation: bytes = text_of(300, 1)
+) -> Corpus:
+    """A prepared corpus, written out flat without tensorflow-datasets."""
+    folder.mkdir(parents=True)
+    texts = {"train": train, "validation": validation, "test": text_of(200, 2)}
+    splits = {}
+    for split in SPLITS:
+        file = folder / f"{split}.bin"
+        file.write_bytes(texts[split])
+        splits[split] = SplitInfo(len(texts[split]), file_sha256(file))
+    vocabulary = np.frombuffer(ALPHABET, np.uint8)
+    corpus = Corpus("text", folder, vocabulary, splits, "made up")
+    write_manifest(corpus, source_sha256="0" * 64, rule="made up")
+    return corpus
+
+
+def tiny_config(
+    corpus: Path, run_dir: Path, model: FSNConfig | TransformerConfig = TINY_FSN, **changes: Any
+) -> ConfigDict:
+    """30 steps, a row, an evaluation and a save every 10; changes as `training__num_steps=20`."""
+    config = experiment(
+        "tiny",
+        model=model,
+        data=DataConfig(name="text", path=str(corpus), context=CONTEXT),
+        optimizer=OptimizerConfig(warmup_steps=3),
+        training=TrainingConfig(batch_size=BATCH, num_steps=30, steps_per_dispatch=5, log_every=10),
+        evaluation=EvaluationConfig(every=10, batch_size=8),
+        checkpoints=CheckpointConfig(every=10),
+    )
+    config.run_dir = str(run_dir)
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config
+
+
+def tiny_experiment(corpus: Path, run_dir: Path, **changes: Any) -> ExperimentConfig:
+    return ExperimentConfig.from_config_dict(tiny_config(corpus, run_dir, **changes))
+
+
+def run_to_the_end(experiment: ExperimentConfig, corpus: Corpus) -> Outcome:
+    """What `python -m train` does between its checks and the summary."""
+    run = create_or_resume(experiment, corpus)
+    try:
+        return loop.train(experiment, corpus, run, show_progress=False)
+    finally:
+        run.close()
+
+
+def mesh_of(num_devices: int) -> jax.sharding.Mesh:
+    return data_mesh(jax.devices()[:num_devices])
+
+
+def assert_equal_trees(one: Any, other: Any) -> None:
+    """The same structure and the same bits (NaN equals NaN)."""
+    flat, structure = jax.tree_util.tree_flatten_with_path(one)
+    assert structure == jax.tree_util.tree_structure(other)
+    for (path, x), y in zip(flat, jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), jax.tree_util.keystr(path))
+
+
+def largest_difference(one: Any, other: Any) -> float:
+    return max(
+        float(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max())
+        for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    )

@@ -1,0 +1,108 @@
+"""The blocked causal sum against the whole matrix: values, gradients, shapes, memory."""
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fsn_jax.causal
+from fsn_jax.causal import CausalSum, causal_sum, merge_heads, split_heads
+
+# float32 sums over at most 30 terms in another order; bfloat16 has 8 bits of mantissa.
+TOLERANCE = {"float32": {"rtol": 1e-4, "atol": 1e-5}, "bfloat16": {"rtol": 0.1, "atol": 0.1}}
+
+
+def inputs(length: int, dtype: str) -> tuple[list[jax.Array], CausalSum]:
+    rng = np.random.default_rng(length)
+    arrays = [jnp.asarray(rng.normal(size=(2, 3, length, w)), dtype) for w in (6, 6, 10)]
+    weights = CausalSum(
+        jnp.asarray(rng.normal(size=(2, 3, length, 10)), jnp.float32),
+        jnp.asarray(rng.normal(size=(2, 3, length)), jnp.float32),
+    )
+    return arrays, weights
+
+
+def value_and_gradients(implementation: str, arrays, weights, include_self):
+    def weighted(query, key, value):
+        result = causal_sum(
+            query, key, value, include_self=include_self, implementation=implementation
+        )
+        total = jnp.sum(result.total * weights.total)
+        return total + jnp.sum(result.self_weight * weights.self_weight), result
+
+    # A new function each time, so that jit sees the block size of the moment.
+    both = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))
+    (_, result), gradients = both(*arrays)
+    return result, gradients
+
+
+@pytest.mark.parametrize(
+    ("block", "max_segments", "length", "dtype", "include_self"),
+    [
+        (128, 8, 13, "float32", False),  # one block, shorter than BLOCK
+        (4, 8, 13, "float32", False),  # several, the last one padded
+        (4, 2, 29, "float32", True),  # a scan over the blocks of each of two segments
+        (4, 3, 16, "bfloat16", False),  # segments of unequal length
+        (1, 8, 3, "float32", True),
+    ],
+)
+def test_blocks_equal_the_whole_matrix(
+    monkeypatch, block, max_segments, length, dtype, include_self
+):
+    monkeypatch.setattr(fsn_jax.causal, "BLOCK", block)
+    monkeypatch.setattr(fsn_jax.causal, "MAX_SEGMENTS", max_segments)
+    arrays, weights = inputs(length, dtype)
+    got = value_and_gradients("xla", arrays, weights, include_self)
+    expected = value_and_gradients("reference", arrays, weights, include_self)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), np.asarray(b, np.float64), **TOLERANCE[dtype]
+        )
+
+
+def test_the_first_token_has_only_itself():
+    arrays, _ = inputs(5, "float32")
+    strict = causal_sum(*arrays, include_self=False)
+    np.testing.assert_array_equal(strict.total[:, :, 0], 0)
+    np.testing.assert_array_equal(strict.self_weight[:, :, 0], 1)
+    whole = causal_sum(*arrays, include_self=True)
+    np.testing.assert_allclose(whole.total[:, :, 0], arrays[2][:, :, 0], rtol=1e-6)
+
+
+def test_extreme_scores_stay_finite():
+    (query, key, value), weights = inputs(9, "float32")
+    result, gradients = value_and_gradients("xla", [1e4 * query, key, value], weights, False)
+    for array in jax.tree.leaves((result, gradients)):
+        assert np.isfinite(array).all()
+
+
+@pytest.mark.parametrize("length", [1024, 4096])
+def test_no_square_array_at_any_length(length):
+    """Neither the forward nor the backward pass holds an [L, L] array, block by block or whole."""
+    shape = jax.ShapeDtypeStruct((1, 1, length, 8), jnp.float32)
+
+    def loss(query, key, value):
+        return causal_sum(query, key, value, include_self=False).total.sum()
+
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(shape, shape, shape)
+    largest = max(_sizes(program.jaxpr))
+    assert largest <= fsn_jax.causal.BLOCK * length
+
+
+def _sizes(jaxpr) -> list[int]:
+    """Elements of every array that a program makes, inner programs included."""
+    found = []
+    for equation in jaxpr.eqns:
+        found += [int(np.prod(v.aval.shape)) for v in equation.outvars]
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found += _sizes(inner)
+    return found
+
+
+def test_heads_are_contiguous_blocks():
+    x = jnp.arange(2 * 3 * 8.0).reshape(2, 3, 8)
+    heads = split_heads(x, 4)
+    np.testing.assert_array_equal(heads[1, 2, 0], x[1, 0, 4:6])
+    np.testing.assert_array_equal(merge_heads(heads), x)

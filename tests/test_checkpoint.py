@@ -1,0 +1,127 @@
+"""Checkpoints: which are kept, exact restoration, other meshes, other models."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import TINY_FSN, TINY_TRANSFORMER, assert_equal_trees, mesh_of
+
+from fsn_jax import FSNConfig, TransformerConfig
+from train.checkpoint import Checkpoints
+from train.config import CheckpointConfig, OptimizerConfig
+from train.errors import UserError
+from train.optimizer import make_optimizer
+from train.step import Tally, TrainState, abstract_state, build_model, replicated
+
+OPTIMIZER = make_optimizer(OptimizerConfig(), 100)
+
+
+def like(num_devices: int = 1, model: FSNConfig | TransformerConfig = TINY_FSN) -> TrainState:
+    return abstract_state(build_model(model), OPTIMIZER, mesh=mesh_of(num_devices))
+
+
+def state_of(seed: int, num_devices: int = 1) -> TrainState:
+    """A state of the real shapes with bits that no computation made."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: Any) -> Any:
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return np.asarray(rng.integers(0, 99, leaf.shape), leaf.dtype)
+        return np.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.device_put(jax.tree.map(draw, like()), replicated(mesh_of(num_devices)))
+
+
+def opened(folder: Path, *, keep: int = 2, read_only: bool = False) -> Checkpoints:
+    return Checkpoints(folder, CheckpointConfig(keep=keep), read_only=read_only)
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path):
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 4.0, 50: None, 60: 5.0}
+    with opened(tmp_path / "c") as checkpoints:
+        for step, loss in losses.items():
+            checkpoints.save(state_of(step), step, loss)
+        checkpoints.wait()
+        assert checkpoints.all_steps() == [20, 50, 60]
+        assert (checkpoints.latest(), checkpoints.best()) == (60, 20)
+    with opened(tmp_path / "c") as checkpoints:  # a new process knows the losses of the old one
+        assert (checkpoints.latest(), checkpoints.best()) == (60, 20)
+        checkpoints.save(state_of(70), 70, 0.5)
+        checkpoints.wait()
+        assert checkpoints.all_steps() == [60, 70]
+        assert checkpoints.best() == 70
+        assert_equal_trees(checkpoints.restore(60, like()), state_of(60))
+
+
+def test_without_an_evaluation_there_is_no_best(tmp_path):
+    with opened(tmp_path / "c", keep=1) as checkpoints:
+        assert (checkpoints.latest(), checkpoints.best()) == (None, None)
+        for step in (1, 2):
+            checkpoints.save(state_of(step), step, None)
+        checkpoints.wait()
+        assert (checkpoints.all_steps(), checkpoints.best()) == ([2], None)
+
+
+def test_a_save_has_the_values_of_its_moment(tmp_path):
+    """The next step deletes the buffers (they are donated) while the save is under way."""
+    state = state_of(1)
+    with opened(tmp_path / "c") as checkpoints:
+        checkpoints.save(state, 1, 1.0)
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()
+        checkpoints.wait()
+        assert_equal_trees(checkpoints.restore(1, like()), state_of(1))
+
+
+@pytest.mark.parametrize(("saved_on", "restored_on"), [(1, 8), (8, 1), (8, 8)])
+def test_a_state_moves_between_meshes(tmp_path, saved_on, restored_on):
+    with opened(tmp_path / "c") as checkpoints:
+        checkpoints.save(state_of(3, saved_on), 3, None)
+        checkpoints.wait()
+        restored = checkpoints.restore(3, like(restored_on))
+    assert_equal_trees(restored, state_of(3))
+    for leaf in jax.tree.leaves(restored):
+        assert leaf.sharding.is_fully_replicated
+        assert leaf.sharding.device_set == set(jax.devices()[:restored_on])
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (TINY_TRANSFORMER, r"attention/kernel_imag is \(2, 2, 8\) there and absent in the config"),
+        (
+            dataclasses.replace(TINY_FSN, num_layers=2),
+            r"block_1/\S+ is absent there and \(.*\) in the config",
+        ),
+        (
+            dataclasses.replace(TINY_FSN, vocab_size=13),
+            r"embedding/angles is \(12, 8\) there and \(13, 8\) in the config \(3 arrays differ\)",
+        ),
+    ],
+    ids=["architecture", "layers", "vocabulary"],
+)
+def test_another_model_is_refused(tmp_path, model, says):
+    with opened(tmp_path / "c") as checkpoints:
+        checkpoints.save(state_of(3), 3, None)
+        checkpoints.wait()
+        with pytest.raises(UserError, match=says) as refused:
+            checkpoints.restore(3, like(model=model))
+    assert "--config.run_dir=FOLDER" in str(refused.value)
+
+
+def test_reading_writes_nothing(tmp_path):
+    with opened(tmp_path / "c") as checkpoints:
+        checkpoints.save(state_of(3), 3, None)
+    before = sorted(tmp_path.rglob("*"))
+    with opened(tmp_path / "c", read_only=True) as checkpoints:
+        assert_equal_trees(checkpoints.restore(3, like()), state_of(3))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_tally_is_a_part_of_what_is_saved():
+    """Or a run resumed between two rows of metrics would write another second row."""
+    assert isinstance(like().tally, Tally)

@@ -1,0 +1,333 @@
+"""The loop: exact resumption, rows, the run's folder, evaluation, one compilation."""
+
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import (
+    ALPHABET,
+    BATCH,
+    CONTEXT,
+    TINY_FSN,
+    assert_equal_trees,
+    mesh_of,
+    run_to_the_end,
+    text_of,
+    tiny_config,
+    tiny_experiment,
+    write_corpus,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fsn_jax import FSN
+from train import loop
+from train.config import ExperimentConfig
+from train.corpus import Corpus
+from train.data import WindowOrder
+from train.loop import DivergedError, Evaluator
+from train.metrics import RowLog, read_rows
+from train.run import open_run
+from train.step import build_model, make_evaluate_rows, replicated
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory) -> tuple[Path, Any]:
+    """The folder and the state of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    outcome = run_to_the_end(tiny_experiment(corpus.folder, folder), corpus)
+    return folder, jax.device_get(outcome.state)
+
+
+def rows_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == kind]
+
+
+class Crash(Exception):
+    """What the machine does to a run in these tests."""
+
+
+def crash_at_evaluation(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Lets `number` evaluations pass and stops the run in the next one."""
+    passed = 0
+    evaluate = Evaluator.__call__
+
+    def failing(self: Evaluator, *args: Any, **kwargs: Any) -> tuple[float, int]:
+        nonlocal passed
+        passed += 1
+        if passed > number:
+            raise Crash
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(Evaluator, "__call__", failing)
+
+
+# Resumption
+
+
+@pytest.mark.parametrize(
+    ("crash_after", "resumed_from", "changes"),
+    [
+        (1, 10, {}),  # in the evaluation of step 20: saved at 10
+        (2, 20, {}),
+        (0, 0, {}),  # before anything was saved
+        (2, 15, {"checkpoints__every": 15}),  # a save between two rows; rows after it are redone
+        (1, 10, {"data__placement": "host"}),
+    ],
+    ids=["at_20", "at_30", "unsaved", "between_rows", "host"],
+)
+def test_an_interrupted_run_ends_as_if_it_had_not_been(
+    corpus, whole, tmp_path, crash_after, resumed_from, changes
+):
+    experiment = tiny_experiment(corpus.folder, tmp_path / "run", **changes)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        crash_at_evaluation(patch, crash_after)
+        run_to_the_end(experiment, corpus)
+    outcome = run_to_the_end(experiment, corpus)
+    folder, state = whole
+    assert outcome.resumed_from == resumed_from
+    assert_equal_trees(jax.device_get(outcome.state), state)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert metrics == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_rows_left_by_a_crash_are_cut_back(corpus, whole, tmp_path):
+    """Rows beyond the checkpoint, and half a line: what a kill between two writes leaves."""
+    experiment = tiny_experiment(corpus.folder, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        crash_at_evaluation(patch, 1)
+        run_to_the_end(experiment, corpus)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    kept = metrics.read_text()
+    assert [row["step"] for row in read_rows(metrics)] == [10, 10, 20]
+    with metrics.open("a") as file:
+        file.write(kept.splitlines()[-1].replace('"step": 20', '"step": 25') + '\n{"kind": "tra')
+    run_to_the_end(experiment, corpus)
+    assert metrics.read_bytes() == (whole[0] / "metrics.jsonl").read_bytes()
+
+
+def test_a_finished_run_started_again_does_nothing(corpus, whole):
+    folder, state = whole
+    unchanged = ["metrics.jsonl", "timing.jsonl", "provenance.json", "parameters.txt"]
+    before = {name: (folder / name).read_bytes() for name in unchanged}
+    outcome = run_to_the_end(tiny_experiment(corpus.folder, folder), corpus)
+    assert (outcome.resumed_from, outcome.step) == (30, 30)
+    assert_equal_trees(jax.device_get(outcome.state), state)
+    assert {name: (folder / name).read_bytes() for name in unchanged} == before
+
+
+def test_settings_that_do_not_touch_the_numbers_may_change(corpus, whole):
+    folder, _ = whole
+    changed = tiny_experiment(corpus.folder, folder, data__placement="host", checkpoints__keep=5)
+    assert run_to_the_end(changed, corpus).resumed_from == 30
+    assert open_run(folder).read_config() == changed
+    run_to_the_end(tiny_experiment(corpus.folder, folder), corpus)  # and back
+
+
+# Rows and files
+
+
+def test_each_row_is_there_once_and_says_what_it_should(whole):
+    folder, _ = whole
+    train, validation = rows_of(folder, "train"), rows_of(folder, "validation")
+    assert [row["step"] for row in train] == [10, 20, 30]
+    assert [row["step"] for row in validation] == [10, 20, 30]
+    windows = (4000 - CONTEXT) // CONTEXT
+    for row in train:
+        assert row["characters"] == row["step"] * BATCH * CONTEXT
+        assert row["epoch"] == pytest.approx(row["step"] * BATCH / windows, abs=1e-6)
+        assert row["bpc"] == pytest.approx(row["loss"] / math.log(2))
+        assert row["grad_norm"] > 0 and row["skipped"] == 0
+    assert all(row["bytes"] == 299 for row in validation)
+    assert validation[0]["loss"] > validation[-1]["loss"] > 0
+    assert len({row["loss"] for row in train}) == 3
+
+
+def test_the_learning_rate_of_a_row_is_that_of_its_last_step(whole):
+    folder, _ = whole
+    turned = [(step - 1 - 3) / (30 - 3) for step in (10, 20, 30)]
+    expected = [1e-2 * (0.1 + 0.9 * (1 + math.cos(math.pi * x)) / 2) for x in turned]
+    found = [row["learning_rate"] for row in rows_of(folder, "train")]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_config_comes_back_from_its_file(corpus, whole):
+    folder, _ = whole
+    text = (folder / "config.json").read_text()
+    assert ExperimentConfig.from_json(text) == tiny_experiment(corpus.folder, folder)
+
+
+def test_the_provenance_tells_what_ran_on_what(corpus, whole):
+    [start] = open_run(whole[0]).read_provenance()
+    assert start["step"] == 0
+    assert start["data"] == {"name": "text", "sha256": corpus.sha256, "vocabulary": 12}
+    assert start["device"].startswith("8 x cpu")
+    assert start["packages"]["jax"] == jax.__version__
+    assert set(start["git"]) == {"commit", "modified", "diff_sha256"}
+    assert start["command"] and start["python"] and start["time"]
+
+
+def test_the_parameter_table_adds_up(whole):
+    lines = (whole[0] / "parameters.txt").read_text().splitlines()
+    sizes = [int(line.split()[-1].replace(",", "")) for line in lines]
+    assert lines[-1].startswith("total")
+    assert sum(sizes[:-1]) == sizes[-1] == TINY_FSN.num_params()
+    assert lines[0].split()[0] == "block_0/attention/kernel_imag"
+
+
+def test_tensorboard_shows_what_the_rows_say(whole):
+    folder, _ = whole
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for kind in ("train", "validation"):
+        shown = [(event.step, event.value) for event in events.Scalars(f"{kind}/bpc")]
+        rows = [(row["step"], row["bpc"]) for row in rows_of(folder, kind)]
+        np.testing.assert_allclose(shown, rows, rtol=1e-6)
+    assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= set(events.Tags()["scalars"])
+
+
+def test_a_log_without_its_last_half_line_is_read(tmp_path):
+    log = tmp_path / "rows.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_rows(log) == [{"step": 1}, {"step": 2}]
+    again = RowLog(log, resume_step=1)
+    again.write({"step": 2, "again": True})
+    again.close()
+    assert read_rows(log) == [{"step": 1}, {"step": 2, "again": True}]
+
+
+# Evaluation
+
+
+def log_probabilities(params: Any, tokens: np.ndarray) -> np.ndarray:
+    """float64 [L, V] of one window, from the model's logits."""
+    forward = jax.jit(build_model(TINY_FSN).apply)
+    logits = forward({"params": params}, jnp.asarray(tokens, jnp.int32)[None])
+    logits = np.asarray(logits[0], np.float64)
+    highest = logits.max(-1, keepdims=True)
+    return logits - highest - np.log(np.exp(logits - highest).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("stride", [0, 5], ids=["stride_of_the_context", "short_stride"])
+def test_evaluation_predicts_each_character_once(corpus, whole, tmp_path, stride):
+    """Against a loop over positions, written from the words of the documentation alone."""
+    params, text = whole[1].params, corpus.tokens("validation")[:60]
+    experiment = tiny_experiment(corpus.folder, tmp_path, evaluation__stride=stride)
+    step, last = stride or CONTEXT, len(text) - 1 - CONTEXT
+    window_at: dict[int, np.ndarray] = {}
+    total = 0.0
+    for target in range(1, len(text)):
+        # The first window that reaches the target; the last is moved back to end with the text.
+        start = next(s for s in range(0, len(text), step) if s + CONTEXT >= target)
+        start = min(start, last)
+        if start not in window_at:
+            window_at[start] = log_probabilities(params, text[start : start + CONTEXT])
+        total -= window_at[start][target - 1 - start, text[target]]
+
+    found = []
+    for num_devices, batch_size in ((8, 8), (8, 16), (1, 3)):
+        mesh = mesh_of(num_devices)
+        one = tiny_experiment(
+            corpus.folder, tmp_path, evaluation__stride=stride, evaluation__batch_size=batch_size
+        )
+        evaluate = Evaluator(one, make_evaluate_rows(build_model(TINY_FSN), mesh=mesh))
+        loss, count = evaluate(jax.device_put(params, replicated(mesh)), text)
+        assert count == len(text) - 1
+        found.append(loss)
+    assert found[0] == pytest.approx(total / (len(text) - 1), rel=1e-6)
+    assert found == pytest.approx([found[0]] * 3, rel=1e-7)
+    assert experiment.evaluation_stride == step
+
+
+def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary(corpus, whole, tmp_path):
+    params = {**whole[1].params, "readout": jax.tree.map(np.zeros_like, whole[1].params["readout"])}
+    rows = make_evaluate_rows(build_model(TINY_FSN), mesh=mesh_of(8))
+    evaluate = Evaluator(tiny_experiment(corpus.folder, tmp_path), rows)
+    loss, _ = evaluate(params, corpus.tokens("validation"))
+    assert loss / math.log(2) == pytest.approx(math.log2(len(ALPHABET)), rel=1e-6)
+
+
+# Compilation and divergence
+
+
+@pytest.mark.parametrize("placement", ["resident", "host"])
+def test_the_step_is_compiled_once_in_a_run(corpus, tmp_path, caplog, placement):
+    experiment = tiny_experiment(
+        corpus.folder, tmp_path / "run", data__placement=placement, training__num_steps=20
+    )
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
+        run_to_the_end(experiment, corpus)
+    compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+    assert compiled.count(f"{placement}_steps") == 1
+    assert compiled.count("local") == 1  # of evaluation
+    assert compiled.count("init") == 1
+
+
+class Poisoned(nn.Module):
+    """An FSN whose loss is not finite where a batch holds the last letter of the alphabet."""
+
+    config: Any
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        logits = FSN(self.config, name="fsn")(tokens)
+        bad = (tokens == self.config.vocab_size - 1).any()
+        return logits * jnp.where(bad, jnp.nan, 1.0)
+
+
+BAD_STEP = 13
+
+
+@pytest.fixture
+def poisoned(tmp_path, monkeypatch) -> Corpus:
+    """A corpus of which step 13 alone reads a letter that the model cannot bear."""
+    monkeypatch.setattr(loop, "build_model", Poisoned)
+    text = bytearray(text_of(12_000, alphabet=ALPHABET[:-1]))
+    order = WindowOrder(len(text), CONTEXT, BATCH, seed=0)
+    text[order.starts(BAD_STEP - 1)[4] + 5] = ALPHABET[-1]
+    return write_corpus(
+        tmp_path / "poisoned",
+        train=bytes(text),
+        validation=text_of(300, 1, ALPHABET[:-1]),
+    )
+
+
+def test_a_diverged_run_stops_and_says_where_it_was_good(poisoned, tmp_path):
+    experiment = tiny_experiment(poisoned.folder, tmp_path / "run")
+    with pytest.raises(DivergedError) as stopped:
+        run_to_the_end(experiment, poisoned)
+    assert str(stopped.value) == (
+        "the loss or its gradient was not finite at step 13; the checkpoint of step 10 is good; "
+        "lower config.optimizer.peak_learning_rate or config.optimizer.clip_norm in another "
+        "--config.run_dir, or go on past such steps with a higher config.training.skipped_limit"
+    )
+    # As the hint says: the same run goes on past the step.
+    allowed = tiny_experiment(poisoned.folder, tmp_path / "run", training__skipped_limit=1)
+    outcome = run_to_the_end(allowed, poisoned)
+    assert outcome.resumed_from == 10
+    assert [row["skipped"] for row in rows_of(tmp_path / "run", "train")] == [0, 1, 1]
+    assert int(outcome.state.tally.skipped) == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome.state.params))
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint_says_so(poisoned, tmp_path):
+    experiment = tiny_experiment(poisoned.folder, tmp_path / "run", checkpoints__every=20)
+    with pytest.raises(DivergedError, match="at step 13; no checkpoint was saved yet; lower"):
+        run_to_the_end(experiment, poisoned)
+
+
+def test_the_config_of_these_tests_is_a_locked_one(corpus, tmp_path):
+    with pytest.raises(AttributeError, match="num_step"):
+        tiny_config(corpus.folder, tmp_path).training.num_step = 3

@@ -1,0 +1,168 @@
+"""Groups of parameters by path, what decays, what a factor scales, the schedule, clipping."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import (
+    FSN_VARIANTS,
+    TRANSFORMER_VARIANTS,
+    fsn_config,
+    quick_jit,
+    transformer_config,
+)
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from train.config import ModelConfig, OptimizerConfig
+from train.optimizer import group_of, groups, learning_rate, make_optimizer
+from train.step import build_model
+
+NUM_STEPS = 100
+PLAIN = OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=0, weight_decay=0.1)
+
+MODELS: list[ModelConfig] = [
+    *(fsn_config(num_layers=1, **changes) for changes in FSN_VARIANTS.values()),
+    *(transformer_config(num_layers=1, **changes) for changes in TRANSFORMER_VARIANTS.values()),
+]
+
+# Every name that any variant gives a parameter; a new one belongs here and in train/optimizer.py.
+GROUPS = {
+    "angles": {"embedding/angles"},
+    "kernels": {
+        "block/attention/kernel_real",
+        "block/attention/kernel_imag",
+        "block/feedforward/modes_real",
+        "block/feedforward/modes_imag",
+    },
+    "gates": {
+        "block/attention/score/gate",
+        "block/attention/score/log_beta",
+        "block/attention/score/query_gate/kernel",
+        "block/attention/score/query_gate/bias",
+        "block/attention/score/key_gate/kernel",
+        "block/attention/score/key_gate/bias",
+    },
+    "matrices": {
+        "embedding/embedding",
+        "readout/kernel",
+        "block/attention/score/query/kernel",
+        "block/attention/score/key/kernel",
+        "block/attention/query/kernel",
+        "block/attention/key/kernel",
+        "block/attention/value/kernel",
+        "block/attention/output/kernel",
+        "block/feedforward/gate/kernel",
+        "block/feedforward/up/kernel",
+        "block/feedforward/down/kernel",
+        "block/feedforward/weights/kernel",
+    },
+    "vectors": {
+        "readout/bias",
+        "final_norm/scale",
+        "block/attention_norm/scale",
+        "block/feedforward_norm/scale",
+        "block/feedforward/weights/bias",
+    },
+}
+
+
+def shapes_of(config: ModelConfig) -> Any:
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    return jax.eval_shape(build_model(config).init, jax.random.key(0), tokens)["params"]
+
+
+# The parameters of all the models in one tree. All that counts is their paths, so each is cut to
+# two scalars, which are one: whatever scales them shows.
+EVERYTHING = unflatten_dict(
+    {path: np.ones(2, np.float32) for config in MODELS for path in flatten_dict(shapes_of(config))}
+)
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(step.key for step in path): leaf for path, leaf in leaves}
+
+
+def update(config: OptimizerConfig, params: Any, gradient: Any) -> dict[str, np.ndarray]:
+    """The first update of a run."""
+    optimizer = make_optimizer(config, NUM_STEPS)
+    changes, _ = quick_jit(optimizer.update)(gradient, optimizer.init(params), params)
+    return {name: np.asarray(change) for name, change in by_name(changes).items()}
+
+
+def test_the_groups_are_these():
+    found: dict[str, set[str]] = {group: set() for group in GROUPS}
+    for config in MODELS:
+        for name, group in by_name(groups(shapes_of(config))).items():
+            found[group].add(name.replace("block_0", "block"))
+    assert found == GROUPS
+
+
+def test_a_parameter_that_no_group_knows_is_refused():
+    with pytest.raises(KeyError, match="novelty"):
+        group_of((jax.tree_util.DictKey("block_0"), jax.tree_util.DictKey("novelty")))
+
+
+def test_nothing_but_matrices_decays():
+    changes = update(PLAIN, EVERYTHING, jax.tree.map(np.zeros_like, EVERYTHING))
+    for name, group in by_name(groups(EVERYTHING)).items():
+        expected = -1e-2 * 0.1 if group == "matrices" else 0.0
+        np.testing.assert_allclose(changes[name], expected, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("group", ["angle", "kernel", "gate"])
+def test_a_factor_scales_its_own_group_alone(group):
+    gradient = jax.tree.map(lambda leaf: np.float32(0.01) * leaf, EVERYTHING)
+    plain = update(PLAIN, EVERYTHING, gradient)
+    changed = dataclasses.replace(PLAIN, **{f"{group}_factor": 2.5})
+    scaled = update(changed, EVERYTHING, gradient)
+    for name, of in by_name(groups(EVERYTHING)).items():
+        factor = 2.5 if of == f"{group}s" else 1.0
+        assert np.abs(plain[name]).min() > 0
+        np.testing.assert_allclose(scaled[name], factor * plain[name], rtol=1e-6, err_msg=name)
+
+
+def test_the_schedule_warms_up_peaks_and_ends_where_it_should():
+    config = OptimizerConfig(peak_learning_rate=0.5, warmup_steps=20, final_fraction=0.2)
+    rate = [float(learning_rate(config, NUM_STEPS)(step)) for step in range(NUM_STEPS + 1)]
+    np.testing.assert_allclose(rate[:21], 0.5 * np.arange(21) / 20, rtol=1e-6)
+    assert np.argmax(rate) == 20
+    turned = np.pi * np.arange(81) / 80
+    np.testing.assert_allclose(rate[20:], 0.5 * (0.6 + 0.4 * np.cos(turned)), rtol=1e-5)
+    assert rate[-1] == pytest.approx(0.5 * 0.2)
+
+
+def test_a_warm_up_longer_than_the_run_still_gives_a_schedule():
+    rate = learning_rate(OptimizerConfig(warmup_steps=1000), 10)
+    assert np.all(np.isfinite([float(rate(step)) for step in range(11)]))
+
+
+def test_the_optimizer_follows_the_schedule():
+    config = dataclasses.replace(PLAIN, warmup_steps=10, weight_decay=0.0)
+    params = {"readout": {"bias": jnp.ones(3)}}
+    optimizer, rate = make_optimizer(config, NUM_STEPS), learning_rate(config, NUM_STEPS)
+    state, update = optimizer.init(params), quick_jit(optimizer.update)
+    for step in range(NUM_STEPS):
+        # A constant gradient makes Adam's direction one: the update is the learning rate.
+        changes, state = update(jax.tree.map(jnp.ones_like, params), state, params)
+        np.testing.assert_allclose(changes["readout"]["bias"], -rate(step), rtol=1e-5)
+
+
+def test_the_first_moment_holds_the_clipped_gradient():
+    params = EVERYTHING
+    gradient = jax.tree.map(lambda leaf: 10 * leaf, params)
+    config = dataclasses.replace(PLAIN, clip_norm=0.25)
+    optimizer = make_optimizer(config, NUM_STEPS)
+
+    def seen_norm(gradient: Any) -> float:
+        _, state = optimizer.update(gradient, optimizer.init(params), params)
+        [adam] = [part for part in state if isinstance(part, optax.ScaleByAdamState)]
+        return float(optax.tree.norm(adam.mu)) / (1 - config.beta1)
+
+    assert seen_norm(gradient) == pytest.approx(0.25, rel=1e-5)
+    short = jax.tree.map(lambda leaf: leaf * 0.1 / optax.tree.norm(gradient), gradient)
+    assert seen_norm(short) == pytest.approx(0.1, rel=1e-5)

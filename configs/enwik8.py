@@ -29,8 +29,10 @@ POCKET: dict[str, ModelConfig] = {
         num_layers=4,
         num_phases=64,
         num_heads=4,
+        heads_per_phase=4,
         score_phases=8,
-        feedforward_width=96,
+        feedforward_width=91,
+        kernel_init="first_harmonic",
     ),
     "base_pocket": FSNConfig(
         vocab_size=VOCABULARY,
@@ -49,9 +51,11 @@ POCKET: dict[str, ModelConfig] = {
         num_layers=4,
         num_phases=64,
         num_heads=4,
+        heads_per_phase=4,
         score_phases=8,
         feedforward="collective_modes",
-        num_modes=120,
+        num_modes=114,
+        kernel_init="first_harmonic",
     ),
     "transformer_pocket": TransformerConfig(
         vocab_size=VOCABULARY, num_layers=4, width=64, num_heads=4, feedforward_width=178
@@ -63,9 +67,10 @@ ONE_MILLION: dict[str, ModelConfig] = {
         num_layers=6,
         num_phases=112,
         num_heads=4,
+        heads_per_phase=4,
         score_phases=14,
-        feedforward_width=188,
-        num_harmonics=2,
+        feedforward_width=183,
+        kernel_init="first_harmonic",
     ),
     "transformer_1m": TransformerConfig(
         vocab_size=VOCABULARY, num_layers=6, width=112, num_heads=4, feedforward_width=327

@@ -178,12 +178,25 @@ def _softplus_inverse(x: np.ndarray) -> np.ndarray:
 
 
 def kernel_start(config: FSNConfig) -> np.ndarray:
-    """Initial in-phase coefficients ``[T, M, N]`` of the kernel; frustration angles start at 0."""
+    """Initial in-phase coefficients of the kernel; frustration angles start at 0.
+
+    ``[T, M, N]``, or ``[T, M, J, N]`` if a phase hears J > 1 heads; only the first of them is heard
+    at the start.
+    """
     m = np.arange(1, config.num_harmonics + 1)
     wave = {"sawtooth": (-1.0) ** (m + 1) / m, "first_harmonic": 1.0 * (m == 1)}
     rho = config.kernel_scale * wave[config.kernel_init]
-    shape = (config.num_delays, config.num_harmonics, config.num_phases)
-    return np.broadcast_to(rho[None, :, None], shape).astype(np.float32)
+    start = np.zeros(
+        (config.num_delays, config.num_harmonics, config.heads_per_phase, config.num_phases)
+    )
+    start[:, :, 0] = rho[:, None]
+    return (start if config.heads_per_phase > 1 else start[:, :, 0]).astype(np.float32)
+
+
+def _of_each_head(by_block: Array, heads_per_phase: int) -> Array:
+    """From phases by block to the phases each head couples: blocks h, h - 1, ... side by side."""
+    shifted = [jnp.roll(by_block, j, axis=1) for j in range(heads_per_phase)]
+    return jnp.concatenate(shifted, axis=-1)
 
 
 class FrustratedAttention(_PhaseAttention):
@@ -208,7 +221,7 @@ class FrustratedAttention(_PhaseAttention):
             self.kernel_imag = self.param("kernel_imag", nn.initializers.zeros, start.shape)
 
     def kappa(self) -> Complex:
-        """The coupling kernel, real and imaginary parts ``[T, M, N]``."""
+        """The coupling kernel, real and imaginary parts; shapes as in ``kernel_start``."""
         c = self.config
         real = self.kernel_real if c.signed_harmonics else jax.nn.softplus(self.kernel_real)
         return Complex(real, self.kernel_imag if c.static_angles else jnp.zeros_like(real))
@@ -223,14 +236,11 @@ class FrustratedAttention(_PhaseAttention):
             value = split_heads(self.value(features(z)), c.num_heads)
             return self._linear_output(self._causal_sum(query, key, value, include_self=True))
         if c.implementation == "reference":
-            kappa = self.kappa()
-            return coupling_update(
-                theta, attention_weights(query, key), jax.lax.complex(kappa.re, kappa.im)
-            )
-        kappa, zh = self._kappa_by_head(), self._heads(z)
+            return self._reference(theta, attention_weights(query, key))
+        kappa, zh = self._kappa_by_head(), self._coupled(z)
         value = fold_values(zh, kappa).astype(c.dtype)
         total, self_weight = self._causal_sum(query, key, value, include_self=False)
-        return merge_heads(unfold_sum(zh, total, self_weight, kappa))
+        return self._gather(unfold_sum(zh, total, self_weight, kappa))
 
     def extend(
         self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
@@ -244,13 +254,13 @@ class FrustratedAttention(_PhaseAttention):
             value = split_heads(self.value(features(z)), c.num_heads)
             summed, cache = extend_sum(query, key, value, cache, position, include_self=True)
             return self._linear_output(summed), cache
-        kappa, zh = self._kappa_by_head(), self._heads(z)
+        kappa, zh = self._kappa_by_head(), self._coupled(z)
         if c.delay:
             known = self._add_successor(cache.value, zh, kappa, position)
             cache = LayerCache(cache.key, known)
         value = fold_values(zh, kappa)
         summed, cache = extend_sum(query, key, value, cache, position, include_self=False)
-        return merge_heads(unfold_sum(zh, *summed, kappa)), cache
+        return self._gather(unfold_sum(zh, *summed, kappa)), cache
 
     def _add_successor(self, value: Array, zh: Complex, kappa: Complex, position: Array) -> Array:
         """Gives the newest cached token the successor it was waiting for."""
@@ -261,16 +271,45 @@ class FrustratedAttention(_PhaseAttention):
         return _put(value, newest + jnp.where(position > 0, late, 0.0), last)
 
     def _kappa_by_head(self) -> Complex:
+        c = self.config
+        shape = (c.num_delays, c.num_harmonics, c.heads_per_phase, c.num_heads, c.phases_per_head)
+
+        def by_head(part: Array) -> Array:
+            ranks = part.reshape(shape)
+            return jnp.concatenate(
+                [jnp.roll(ranks[:, :, j], j, axis=2) for j in range(c.heads_per_phase)], axis=-1
+            )
+
         kappa = self.kappa()
-        shape = (*kappa.re.shape[:2], self.config.num_heads, self.config.phases_per_head)
-        return Complex(kappa.re.reshape(shape), kappa.im.reshape(shape))
+        return Complex(by_head(kappa.re), by_head(kappa.im))
+
+    def _coupled(self, z: Complex) -> Complex:
+        """The phases that each head couples, ``[B, H, L, J P]``."""
+        zh = self._heads(z)
+        return Complex(*(_of_each_head(part, self.config.heads_per_phase) for part in zh))
+
+    def _gather(self, update: Array) -> Array:
+        """What all heads together ask of each phase, ``[B, L, N]``."""
+        asked = jnp.split(update, self.config.heads_per_phase, axis=-1)
+        by_block = [jnp.roll(part, -j, axis=1) for j, part in enumerate(asked)]
+        return merge_heads(jnp.stack(by_block).sum(axis=0))
+
+    def _reference(self, theta: Array, attention: Array) -> Array:
+        kappa = jax.lax.complex(*self.kappa())
+        if self.config.heads_per_phase == 1:
+            return coupling_update(theta, attention, kappa)
+        heard = range(self.config.heads_per_phase)
+        by_rank = jnp.stack([jnp.roll(attention, -j, axis=1) for j in heard])
+        return jax.vmap(coupling_update, in_axes=(None, 0, 2))(theta, by_rank, kappa).sum(axis=0)
 
     def _linear_output(self, summed: CausalSum) -> Array:
         return self.output(merge_heads(summed.total)).astype(jnp.float32)
 
     def _value_width(self) -> int:
         c = self.config
-        return c.phases_per_head * (1 if c.values == "linear" else 2 * c.num_harmonics)
+        return (
+            c.phases_per_head if c.values == "linear" else 2 * c.num_harmonics * c.phases_per_kernel
+        )
 
 
 class KuramotoAttention(_PhaseAttention):

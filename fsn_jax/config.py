@@ -4,6 +4,7 @@ Letters (used in names, annotations and einsums throughout the package)::
 
     B batch          L sequence length      V vocabulary       N phases per token
     H heads          P = N / H              M harmonics        T delays (1 or 2)
+    J heads that a phase hears
     R phase pairs of a projected score      F feed-forward     K collective modes
     D transformer width
 """
@@ -95,6 +96,9 @@ class FSNConfig:
       num_layers: number of blocks (coupling, then feed-forward).
       num_phases: N, oscillators per token.
       num_heads: H; each head couples its own block of N / H phases.
+      heads_per_phase: J, heads that each phase hears. With 1, head h couples the h-th block of
+        N / H phases, by a kernel ``[T, M, N]``. With more, a phase of block h hears heads h,
+        h + 1, ..., h + J - 1 (modulo H), each by its own kernel, ``[T, M, J, N]``.
       num_harmonics: M, harmonics of the coupling kernel.
       delay: whether the kernel has a one-step delay (T = 2), coupling to successors.
       static_angles: whether the kernel is complex, i.e. has frustration angles.
@@ -123,6 +127,7 @@ class FSNConfig:
     num_layers: int = 4
     num_phases: int = 64
     num_heads: int = 4
+    heads_per_phase: int = 1
     num_harmonics: int = 2
     delay: bool = True
     static_angles: bool = True
@@ -156,6 +161,11 @@ class FSNConfig:
                 f"FSNConfig.num_heads must divide num_phases; "
                 f"got {self.num_heads} heads and {self.num_phases} phases"
             )
+        if not 1 <= self.heads_per_phase <= self.num_heads:
+            raise ConfigError(
+                f"FSNConfig.heads_per_phase must be from 1 to num_heads ({self.num_heads}); "
+                f"got {self.heads_per_phase}"
+            )
         if self.score_phases and self.score != "projected":
             raise ConfigError(
                 f"FSNConfig.score_phases belongs to score='projected'; leave it 0 for "
@@ -166,6 +176,11 @@ class FSNConfig:
     def phases_per_head(self) -> int:
         """P."""
         return self.num_phases // self.num_heads
+
+    @property
+    def phases_per_kernel(self) -> int:
+        """Phases that one head couples: J P."""
+        return self.heads_per_phase * self.phases_per_head
 
     @property
     def num_delays(self) -> int:
@@ -190,7 +205,7 @@ class FSNConfig:
         }[self.score]
         parts = 2 if self.static_angles else 1
         coupling = {
-            "circular": parts * self.num_delays * self.num_harmonics * n,
+            "circular": parts * self.num_delays * self.num_harmonics * h * self.phases_per_kernel,
             "linear": 2 * n * n + n * n,
         }[self.values]
         feedforward = {
@@ -217,7 +232,7 @@ class FSNConfig:
         }[self.score]
         scores = pairs * 2 * self.num_heads * self.score_pairs
         values = {
-            "circular": pairs * 2 * self.num_harmonics * n,
+            "circular": pairs * 2 * self.num_harmonics * self.num_heads * self.phases_per_kernel,
             "linear": pairs * n + 2 * n * n + n * n,
         }[self.values]
         feedforward = {

@@ -77,7 +77,7 @@ def fold_values(
     For ``u < t`` both delays share the weight ``A[t, u]``, so a single sum serves them.
 
     Args:
-      z: phasors by head, ``[B, H, L, P]``.
+      z: phasors of the phases that each head couples, ``[B, H, L, P]``.
       kappa: the kernel by head, ``[T, M, H, P]``.
       successor: ``z_{u+1}`` where the caller knows better than the shift of ``z``. The last
         position has none, and a strictly causal sum never asks for it.
@@ -113,7 +113,7 @@ def unfold_sum(
     """``Im(sum_m z_t**-m S[t, m]) + A[t, t] sum_m Im kappa[0, m]``.
 
     Args:
-      z: phasors of the receiving tokens by head, ``[B, H, L, P]``.
+      z: phasors of the receiving tokens, as for ``fold_values``.
       total: ``S[t, m] = sum_{u < t} A[t, u] v[u, m]`` over folded values.
       self_weight: ``A[t, t]``. A token meets itself at phase difference zero, where only the
         frustration angle pushes.

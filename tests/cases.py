@@ -40,6 +40,7 @@ BASE_LAYER: dict[str, Any] = {
 
 FSN_VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
+    "two_heads_per_phase": {"heads_per_phase": 2, "num_harmonics": 1},
     "wide_score": {"score_phases": 5},
     "gated": {"score": "gated"},
     "static": {"score": "static"},
@@ -61,7 +62,7 @@ TRANSFORMER_VARIANTS: dict[str, dict[str, Any]] = {
 IMPLEMENTATIONS = ("reference", "xla")
 
 # Nearly all the time of a test of this size is compilation, which this halves. LLVM does less, on
-# the same HLO; test_models.py runs the models as a user would compile them.
+# the same HLO.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 

@@ -101,7 +101,7 @@ def coupling(theta: Array, attention: Array, kappa: Array) -> Array:
 
 
 def kernel(params: Params, config: Any) -> Array:
-    """kappa [T, M, N] complex from the parameters that the switches leave."""
+    """kappa [T, M, N] complex ([T, M, J, N] for J heads) from the parameters that are left."""
     real = np.array(params["kernel_real"], dtype=np.float64)
     if not config.signed_harmonics:
         for index in np.ndindex(real.shape):
@@ -185,7 +185,15 @@ def frustrated_attention(params: Params, theta: Array, config: Any) -> Array:
     """FrustratedAttention: theta [B, L, N] -> dtheta [B, L, N]."""
     weights = attention_weights(params.get("score", {}), theta, config)
     if config.values == "circular":
-        return coupling(theta, weights, kernel(params, config))
+        kappa = kernel(params, config)
+        if config.heads_per_phase == 1:
+            return coupling(theta, weights, kappa)
+        # A phase of block h hears head h + j by the kernel of rank j.
+        update = np.zeros(theta.shape)
+        for j in range(config.heads_per_phase):
+            heard = [(block + j) % config.num_heads for block in range(config.num_heads)]
+            update += coupling(theta, weights[:, heard], kappa[:, :, j])
+        return update
     batch, length, phases = theta.shape
     update = np.zeros(theta.shape)
     for b in range(batch):

@@ -26,6 +26,10 @@ def circular_switches():
 
 SWITCHES = [{"values": "circular", **kernel} for kernel in circular_switches()]
 SWITCHES.append({"values": "linear"})
+SWITCHES += [
+    {"heads_per_phase": 2, "num_harmonics": m, "delay": delay, "signed_harmonics": delay}
+    for m, delay in itertools.product((1, 3), (True, False))
+]
 
 
 @pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
@@ -35,7 +39,7 @@ def test_every_switch_against_oracle(score, implementation):
     theta = cases.angles(2, 7, 8, turns=2.0)
     for switches in SWITCHES:
         config = cases.fsn_config(
-            num_phases=8, num_heads=2, score=score, implementation=implementation, **switches
+            num_phases=8, num_heads=4, score=score, implementation=implementation, **switches
         )
         layer = FrustratedAttention(config)
         variables = cases.random_variables(layer, theta)

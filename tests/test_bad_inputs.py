@@ -47,6 +47,8 @@ def get_config(arm="fsn"):
         "fsn": FSNConfig(**SMALL, num_phases=8, score="static", feedforward="none"),
         "transformer": TransformerConfig(**SMALL, width=8, feedforward_width=8),
     }
+    if arm not in models:
+        raise ValueError(f"the arm must be one of {', '.join(models)}; got {arm!r}")
     config = experiment(
         "small",
         model=models[arm],
@@ -104,9 +106,7 @@ def no_checkpoint(work: Path) -> None:
 
 
 def damaged_checkpoint(work: Path) -> None:
-    for file in (work / "run" / "checkpoints").rglob("*"):
-        if file.is_file() and file.stat().st_size > 500 and "metadata" not in file.name.lower():
-            file.write_bytes(file.read_bytes()[:100])
+    (work / "run" / "checkpoints" / "10" / "state" / "manifest.ocdbt").unlink()
 
 
 def empty_folder(work: Path) -> None:
@@ -134,82 +134,429 @@ TRAIN = "train --config=small.py"
 FRESH = f"{TRAIN} --config.run_dir=fresh"
 
 CASES = [
-    Case("no config", "train", ""),
-    Case("a config file that is not there", "train --config=nowhere.py", ""),
-    Case("a config file with a syntax error", "train --config=broken.py", "", write("broken.py", "x = = 1\n")),
-    Case("a config file that fails", "train --config=broken.py", "", write("broken.py", "def get_config():\n    return undefined\n")),
-    Case("a config file without get_config", "train --config=broken.py", "", write("broken.py", "x = 1\n")),
-    Case("a config function that returns nothing", "train --config=broken.py", "", write("broken.py", "def get_config():\n    pass\n")),
-    Case("an unknown arm of a config", "train --config=configs/enwik8.py:huge", ""),
-    Case("an arm where there are none", "train --config=configs/quickstart.py:huge", ""),
-    Case("a misspelled setting", f"{FRESH} --config.model.num_layer=2", ""),
-    Case("a misspelled flag", "train --confg=small.py", ""),
-    Case("a flag that is no setting", f"{FRESH} --steps=100", ""),
-    Case("an argument that is no flag", f"{FRESH} resume", ""),
-    Case("a setting without a value", f"{FRESH} --config.seed", ""),
-    Case("a word for a number", f"{FRESH} --config.model.num_layers=two", ""),
-    Case("a fraction for a whole number", f"{FRESH} --config.model.num_layers=1.5", ""),
-    Case("a word for a switch", f"{FRESH} --config.model.delay=maybe", ""),
-    Case("heads that do not divide the phases", f"{FRESH} --config.model.num_heads=3", ""),
-    Case("a transformer's width that its heads do not divide", "train --config=small.py:transformer --config.run_dir=fresh --config.model.num_heads=3", ""),
-    Case("no layers", f"{FRESH} --config.model.num_layers=0", ""),
-    Case("no harmonics", f"{FRESH} --config.model.num_harmonics=0", ""),
-    Case("an unknown score", f"{FRESH} --config.model.score=dot", ""),
-    Case("an unknown architecture", f"{FRESH} --config.model.architecture=rnn", ""),
-    Case("another vocabulary than the corpus has", f"{FRESH} --config.model.vocab_size=11", ""),
-    Case("a negative learning rate", f"{FRESH} --config.optimizer.peak_learning_rate=-1e-3", ""),
-    Case("a learning rate that is no number", f"{FRESH} --config.optimizer.peak_learning_rate=nan", ""),
-    Case("a decay of moments beyond one", f"{FRESH} --config.optimizer.beta2=1.5", ""),
-    Case("a batch that does not divide into the devices", f"{FRESH} --config.training.batch_size=12", ""),
-    Case("a batch of evaluation that does not", f"{FRESH} --config.evaluation.batch_size=12", ""),
-    Case("parts that do not divide the batch", f"{FRESH} --config.training.accumulation_steps=3", ""),
-    Case("an empty batch", f"{FRESH} --config.training.batch_size=0", ""),
-    Case("rows of metrics between dispatches", f"{FRESH} --config.training.log_every=15", ""),
-    Case("checkpoints between dispatches", f"{FRESH} --config.checkpoints.every=15", ""),
-    Case("a context longer than the corpus", f"{FRESH} --config.data.context=3000", ""),
-    Case("an evaluation shorter than a context", f"{FRESH} --config.evaluation.num_bytes=10", ""),
-    Case("a stride longer than the context", f"{FRESH} --config.evaluation.stride=17", ""),
-    Case("a negative seed", f"{FRESH} --config.seed=-1", ""),
-    Case("a name that is a path", f"{FRESH} --config.name=a/b", ""),
-    Case("an unknown placement", f"{FRESH} --config.data.placement=disk", ""),
-    Case("an unknown corpus", f"{FRESH} --config.data.name=enwik9", ""),
-    Case("codeparrot without its shards", f"{FRESH} --config.data.name=codeparrot --config.data.path=", ""),
-    Case("a text that is not there", f"{FRESH} --config.data.path=nowhere.txt", ""),
-    Case("an empty text", f"{FRESH} --config.data.path=empty.txt", "", write("empty.txt", b"")),
-    Case("a text that is too short", f"{FRESH} --config.data.path=short.txt", "", write("short.txt", b"To be, or not to be.\n")),
-    Case("a folder without a text", f"{FRESH} --config.data.path=empty", "", empty_folder),
-    Case("another file in place of enwik8", f"{FRESH} --config.data.name=enwik8 --config.data.path=small.py", ""),
-    Case("a prepared corpus cut short", TRAIN, "", cut("corpus/train.bin")),
-    Case("a prepared corpus altered", TRAIN, "", write("corpus/train.bin", text_of(4000, 5))),
-    Case("a manifest cut short", TRAIN, "", cut("corpus/manifest.json")),
-    Case("a run folder that cannot be written", f"{TRAIN} --config.run_dir=small.py/run", ""),
-    Case("a file in place of the run folder", f"{TRAIN} --config.run_dir=small.py", ""),
-    Case("a run folder in use", TRAIN, "", in_use),
-    Case("a run folder with other settings", f"{TRAIN} --config.training.num_steps=20", ""),
-    Case("a corpus that has changed since the run began", TRAIN, "", other_corpus),
-    Case("a run's config cut short", TRAIN, "", cut("run/config.json")),
-    Case("a checkpoint of another architecture", "train --config=small.py:transformer --config.run_dir=other", "", checkpoints_of_another_model),
-    Case("evaluating what is no run", "train.evaluate corpus", ""),
-    Case("evaluating without naming a run", "train.evaluate", ""),
-    Case("evaluating a run without a checkpoint", "train.evaluate run", "", no_checkpoint),
-    Case("a checkpoint that was not kept", "train.evaluate run --checkpoint=7", ""),
-    Case("a damaged checkpoint", "train.evaluate run", "", damaged_checkpoint),
-    Case("a stride of evaluation below zero", "train.evaluate run --stride=-1", ""),
-    Case("a stride of evaluation beyond the context", "train.evaluate run --stride=17", ""),
-    Case("a misspelled option", "train.evaluate run --strid=x", ""),
-    Case("the final test of what is no run", "train.final_test corpus", ""),
-    Case("the final test on another corpus", "train.final_test run", "", other_corpus),
-    Case("an empty prompt", "train.sample run --prompt=", ""),
-    Case("a byte that the corpus does not have", "train.sample run --prompt=abcz", ""),
-    Case("a negative temperature", "train.sample run --temperature=-1", ""),
-    Case("drawing from no probability", "train.sample run --top_p=0", ""),
-    Case("drawing from a negative number of tokens", "train.sample run --top_k=-1", ""),
-    Case("a sample of no length", "train.sample run --num_tokens=0", ""),
-    Case("a sample's length in words", "train.sample run --num_tokens=many", ""),
-    Case("a seed that is too large", "train.sample run --seed=99999999999999999999", ""),
-    Case("preparing an unknown corpus", "train.prepare --name=enwik9", ""),
-    Case("preparing a text that is not there", "train.prepare --name=text --path=nowhere.txt", ""),
-    Case("a misspelled option of prepare", "train.prepare --nmae=text", ""),
+    Case(
+        "no config",
+        "train",
+        "--config=FILE is needed, for instance --config=configs/quickstart.py",
+    ),
+    Case(
+        "a config file that is not there",
+        "train --config=nowhere.py",
+        "--config=nowhere.py: there is no file nowhere.py; see configs/ for some",
+    ),
+    Case(
+        "a config file with a syntax error",
+        "train --config=broken.py",
+        "--config=broken.py: SyntaxError: invalid syntax (broken.py, line 1)",
+        write("broken.py", "x = = 1\n"),
+    ),
+    Case(
+        "a config file that fails",
+        "train --config=broken.py",
+        "--config=broken.py: NameError: name 'undefined' is not defined",
+        write("broken.py", "def get_config():\n    return undefined\n"),
+    ),
+    Case(
+        "a config file without get_config",
+        "train --config=broken.py",
+        "--config=broken.py: the file has no function get_config()",
+        write("broken.py", "x = 1\n"),
+    ),
+    Case(
+        "a config function that returns nothing",
+        "train --config=broken.py",
+        "--config=broken.py: get_config() must return what train.config.experiment(...) "
+        "gives; got NoneType",
+        write("broken.py", "def get_config():\n    pass\n"),
+    ),
+    Case(
+        "an unknown arm of a config",
+        "train --config=small.py:huge",
+        "--config=small.py:huge: the arm must be one of fsn, transformer; got 'huge'",
+    ),
+    Case(
+        "an arm where there are none",
+        "train --config=configs/quickstart.py:huge",
+        "--config=configs/quickstart.py:huge: TypeError: get_config() takes 0 "
+        "positional arguments but 1 was given",
+    ),
+    Case(
+        "a misspelled setting",
+        f"{FRESH} --config.model.num_layer=2",
+        "there is no setting --config.model.num_layer; did you mean --config.model.num_layers?",
+    ),
+    Case(
+        "a misspelled flag",
+        "train --confg=small.py",
+        "--config=FILE is needed, for instance --config=configs/quickstart.py",
+    ),
+    Case(
+        "a flag that is no setting",
+        f"{FRESH} --steps=100",
+        "there is no setting --steps; settings look like --config.seed=1",
+    ),
+    Case(
+        "an argument that is no flag",
+        f"{FRESH} resume",
+        "unexpected argument 'resume'; settings look like --config.seed=1",
+    ),
+    Case(
+        "a setting without a value",
+        f"{FRESH} --config.seed",
+        "Missing value for flag --config.seed; settings look like --config.seed=1",
+    ),
+    Case(
+        "a word for a number",
+        f"{FRESH} --config.model.num_layers=two",
+        "--config.model.num_layers takes a whole number; got 'two'",
+    ),
+    Case(
+        "a fraction for a whole number",
+        f"{FRESH} --config.model.num_layers=1.5",
+        "--config.model.num_layers takes a whole number; got '1.5'",
+    ),
+    Case(
+        "a word for a switch",
+        f"{FRESH} --config.model.delay=maybe",
+        "--config.model.delay takes True or False; got 'maybe'",
+    ),
+    Case(
+        "heads that do not divide the phases",
+        f"{FRESH} --config.model.num_heads=3",
+        "config.model.num_heads must divide num_phases; got 3 heads and 8 phases",
+    ),
+    Case(
+        "a transformer's width that its heads do not divide",
+        "train --config=small.py:transformer --config.run_dir=fresh --config.model.num_heads=3",
+        "config.model.width must be a multiple of 2 * num_heads (rotary pairs); got "
+        "width 8 and 3 heads",
+    ),
+    Case(
+        "no layers",
+        f"{FRESH} --config.model.num_layers=0",
+        "config.model.num_layers must be at least 1; got 0",
+    ),
+    Case(
+        "no harmonics",
+        f"{FRESH} --config.model.num_harmonics=0",
+        "config.model.num_harmonics must be at least 1; got 0",
+    ),
+    Case(
+        "an unknown score",
+        f"{FRESH} --config.model.score=dot",
+        "config.model.score must be one of 'projected', 'gated', 'static', 'none'; got 'dot'",
+    ),
+    Case(
+        "an unknown architecture",
+        f"{FRESH} --config.model.architecture=rnn",
+        "config.model.architecture must be one of fsn, transformer; got 'rnn'",
+    ),
+    Case(
+        "another vocabulary than the corpus has",
+        f"{FRESH} --config.model.vocab_size=11",
+        "config.model.vocab_size is 11, but the corpus 'text' has 12 byte values; set "
+        "it to 0 to take the corpus's",
+    ),
+    Case(
+        "a negative learning rate",
+        f"{FRESH} --config.optimizer.peak_learning_rate=-1e-3",
+        "config.optimizer.peak_learning_rate must be above zero; got -0.001",
+    ),
+    Case(
+        "a learning rate that is no number",
+        f"{FRESH} --config.optimizer.peak_learning_rate=nan",
+        "config.optimizer.peak_learning_rate must be a finite number; got nan",
+    ),
+    Case(
+        "a decay of moments beyond one",
+        f"{FRESH} --config.optimizer.beta2=1.5",
+        "config.optimizer.beta2 must be from 0 to 1; got 1.5",
+    ),
+    Case(
+        "a batch that does not divide into the devices",
+        f"{FRESH} --config.training.batch_size=12",
+        "config.training.batch_size must be a multiple of 8 devices times "
+        "config.training.accumulation_steps (1); got 12",
+    ),
+    Case(
+        "a batch of evaluation that does not",
+        f"{FRESH} --config.evaluation.batch_size=12",
+        "config.evaluation.batch_size must be a multiple of the 8 devices; got 12",
+    ),
+    Case(
+        "parts that do not divide the batch",
+        f"{FRESH} --config.training.accumulation_steps=3",
+        "config.training.batch_size must be a multiple of accumulation_steps (3); got 16",
+    ),
+    Case(
+        "an empty batch",
+        f"{FRESH} --config.training.batch_size=0",
+        "config.training.batch_size must be at least 1; got 0",
+    ),
+    Case(
+        "rows of metrics between dispatches",
+        f"{FRESH} --config.training.log_every=15",
+        "config.training.log_every must be a multiple of steps_per_dispatch (10); got 15",
+    ),
+    Case(
+        "checkpoints between dispatches",
+        f"{FRESH} --config.checkpoints.every=15",
+        "config.checkpoints.every must be a multiple of "
+        "config.training.steps_per_dispatch (10); got 15",
+    ),
+    Case(
+        "a context longer than the corpus",
+        f"{FRESH} --config.data.context=3000",
+        "config.data.context=3000 needs a training split of at least 6000 bytes, and "
+        "this one has 4000: lower the context or give more text",
+    ),
+    Case(
+        "an evaluation shorter than a context",
+        f"{FRESH} --config.evaluation.num_bytes=10",
+        "config.data.context=16 needs at least 17 bytes to evaluate on, and there are "
+        "10: lower the context, or give more text or a larger "
+        "config.evaluation.num_bytes",
+    ),
+    Case(
+        "a stride longer than the context",
+        f"{FRESH} --config.evaluation.stride=17",
+        "config.evaluation.stride must be at most config.data.context (16); got 17",
+    ),
+    Case(
+        "a negative seed",
+        f"{FRESH} --config.seed=-1",
+        "config.seed must be from 0 to 2**31 - 1; got -1",
+    ),
+    Case(
+        "a name that is a path",
+        f"{FRESH} --config.name=a/b",
+        "config.name must be a plain folder name; got 'a/b'",
+    ),
+    Case(
+        "an unknown placement",
+        f"{FRESH} --config.data.placement=disk",
+        "config.data.placement must be one of 'resident', 'host'; got 'disk'",
+    ),
+    Case(
+        "an unknown corpus",
+        f"{FRESH} --config.data.name=enwik9",
+        "config.data.name must be one of 'enwik8', 'pycode', 'codeparrot', 'text'; got 'enwik9'",
+    ),
+    Case(
+        "codeparrot without its shards",
+        f"{FRESH} --config.data.name=codeparrot --config.data.path=",
+        "config.data.name=codeparrot needs a file or folder of yours: give it with "
+        "--config.data.path=FILE_OR_FOLDER",
+    ),
+    Case(
+        "a text that is not there",
+        f"{FRESH} --config.data.path=nowhere.txt",
+        "config.data.path=nowhere.txt does not exist: name a file, a folder or a pattern",
+    ),
+    Case(
+        "an empty text",
+        f"{FRESH} --config.data.path=empty.txt",
+        "config.data.path=empty.txt gives 0 bytes of text, which is too little: give at "
+        "least 40960, so that each of the splits can hold 2048",
+        write("empty.txt", b""),
+    ),
+    Case(
+        "a text that is too short",
+        f"{FRESH} --config.data.path=short.txt",
+        "config.data.path=short.txt gives 21 bytes of text, which is too little: give "
+        "at least 40960, so that each of the splits can hold 2048",
+        write("short.txt", b"To be, or not to be.\n"),
+    ),
+    Case(
+        "a folder without a text",
+        f"{FRESH} --config.data.path=empty",
+        "config.data.path=empty is a folder with no file in it",
+        empty_folder,
+    ),
+    Case(
+        "another file in place of enwik8",
+        f"{FRESH} --config.data.name=enwik8 --config.data.path=corpus/train.bin",
+        "no source gave enwik8 (corpus/train.bin: holds 4000 bytes, expected 100000000); get "
+        "enwik8 or enwik8.zip yourself and name it: --config.data.path=FILE (of train) "
+        "or --path=FILE (of train.prepare)",
+    ),
+    Case(
+        "a prepared corpus cut short",
+        TRAIN,
+        "the prepared corpus is damaged: corpus/train.bin holds 2000 bytes, not 4000; "
+        "delete corpus and start again, or prepare it with `python -m train.prepare`",
+        cut("corpus/train.bin"),
+    ),
+    Case(
+        "a prepared corpus altered",
+        TRAIN,
+        "the prepared corpus is damaged: corpus/train.bin has SHA-256 "
+        "54d9f0d03eaf5830d4de33adc504a4bf7be6df9c7f1238ecf9906f8594518471; delete "
+        "corpus and start again, or prepare it with `python -m train.prepare`",
+        write("corpus/train.bin", text_of(4000, 5)),
+    ),
+    Case(
+        "an empty manifest",
+        TRAIN,
+        "the prepared corpus is damaged: corpus/manifest.json cannot be read (Expecting "
+        "value: line 1 column 1 (char 0)); delete corpus and start again, or prepare it "
+        "with `python -m train.prepare`",
+        write("corpus/manifest.json", b""),
+    ),
+    Case(
+        "a run folder that cannot be written",
+        f"{TRAIN} --config.run_dir=small.py/run",
+        "cannot write to the run folder small.py/run (Not a directory); choose another "
+        "with --config.run_dir=FOLDER",
+    ),
+    Case(
+        "a file in place of the run folder",
+        f"{TRAIN} --config.run_dir=small.py",
+        "cannot write to the run folder small.py (File exists); choose another with "
+        "--config.run_dir=FOLDER",
+    ),
+    Case(
+        "a run folder in use",
+        TRAIN,
+        "the run folder run is in use by process 4242 on elsewhere; wait for it, or "
+        "choose another with --config.run_dir=FOLDER",
+        in_use,
+    ),
+    Case(
+        "a run folder with other settings",
+        f"{TRAIN} --config.training.num_steps=20",
+        "the run folder run holds a run with other settings: training.num_steps 10 -> "
+        "20; give this one its own folder with --config.run_dir=FOLDER",
+    ),
+    Case(
+        "a corpus that has changed since the run began",
+        TRAIN,
+        "the corpus 'text' has changed since the run in run started (sha256 "
+        "c7071c378052 then, 9e4f57a72767 now); restore the data or choose another "
+        "folder with --config.run_dir=FOLDER",
+        other_corpus,
+    ),
+    Case(
+        "a run's config emptied",
+        TRAIN,
+        "run/config.json cannot be read (Expecting value: line 1 column 1 (char 0)); "
+        "restore it or train in another folder",
+        write("run/config.json", b""),
+    ),
+    Case(
+        "a checkpoint of another architecture",
+        "train --config=small.py:transformer --config.run_dir=other",
+        "the checkpoint other/checkpoints/10 is of another model: "
+        "block_0/attention/kernel_imag is (2, 2, 8) there and absent in the config (18 "
+        "arrays differ); use the run's own config, or another folder with "
+        "--config.run_dir=FOLDER",
+        checkpoints_of_another_model,
+    ),
+    Case(
+        "evaluating what is no run",
+        "train.evaluate corpus",
+        "corpus is not a run folder (no config.json); train one first",
+    ),
+    Case(
+        "evaluating without naming a run",
+        "train.evaluate",
+        "the following arguments are required: run; see python -m train.evaluate --help",
+    ),
+    Case(
+        "evaluating a run without a checkpoint",
+        "train.evaluate run",
+        "the run run has no checkpoint yet: train it as far as its first one",
+        no_checkpoint,
+    ),
+    Case(
+        "a checkpoint that was not kept",
+        "train.evaluate run --checkpoint=7",
+        "--checkpoint must be best, latest or a step among 10; got '7'",
+    ),
+    Case(
+        "a stride of evaluation below zero",
+        "train.evaluate run --stride=-1",
+        "--stride must be from 1 to the run's context (16), or 0 for the run's own; got -1",
+    ),
+    Case(
+        "a stride of evaluation beyond the context",
+        "train.evaluate run --stride=17",
+        "--stride must be from 1 to the run's context (16), or 0 for the run's own; got 17",
+    ),
+    Case(
+        "a misspelled option",
+        "train.evaluate run --strid=x",
+        "argument --stride: invalid int value: 'x'; see python -m train.evaluate --help",
+    ),
+    Case(
+        "the final test of what is no run",
+        "train.final_test corpus",
+        "corpus is not a run folder (no config.json); train one first",
+    ),
+    Case(
+        "the final test on another corpus",
+        "train.final_test run",
+        "the corpus 'text' has changed since the run in run started (sha256 "
+        "c7071c378052 then, 9e4f57a72767 now); restore the data or choose another "
+        "folder with --config.run_dir=FOLDER",
+        other_corpus,
+    ),
+    Case(
+        "an empty prompt",
+        "train.sample run --prompt=",
+        "--prompt must not be empty: the first character needs one before it",
+    ),
+    Case(
+        "a byte that the corpus does not have",
+        "train.sample run --prompt=abcz",
+        "--prompt: the text holds byte 0x7a at position 3, which does not occur in "
+        "text, so the model has no token for it: remove it",
+    ),
+    Case(
+        "a negative temperature",
+        "train.sample run --temperature=-1",
+        "--temperature must be finite and not negative; got -1.0",
+    ),
+    Case(
+        "drawing from no probability",
+        "train.sample run --top_p=0",
+        "--top_p must be above 0 and at most 1; got 0.0",
+    ),
+    Case(
+        "drawing from a negative number of tokens",
+        "train.sample run --top_k=-1",
+        "--top_k must not be negative; got -1",
+    ),
+    Case(
+        "a sample of no length",
+        "train.sample run --num_tokens=0",
+        "--num_tokens must be at least 1; got 0",
+    ),
+    Case(
+        "a sample's length in words",
+        "train.sample run --num_tokens=many",
+        "argument --num_tokens: invalid int value: 'many'; see python -m train.sample --help",
+    ),
+    Case(
+        "a seed that is too large",
+        "train.sample run --seed=99999999999999999999",
+        "--seed must be from 0 to 2**31 - 1; got 99999999999999999999",
+    ),
+    Case(
+        "preparing an unknown corpus",
+        "train.prepare --name=enwik9",
+        "config.data.name=enwik9 is not known: choose one of enwik8, pycode, codeparrot, text",
+    ),
+    Case(
+        "preparing a text that is not there",
+        "train.prepare --name=text --path=nowhere.txt",
+        "config.data.path=nowhere.txt does not exist: name a file, a folder or a pattern",
+    ),
+    Case(
+        "a misspelled option of prepare",
+        "train.prepare --nmae=text",
+        "unrecognized arguments: --nmae=text; see python -m train.prepare --help",
+    ),
 ]
 
 PROGRAMS = {
@@ -222,7 +569,7 @@ PROGRAMS = {
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
+def prepared(tmp_path_factory, quick_compiles) -> Path:
     """The folder that the scenes start from."""
     work = tmp_path_factory.mktemp("prepared") / "work"
     write_corpus(work / "corpus")
@@ -268,3 +615,96 @@ def contents(folder: Path) -> dict[Path, bytes]:
     """Every file but the lock, which tells who looked last."""
     files = (file for file in folder.rglob("*") if file.is_file() and file.name != "lock")
     return {file: file.read_bytes() for file in files}
+
+
+def run_here(command: str) -> int:
+    name, *arguments = shlex.split(command)
+    return run_program(PROGRAMS[name], [name, *arguments])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.about.replace(" ", "_"))
+def test_a_wrong_input_is_one_line_and_costs_nothing(case, work, capfd, no_compilation):
+    with contextlib.ExitStack() as stack:
+        if case.scene and (held := case.scene(work)):
+            stack.enter_context(held)
+        before = contents(work)
+        assert run_here(case.command) == 2
+    printed = capfd.readouterr()
+    assert printed.err.replace(f"{work}/", "") == f"error: {case.message}\n"
+    after = contents(work)
+    assert {file: after.get(file) for file in before} == before
+    if "run_dir=fresh" in case.command:
+        assert not (work / "fresh").exists()
+
+
+# These leave a process in a state that others should not go on in, or show how one ends.
+PROCESSES = [
+    Case(
+        "a damaged checkpoint",
+        "train.evaluate run",
+        "the checkpoint run/checkpoints/10 is damaged (NOT_FOUND); remove it to go on from an "
+        "earlier one",
+        damaged_checkpoint,
+    ),
+    *(
+        case
+        for case in CASES
+        if case.about in ("a misspelled setting", "a byte that the corpus does not have")
+    ),
+]
+
+
+@pytest.mark.parametrize("case", PROCESSES, ids=lambda case: case.about.replace(" ", "_"))
+def test_a_process_ends_with_status_2_and_one_line(case, work):
+    if case.scene:
+        case.scene(work)
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(case.command)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.replace(f"{work}/", "") == f"error: {case.message}\n"
+
+
+def test_the_inputs_are_many_and_each_is_told_once():
+    assert len(CASES) >= 70
+    assert len({case.about for case in CASES}) == len(CASES)
+
+
+# The page
+
+HEADING = """# Wrong inputs and what the programs say
+
+Each of these ends with status 2 and the one line shown, on stderr, after `error: `. None of them
+compiles anything, starts a run, or changes a file of an earlier one. `small.py` is a config of a
+tiny model, `corpus` a prepared corpus of 4,500 bytes, `run` the folder of its finished run; there
+are eight devices. The table is made from the tests
+(`pytest tests/test_bad_inputs.py --update-pages`), which run every line of it.
+
+| what is wrong | `python -m` | `error: ` |
+|---|---|---|
+"""
+
+
+def page() -> str:
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|")
+
+    damaged, *_ = PROCESSES
+    rows = (
+        f"| {cell(case.about)} | `{cell(case.command)}` | {cell(case.message)} |\n"
+        for case in [*CASES, damaged]
+    )
+    return HEADING + "".join(rows)
+
+
+def test_the_page_is_the_table(pytestconfig):
+    if pytestconfig.getoption("--update-pages"):
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(page())
+    assert PAGE.read_text() == page(), (
+        "write it with: pytest tests/test_bad_inputs.py --update-pages"
+    )

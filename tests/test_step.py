@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from train.data import WindowOrder, place_tokens
 from train.optimizer import make_optimizer
 from train.step import (
     TrainState,
+    abstract_state,
     build_model,
     init_state,
     make_evaluate_rows,
@@ -175,6 +177,23 @@ def test_the_count_of_collectives_sees_them():
     mapped = jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=False)
     compiled = jax.jit(mapped).lower(jnp.ones(8)).compile()
     assert collectives(compiled) == {"all-reduce": 2, "all-gather": 1}
+
+
+@pytest.mark.parametrize("placement", ["resident", "host"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_whole_step_lowers_for_an_accelerator(platform, placement):
+    """Optimizer, accumulation and all-reduce included, on a machine that need not have one."""
+    state = abstract_state(build_model(TINY_FSN), OPTIMIZER, mesh=mesh_of(1))
+    batch = (TOKENS, STARTS) if placement == "resident" else (WINDOWS,)
+    step = train_steps(placement=placement, accumulation_steps=4)
+    exported = jax.export.export(step, platforms=[platform])(state, *batch)
+    assert exported.platforms == (platform,)
+    after, _ = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(
+        lambda leaf: leaf.shape, state
+    )
+    for operation in ("dot_general", "all_reduce", "while"):
+        assert f"stablehlo.{operation}" in exported.mlir_module()
 
 
 def test_the_state_is_donated_and_the_tally_outlives_it():

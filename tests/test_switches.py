@@ -30,6 +30,7 @@ SWIGLU = ("feedforward/gate/kernel", "feedforward/up/kernel", "feedforward/down/
 # Switch: what leaves the tree of a block, and what enters it or changes its shape.
 SWITCHES = {
     ("num_harmonics", 3): ((), {name: (2, 3, N) for name in KERNEL}),
+    ("heads_per_phase", 2): ((), {name: (2, M, 2, N) for name in KERNEL}),
     ("delay", False): ((), {name: (1, M, N) for name in KERNEL}),
     ("static_angles", False): (("attention/kernel_imag",), {}),
     ("signed_harmonics", False): ((), {}),

@@ -1,6 +1,7 @@
 """Checkpoints of a run: asynchronous saves, the latest and the best kept, exact restoration."""
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Checkpoints:
         self.folder = folder.resolve()
         self._manager = ocp.CheckpointManager(
             self.folder,
-            # Named here, or a manager that has saved nothing yet cannot tell what is in a checkpoint.
+            # Named, or a manager that has saved nothing yet cannot tell what a checkpoint holds.
             item_handlers={_ITEM: ocp.StandardCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 create=not read_only,
@@ -92,8 +93,20 @@ class Checkpoints:
           like: shapes, types and placement, see ``train.step.abstract_state``.
 
         Raises:
-          UserError: the checkpoint holds another model.
+          UserError: the checkpoint holds another model, or is damaged.
         """
+        try:
+            return self._restore(step, like)
+        except UserError:
+            raise
+        except Exception as error:  # Orbax and what it reads with have no common one
+            _hush_stragglers()
+            raise UserError(
+                f"the checkpoint {self.folder / str(step)} is damaged "
+                f"({str(error).split(':')[0][:80]}); remove it to go on from an earlier one"
+            ) from error
+
+    def _restore(self, step: int, like: TrainState) -> TrainState:
         saved = _shapes(self._manager.item_metadata(step)[_ITEM].tree["params"])
         wanted = _shapes(like.params)
         differ = sorted(n for n in saved.keys() | wanted.keys() if saved.get(n) != wanted.get(n))
@@ -116,3 +129,17 @@ class Checkpoints:
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     return {"/".join(str(k.key) for k in path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _hush_stragglers() -> None:
+    """Keeps off stderr what the other arrays of a damaged checkpoint say.
+
+    Orbax closes its event loop at the first one that fails; the rest report to it from threads.
+    """
+    report = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            report(unraisable)
+
+    sys.unraisablehook = hook

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from train.config import ExperimentConfig
 from train.errors import UserError
 from train.load import TrainedModel, load
 from train.loop import Evaluator, check_devices
@@ -80,19 +81,26 @@ def parser(description: str, prog: str) -> Arguments:
     return p
 
 
-def checked_stride(stride: int) -> int:
-    """Raises UserError for a negative stride."""
-    if stride < 0:
-        raise UserError(f"--stride must be at least 1 (or 0 for the run's own); got {stride}")
-    return stride
+def checked_stride(stride: int, experiment: ExperimentConfig) -> int:
+    """The stride asked for, or the run's own for 0.
+
+    Raises:
+      UserError: it is negative or longer than the context.
+    """
+    if not 0 <= stride <= experiment.data.context:
+        raise UserError(
+            f"--stride must be from 1 to the run's context ({experiment.data.context}), or 0 for "
+            f"the run's own; got {stride}"
+        )
+    return stride or experiment.evaluation_stride
 
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     options = parser(__doc__ or "", "python -m train.evaluate").parse_args(argv[1:])
-    stride = checked_stride(options.stride)
     use_compilation_cache()
     trained = load(options.run, which=options.checkpoint)
+    stride = checked_stride(options.stride, trained.experiment)
     result = evaluate(trained, trained.corpus.tokens("validation"), stride=stride)
     print(f"validation {result}")
 

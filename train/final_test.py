@@ -20,10 +20,9 @@ from train.run import git_state
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     options = parser(__doc__ or "", "python -m train.final_test").parse_args(argv[1:])
-    stride = checked_stride(options.stride)
     use_compilation_cache()
     trained = load(options.run, which=options.checkpoint)
-    stride = stride or trained.experiment.evaluation_stride
+    stride = checked_stride(options.stride, trained.experiment)
     log = trained.run.path / "test_reads.jsonl"
     reads = read_rows(log)
     for row in reads:

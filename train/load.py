@@ -64,7 +64,7 @@ def load(run_dir: str | Path, *, which: str = "best") -> TrainedModel:
     model = build_model(experiment.model)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps)
     if not run.checkpoints.is_dir():
-        raise UserError(f"the run {run.path} has no checkpoint yet")
+        raise _no_checkpoint(run)
     with Checkpoints(run.checkpoints, experiment.checkpoints, read_only=True) as checkpoints:
         step = _choose(checkpoints, which, run)
         state = checkpoints.restore(step, abstract_state(model, optimizer, mesh=mesh))
@@ -74,7 +74,7 @@ def load(run_dir: str | Path, *, which: str = "best") -> TrainedModel:
 def _choose(checkpoints: Checkpoints, which: str, run: RunFolder) -> int:
     latest = checkpoints.latest()
     if latest is None:
-        raise UserError(f"the run {run.path} has no checkpoint yet")
+        raise _no_checkpoint(run)
     if which == "latest":
         return latest
     if which == "best":
@@ -86,3 +86,7 @@ def _choose(checkpoints: Checkpoints, which: str, run: RunFolder) -> int:
             f"{', '.join(map(str, steps))}; got {which!r}"
         )
     return int(which)
+
+
+def _no_checkpoint(run: RunFolder) -> UserError:
+    return UserError(f"the run {run.path} has no checkpoint yet: train it as far as its first one")

@@ -72,7 +72,9 @@ class RunFolder:
         try:
             return ExperimentConfig.from_json(file.read_text())
         except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{file} cannot be read ({error}); restore it or start anew") from error
+            raise UserError(
+                f"{file} cannot be read ({error}); restore it or train in another folder"
+            ) from error
 
     def read_provenance(self) -> list[dict[str, Any]]:
         """One entry a start of the run."""

@@ -64,6 +64,8 @@ def parser() -> Arguments:
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     options = parser().parse_args(argv[1:])
+    if not 0 <= options.seed < 2**31:
+        raise UserError(f"--seed must be from 0 to 2**31 - 1; got {options.seed}")
     try:
         check_sampling(
             num_tokens=options.num_tokens,
@@ -76,6 +78,10 @@ def program(argv: Sequence[str]) -> None:
     use_compilation_cache()
     trained = load(options.run, which=options.checkpoint)
     prompt = os.fsencode(options.prompt)
+    try:
+        trained.corpus.encode(prompt)
+    except UserError as error:
+        raise UserError(f"--prompt: {error}") from None
     context = trained.experiment.data.context
     if len(prompt) >= context:
         print(

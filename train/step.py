@@ -1,7 +1,6 @@
 """The train step: data parallel over a mesh, several steps to a dispatch, one all-reduce each."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -142,7 +141,7 @@ def make_train_steps(
     placement: Literal["resident", "host"],
     accumulation_steps: int = 1,
     log_every: int,
-) -> Callable[..., tuple[TrainState, Tally]]:
+) -> jax.stages.Wrapped:
     """Compiles K steps into one call that consumes the state it is given.
 
     Returns:
@@ -211,7 +210,7 @@ def make_train_steps(
     )
 
 
-def make_evaluate_rows(model: nn.Module, *, mesh: Mesh) -> Callable[..., Array]:
+def make_evaluate_rows(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
     """Compiles ``(params, windows uint8[B, L + 1], scored bool[B, L]) -> float32[B]``.
 
     The result is each window's cross entropy in nats, summed over its scored characters.

@@ -1,0 +1,69 @@
+"""``python -m train.record RUN ...``: copies the evidence of finished runs to ``results/``.
+
+What is copied is small and enough to judge and repeat a run: settings, provenance, losses, speed
+and summary; no checkpoints.
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from train.errors import UserError
+from train.program import Arguments, run_program
+from train.run import open_run
+
+EVIDENCE = (
+    "config.json",
+    "provenance.json",
+    "metrics.jsonl",
+    "timing.jsonl",
+    "summary.json",
+    "parameters.txt",
+    "sample.txt",
+)
+
+
+def record(run_dir: Path, results: Path, *, allow_modified: bool = False) -> Path:
+    """Copies one run's evidence to ``results/<name>`` and returns that folder.
+
+    Raises:
+      UserError: the run is not finished, is recorded already, or ran on code that no commit holds.
+    """
+    run = open_run(run_dir)
+    if not (run.path / "summary.json").is_file():
+        raise UserError(f"the run {run.path} is not finished; the command that began it goes on")
+    for start in run.read_provenance():
+        git = start["git"]
+        if not allow_modified and (git["commit"] is None or git["modified"]):
+            raise UserError(
+                f"the run {run.path} started on code that differs from any commit; run it again "
+                f"from a clean tree, or say --allow_modified"
+            )
+    target = results / run.read_config().name
+    if target.exists():
+        raise UserError(f"{target} is there already; remove it to record the run anew")
+    target.mkdir(parents=True)
+    for name in EVIDENCE:
+        shutil.copyfile(run.path / name, target / name)
+    return target
+
+
+def program(argv: Sequence[str]) -> None:
+    """Parses and calls."""
+    p = Arguments(prog="python -m train.record", description=__doc__)
+    p.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    p.add_argument("--results", type=Path, default=Path("results"))
+    p.add_argument("--allow_modified", action="store_true", help="also of uncommitted code")
+    options = p.parse_args(argv[1:])
+    for run in options.runs:
+        print(record(run, options.results, allow_modified=options.allow_modified))
+
+
+def main() -> None:
+    """The command line."""
+    sys.exit(run_program(program, sys.argv))
+
+
+if __name__ == "__main__":
+    main()

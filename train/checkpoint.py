@@ -1,8 +1,10 @@
 """Checkpoints of a run: asynchronous saves, the latest and the best kept, exact restoration."""
 
+import contextlib
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +98,11 @@ class Checkpoints:
           UserError: the checkpoint holds another model, or is damaged.
         """
         try:
-            return self._restore(step, like)
+            with _hushed_stragglers():
+                return self._restore(step, like)
         except UserError:
             raise
         except Exception as error:  # Orbax and what it reads with have no common one
-            _hush_stragglers()
             raise UserError(
                 f"the checkpoint {self.folder / str(step)} is damaged "
                 f"({str(error).split(':')[0][:80]}); remove it to go on from an earlier one"
@@ -131,10 +133,12 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     return {"/".join(str(k.key) for k in path): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def _hush_stragglers() -> None:
+@contextlib.contextmanager
+def _hushed_stragglers() -> Iterator[None]:
     """Keeps off stderr what the other arrays of a damaged checkpoint say.
 
-    Orbax closes its event loop at the first one that fails; the rest report to it from threads.
+    Orbax closes its event loop at the first one that fails; the rest report to it from threads,
+    also later on, so that only a success brings the former hook back.
     """
     report = sys.unraisablehook
 
@@ -143,3 +147,5 @@ def _hush_stragglers() -> None:
             report(unraisable)
 
     sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = report

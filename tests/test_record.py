@@ -1,0 +1,57 @@
+"""Evidence of finished runs: what is copied, and which runs are refused."""
+
+import json
+
+import pytest
+import runs
+
+from train.errors import UserError
+from train.record import EVIDENCE, record
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run folder with every file that evidence is made of, and one that is not."""
+    corpus = runs.write_corpus(tmp_path / "corpus")
+    experiment = runs.tiny_experiment(corpus.folder, tmp_path / "run")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in EVIDENCE:
+        (folder / name).write_text(name)
+    (folder / "config.json").write_text(json.dumps(experiment.to_dict()))
+    (folder / "loss.png").write_text("a picture")
+    set_git(folder, commit="c0ffee", modified=False)
+    return folder
+
+
+def set_git(folder, **git):
+    (folder / "provenance.json").write_text(json.dumps([{"git": git}]))
+
+
+def test_copies_the_evidence_and_nothing_else(finished, tmp_path):
+    target = record(finished, tmp_path / "results")
+    assert target == tmp_path / "results" / "tiny"
+    assert sorted(p.name for p in target.iterdir()) == sorted(EVIDENCE)
+    for name in EVIDENCE:
+        assert (target / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.parametrize("git", [{"commit": "c0ffee", "modified": True}, {"commit": None}])
+def test_refuses_code_that_no_commit_holds(finished, tmp_path, git):
+    set_git(finished, **{"modified": None, **git})
+    with pytest.raises(UserError, match="clean tree"):
+        record(finished, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+    record(finished, tmp_path / "results", allow_modified=True)
+
+
+def test_refuses_an_unfinished_run(finished, tmp_path):
+    (finished / "summary.json").unlink()
+    with pytest.raises(UserError, match="not finished"):
+        record(finished, tmp_path / "results")
+
+
+def test_does_not_overwrite(finished, tmp_path):
+    record(finished, tmp_path / "results")
+    with pytest.raises(UserError, match="is there already"):
+        record(finished, tmp_path / "results")

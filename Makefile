@@ -25,7 +25,7 @@ train: setup  ## Train configs/quickstart.py on enwik8, or go on where it stoppe
 	$(PY) -m train --config=$(CONFIG) $(ARGS)
 
 test: setup  ## Run the default tests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: setup  ## Run the slow tests too (they fetch enwik8)
 	$(PY) -m pytest -m "not gpu" $(ARGS)

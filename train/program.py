@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import jax
-
 from train.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -37,6 +35,8 @@ def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR if it is set."""
+    import jax  # here, since to prepare or open a corpus takes none of it
+
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = Path("~/.cache/fsn_jax/compiled").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder))

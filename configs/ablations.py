@@ -11,7 +11,9 @@ from configs import enwik8
 CHANGES: dict[str, dict[str, object]] = {
     "no_delay": {"delay": False},
     "no_angles": {"static_angles": False},
-    "one_harmonic": {"num_harmonics": 1},
+    "one_head_per_phase": {"heads_per_phase": 1},
+    "two_heads_per_phase": {"heads_per_phase": 2},
+    "two_harmonics": {"num_harmonics": 2},
     "three_harmonics": {"num_harmonics": 3},
     "four_harmonics": {"num_harmonics": 4},
     "non_negative": {"signed_harmonics": False},

@@ -30,9 +30,9 @@ POCKET: dict[str, ModelConfig] = {
         num_phases=64,
         num_heads=4,
         heads_per_phase=4,
+        num_harmonics=1,
         score_phases=8,
-        feedforward_width=91,
-        kernel_init="first_harmonic",
+        feedforward_width=94,
     ),
     "base_pocket": FSNConfig(
         vocab_size=VOCABULARY,
@@ -52,10 +52,10 @@ POCKET: dict[str, ModelConfig] = {
         num_phases=64,
         num_heads=4,
         heads_per_phase=4,
+        num_harmonics=1,
         score_phases=8,
         feedforward="collective_modes",
-        num_modes=114,
-        kernel_init="first_harmonic",
+        num_modes=118,
     ),
     "transformer_pocket": TransformerConfig(
         vocab_size=VOCABULARY, num_layers=4, width=64, num_heads=4, feedforward_width=178
@@ -68,9 +68,9 @@ ONE_MILLION: dict[str, ModelConfig] = {
         num_phases=112,
         num_heads=4,
         heads_per_phase=4,
+        num_harmonics=1,
         score_phases=14,
-        feedforward_width=183,
-        kernel_init="first_harmonic",
+        feedforward_width=186,
     ),
     "transformer_1m": TransformerConfig(
         vocab_size=VOCABULARY, num_layers=6, width=112, num_heads=4, feedforward_width=327

@@ -13,13 +13,13 @@ from train.config import (
 
 
 def get_config() -> ConfigDict:
-    """The pocket rung, 2.5 million characters."""
+    """The pocket rung, 2 million characters."""
     return experiment(
         "quickstart",
         model=POCKET["fsn_pocket"],
         data=DataConfig(name="enwik8", context=128),
         optimizer=FSN_OPTIMIZER,
-        training=TrainingConfig(batch_size=16, num_steps=1200, log_every=20),
+        training=TrainingConfig(batch_size=16, num_steps=1000, log_every=20),
         evaluation=EvaluationConfig(every=200, num_bytes=200_000),
         checkpoints=CheckpointConfig(every=200),
     )

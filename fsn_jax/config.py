@@ -115,8 +115,8 @@ class FSNConfig:
       embedding_init: distribution of the embedding angles at the start.
       embedding_scale: standard deviation of the normal ones, in radians.
       score_sharpness: initial inverse temperature in units of ``1 / sqrt(R)``.
-      kernel_init: ``sawtooth`` (rho_m proportional to ``(-1)**(m+1) / m``, which in full moves a
-        phase onto the attended one in a single step) or ``first_harmonic``.
+      kernel_init: ``first_harmonic`` (the others start at zero) or ``sawtooth`` (rho_m proportional
+        to ``(-1)**(m+1) / m``, which in full moves a phase onto the attended one in one step).
       kernel_scale: the first harmonic's initial coefficient, for each delay.
       dtype: of the matrix products; angles, softmax and logits are float32 always.
       remat: recompute each block in the backward pass instead of keeping its activations.
@@ -142,7 +142,7 @@ class FSNConfig:
     embedding_init: EmbeddingInit = "normal"
     embedding_scale: float = 1.0
     score_sharpness: float = 4.0
-    kernel_init: KernelInit = "sawtooth"
+    kernel_init: KernelInit = "first_harmonic"
     kernel_scale: float = 0.5
     dtype: DType = "float32"
     remat: bool = False

@@ -1,8 +1,12 @@
-"""A pocket FSN on enwik8, in minutes on a laptop: ``make train``."""
+"""A pocket model on enwik8, in minutes on a laptop: ``make train``.
+
+Two cores of a 2.1 GHz server CPU: 200 seconds, 2.486 BPC on the first 200,000 bytes of validation.
+The arm after a colon is ``fsn`` (default) or ``transformer``, on the same batches.
+"""
 
 from ml_collections import ConfigDict
 
-from configs.enwik8 import FSN_OPTIMIZER, POCKET
+from configs.enwik8 import FSN_OPTIMIZER, POCKET, TRANSFORMER_OPTIMIZER
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -11,14 +15,18 @@ from train.config import (
     experiment,
 )
 
+ARMS = ("fsn", "transformer")
 
-def get_config() -> ConfigDict:
+
+def get_config(arm: str = "fsn") -> ConfigDict:
     """The pocket rung, 2 million characters."""
+    if arm not in ARMS:
+        raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
     return experiment(
-        "quickstart",
-        model=POCKET["fsn_pocket"],
+        "quickstart" if arm == "fsn" else f"quickstart_{arm}",
+        model=POCKET[f"{arm}_pocket"],
         data=DataConfig(name="enwik8", context=128),
-        optimizer=FSN_OPTIMIZER,
+        optimizer=FSN_OPTIMIZER if arm == "fsn" else TRANSFORMER_OPTIMIZER,
         training=TrainingConfig(batch_size=16, num_steps=1000, log_every=20),
         evaluation=EvaluationConfig(every=200, num_bytes=200_000),
         checkpoints=CheckpointConfig(every=200),

@@ -175,10 +175,10 @@ CASES = [
         "--config=small.py:huge: the arm must be one of fsn, transformer; got 'huge'",
     ),
     Case(
-        "an arm where there are none",
+        "an unknown arm of the quickstart",
         "train --config=configs/quickstart.py:huge",
-        "--config=configs/quickstart.py:huge: TypeError: get_config() takes 0 "
-        "positional arguments but 1 was given",
+        "--config=configs/quickstart.py:huge: the arm after the colon must be one of fsn, "
+        "transformer; got 'huge'",
     ),
     Case(
         "a misspelled setting",

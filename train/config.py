@@ -329,12 +329,8 @@ def experiment(
     evaluation: EvaluationConfig | None = None,
     checkpoints: CheckpointConfig | None = None,
     seed: int = 0,
-    vocabulary_from_corpus: bool = False,
 ) -> ConfigDict:
-    """A locked ConfigDict for a file under ``configs/``: the given parts, defaults for the rest.
-
-    With ``vocabulary_from_corpus`` the model's ``vocab_size`` is whatever the corpus has.
-    """
+    """A locked ConfigDict for a file under ``configs/``: the given parts, defaults for the rest."""
     architecture = "fsn" if isinstance(model, FSNConfig) else "transformer"
     parts: dict[str, Any] = {
         "data": data or DataConfig(),
@@ -352,6 +348,4 @@ def experiment(
             **{key: dataclasses.asdict(part) for key, part in parts.items()},
         }
     )
-    if vocabulary_from_corpus:
-        config.model.vocab_size = 0
     return config.lock()

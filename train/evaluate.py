@@ -1,9 +1,15 @@
-"""``python -m train.evaluate RUN``: the loss over the whole validation split, and nothing else."""
+"""``python -m train.evaluate RUN``: the loss over the whole validation split, and nothing else.
+
+Each result is printed and added to the run's ``evaluations.jsonl``.
+"""
 
 import dataclasses
+import datetime
+import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +19,7 @@ from train.load import TrainedModel, load
 from train.loop import Evaluator, check_devices
 from train.metrics import bits_per_character
 from train.program import Arguments, run_program, use_compilation_cache
+from train.run import device_description, git_state
 from train.step import make_evaluate_rows
 
 
@@ -70,6 +77,28 @@ def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> E
     )
 
 
+def append_evaluation(file: Path, trained: TrainedModel, result: Evaluation) -> None:
+    """Adds a line: the result, when, of which data, by which code.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    row = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **dataclasses.asdict(result),
+        "data_sha256": trained.corpus.sha256,
+        "device": device_description(),
+        "git": git_state(),
+    }
+    try:
+        with file.open("a") as log:
+            log.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {file} ({error.strerror}); the result was {result}"
+        ) from None
+
+
 def parser(description: str, prog: str) -> Arguments:
     """What this command and the final test have in common."""
     p = Arguments(prog=prog, description=description)
@@ -102,6 +131,7 @@ def program(argv: Sequence[str]) -> None:
     trained = load(options.run, which=options.checkpoint)
     stride = checked_stride(options.stride, trained.experiment)
     result = evaluate(trained, trained.corpus.tokens("validation"), stride=stride)
+    append_evaluation(trained.run.path / "evaluations.jsonl", trained, result)
     print(f"validation {result}")
 
 

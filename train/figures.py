@@ -1,6 +1,10 @@
-"""Figures of runs, made from their logs alone."""
+"""``python -m train.figures RUN ... --output=FILE.png``: the loss curves of runs, from their logs.
+
+A RUN is a run's folder or its record under ``results/``.
+"""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +13,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from train.errors import UserError
 from train.metrics import read_rows
+from train.program import Arguments, run_program
+from train.run import open_run
 
 
 def loss_curve(runs: Sequence[Path], target: Path) -> None:
@@ -46,3 +53,24 @@ def loss_curve(runs: Sequence[Path], target: Path) -> None:
         axes.legend(frameon=False)
         figure.savefig(target, dpi=150)
         plt.close(figure)
+
+
+def program(argv: Sequence[str]) -> None:
+    """Parses and calls."""
+    p = Arguments(prog="python -m train.figures", description=__doc__)
+    p.add_argument("runs", nargs="+", type=Path, help="folders of runs or of their records")
+    p.add_argument("--output", type=Path, required=True, help="the picture to write, a .png")
+    options = p.parse_args(argv[1:])
+    folders = [open_run(run).path for run in options.runs]
+    if not options.output.parent.is_dir():
+        raise UserError(f"--output={options.output}: there is no folder {options.output.parent}")
+    loss_curve(folders, options.output)
+
+
+def main() -> None:
+    """The command line."""
+    sys.exit(run_program(program, sys.argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,17 +4,13 @@ The only program that opens the test split. Each use is a line in the run's ``te
 checkpoint and stride already read are reported from there, not computed again.
 """
 
-import dataclasses
-import datetime
-import json
 import sys
 from collections.abc import Sequence
 
-from train.evaluate import checked_stride, evaluate, parser
+from train.evaluate import append_evaluation, checked_stride, evaluate, parser
 from train.load import load
 from train.metrics import read_rows
 from train.program import run_program, use_compilation_cache
-from train.run import git_state
 
 
 def program(argv: Sequence[str]) -> None:
@@ -32,14 +28,7 @@ def program(argv: Sequence[str]) -> None:
     if reads:
         print(f"note: this run's test split has been read {len(reads)} time(s) before; see {log}")
     result = evaluate(trained, trained.corpus.tokens("test", allow_test=True), stride=stride)
-    row = {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **dataclasses.asdict(result),
-        "data_sha256": trained.corpus.sha256,
-        "git": git_state(),
-    }
-    with log.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_evaluation(log, trained, result)
     print(f"test {result}")
 
 

@@ -22,6 +22,7 @@ EVIDENCE = (
     "parameters.txt",
     "sample.txt",
 )
+IF_THERE = ("evaluations.jsonl", "test_reads.jsonl")
 
 
 def record(run_dir: Path, results: Path, *, allow_modified: bool = False) -> Path:
@@ -46,6 +47,9 @@ def record(run_dir: Path, results: Path, *, allow_modified: bool = False) -> Pat
     target.mkdir(parents=True)
     for name in EVIDENCE:
         shutil.copyfile(run.path / name, target / name)
+    for name in IF_THERE:
+        if (run.path / name).exists():
+            shutil.copyfile(run.path / name, target / name)
     return target
 
 

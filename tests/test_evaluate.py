@@ -1,0 +1,66 @@
+"""The programs that read a finished run: evaluation, the final test, sampling."""
+
+import pytest
+import runs
+
+from train import evaluate, final_test, sample
+from train.metrics import read_rows
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run and its corpus."""
+    folder = tmp_path_factory.mktemp("finished")
+    corpus = runs.write_corpus(folder / "corpus")
+    outcome = runs.run_to_the_end(runs.tiny_experiment(corpus.folder, folder / "run"), corpus)
+    return folder / "run", corpus, outcome
+
+
+def test_evaluation_covers_the_split_and_is_logged(finished, capsys):
+    run, corpus, outcome = finished
+    evaluate.program(["evaluate", str(run), "--checkpoint=latest"])
+    (row,) = read_rows(run / "evaluations.jsonl")
+    assert row["num_bytes"] == corpus.splits["validation"].num_bytes - 1
+    assert row["step"] == outcome.step
+    assert row["data_sha256"] == corpus.sha256
+    # The run's own last evaluation was of the same parameters on the same split.
+    last = [r for r in read_rows(run / "metrics.jsonl") if r["kind"] == "validation"][-1]
+    assert row["bpc"] == pytest.approx(last["bpc"], rel=1e-6)
+    assert f"{row['bpc']:.4f} BPC" in capsys.readouterr().out
+
+
+def test_the_test_split_is_read_once_and_the_use_recorded(finished, capsys, monkeypatch):
+    run, corpus, _ = finished
+    final_test.program(["final_test", str(run)])
+    (row,) = read_rows(run / "test_reads.jsonl")
+    assert row["num_bytes"] == corpus.splits["test"].num_bytes - 1
+    first = capsys.readouterr().out
+    assert f"{row['bpc']:.4f} BPC" in first
+
+    with monkeypatch.context() as patched:
+        patched.setattr(final_test, "evaluate", None)  # to read again would fail
+        final_test.program(["final_test", str(run)])
+    again = capsys.readouterr().out
+    assert f"{row['bpc']:.4f} BPC, read on {row['time']}" in again
+    assert len(read_rows(run / "test_reads.jsonl")) == 1
+
+    final_test.program(["final_test", str(run), "--stride=4"])
+    assert "has been read 1 time(s) before" in capsys.readouterr().out
+    assert len(read_rows(run / "test_reads.jsonl")) == 2
+
+
+def test_a_sample_depends_on_its_seed_alone(finished, capfdbinary):
+    run, corpus, _ = finished
+
+    def text(*options):
+        sample.program(["sample", str(run), "--prompt=abc", "--num_tokens=40", *options])
+        return capfdbinary.readouterr().out
+
+    one = text("--seed=1", "--temperature=1.0")
+    assert one.startswith(b"abc") and len(one) == len(b"abc") + 40 + len(b"\n")
+    assert set(one.strip()) <= set(runs.ALPHABET)
+    assert text("--seed=1", "--temperature=1.0") == one
+    assert text("--seed=2", "--temperature=1.0") != one
+    assert text("--seed=1", "--temperature=0") == text("--seed=2", "--temperature=0")

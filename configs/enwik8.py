@@ -4,6 +4,8 @@ Pocket arms (about 0.23M parameters) are for a CPU, 1M arms for an accelerator. 
 see the same batches in the same order and have the same number of parameters within 1%.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
@@ -23,40 +25,28 @@ CHARACTERS_PER_EPOCH = 90_000_000
 FSN_OPTIMIZER = OptimizerConfig(peak_learning_rate=1e-2, angle_factor=4.0)
 TRANSFORMER_OPTIMIZER = OptimizerConfig(peak_learning_rate=1e-2)
 
+FSN_POCKET = FSNConfig(
+    vocab_size=VOCABULARY,
+    num_layers=4,
+    num_phases=64,
+    num_heads=4,
+    heads_per_phase=4,
+    num_harmonics=1,
+    score_phases=8,
+    feedforward_width=94,
+)
+
 POCKET: dict[str, ModelConfig] = {
-    "fsn_pocket": FSNConfig(
-        vocab_size=VOCABULARY,
-        num_layers=4,
-        num_phases=64,
-        num_heads=4,
-        heads_per_phase=4,
-        num_harmonics=1,
-        score_phases=8,
-        feedforward_width=94,
-    ),
-    "base_pocket": FSNConfig(
-        vocab_size=VOCABULARY,
-        num_layers=4,
-        num_phases=64,
-        num_heads=4,
-        score_phases=8,
-        feedforward_width=97,
-        num_harmonics=1,
+    "fsn_pocket": FSN_POCKET,
+    "base_pocket": dataclasses.replace(
+        FSN_POCKET,
+        heads_per_phase=1,
         delay=False,
         static_angles=False,
         signed_harmonics=False,
+        feedforward_width=97,
     ),
-    "modes_pocket": FSNConfig(
-        vocab_size=VOCABULARY,
-        num_layers=4,
-        num_phases=64,
-        num_heads=4,
-        heads_per_phase=4,
-        num_harmonics=1,
-        score_phases=8,
-        feedforward="collective_modes",
-        num_modes=118,
-    ),
+    "modes_pocket": dataclasses.replace(FSN_POCKET, feedforward="collective_modes", num_modes=118),
     "transformer_pocket": TransformerConfig(
         vocab_size=VOCABULARY, num_layers=4, width=64, num_heads=4, feedforward_width=178
     ),

@@ -18,8 +18,8 @@ from typing import Any
 
 import jax
 import pytest
-from runs import run_to_the_end, text_of, write_corpus
 
+from runs import run_to_the_end, text_of, write_corpus
 from train import evaluate, final_test, loop, main, prepare, sample
 from train.corpus import read_corpus
 from train.program import run_program
@@ -330,7 +330,7 @@ CASES = [
     Case(
         "a name that is a path",
         f"{FRESH} --config.name=a/b",
-        "config.name must be a plain folder name; got 'a/b'",
+        "config.name must be a plain folder name of letters, digits and _ . + = -; got 'a/b'",
     ),
     Case(
         "an unknown placement",

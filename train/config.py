@@ -7,6 +7,7 @@ everything and is what the programs use. Each default stands here, once.
 
 import dataclasses
 import json
+import re
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
@@ -251,8 +252,11 @@ class ExperimentConfig:
                 f"config.data.name={self.data.name} needs a file or folder of yours: give it with "
                 f"--config.data.path=FILE_OR_FOLDER"
             )
-        if not self.name or "/" in self.name:
-            raise UserError(f"config.name must be a plain folder name; got {self.name!r}")
+        if not re.fullmatch(r"[\w.+=-]*\w[\w.+=-]*", self.name):
+            raise UserError(
+                f"config.name must be a plain folder name of letters, digits and _ . + = -; "
+                f"got {self.name!r}"
+            )
         steps = self.training.steps_per_dispatch
         for setting, every in (
             ("evaluation.every", self.evaluation.every),

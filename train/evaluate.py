@@ -18,7 +18,7 @@ from train.errors import UserError
 from train.load import TrainedModel, load
 from train.loop import Evaluator, check_devices
 from train.metrics import bits_per_character
-from train.program import Arguments, run_program, use_compilation_cache
+from train.program import Arguments, run_program, start_jax
 from train.run import device_description, git_state
 from train.step import make_evaluate_rows
 
@@ -127,7 +127,7 @@ def checked_stride(stride: int, experiment: ExperimentConfig) -> int:
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     options = parser(__doc__ or "", "python -m train.evaluate").parse_args(argv[1:])
-    use_compilation_cache()
+    start_jax()
     trained = load(options.run, which=options.checkpoint)
     stride = checked_stride(options.stride, trained.experiment)
     result = evaluate(trained, trained.corpus.tokens("validation"), stride=stride)

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from train.evaluate import append_evaluation, checked_stride, evaluate, parser
 from train.load import load
 from train.metrics import read_rows
-from train.program import run_program, use_compilation_cache
+from train.program import run_program, start_jax
 
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     options = parser(__doc__ or "", "python -m train.final_test").parse_args(argv[1:])
-    use_compilation_cache()
+    start_jax()
     trained = load(options.run, which=options.checkpoint)
     stride = checked_stride(options.stride, trained.experiment)
     log = trained.run.path / "test_reads.jsonl"

@@ -16,7 +16,7 @@ from train.errors import UserError
 from train.finish import finish
 from train.load import open_experiment_corpus
 from train.loop import check_experiment, train
-from train.program import run_program, use_compilation_cache
+from train.program import run_program, start_jax
 from train.run import create_or_resume, default_folder, flatten
 
 HELP = """Any setting of the file can be changed: --config.training.num_steps=500, for instance.
@@ -100,8 +100,8 @@ def program(argv: Sequence[str]) -> None:
     experiment = parse_config(argv)
     corpus = open_experiment_corpus(experiment)
     experiment = experiment.with_vocabulary(len(corpus.vocabulary))
+    start_jax()
     check_experiment(experiment, corpus, jax.device_count())
-    use_compilation_cache()
     run = create_or_resume(experiment, corpus)
     try:
         print(f"run folder {default_folder(experiment)} · {jax.device_count()} device(s)")

@@ -33,10 +33,25 @@ def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -
     return 0
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR if it is set."""
+def start_jax() -> None:
+    """Finds the devices and keeps compiled programs between runs.
+
+    The programs are kept in $JAX_COMPILATION_CACHE_DIR, or under ~/.cache/fsn_jax.
+
+    Raises:
+      UserError: JAX finds no device.
+    """
     import jax  # here, since to prepare or open a corpus takes none of it
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = Path("~/.cache/fsn_jax/compiled").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS") or "any platform"
+        reason = str(error) or "no such backend"
+        raise UserError(
+            f"JAX finds no device for {platforms} ({reason}); correct or unset "
+            f"JAX_PLATFORMS, or install the package's cuda or tpu extra"
+        ) from None

@@ -12,7 +12,7 @@ from fsn_jax.config import ConfigError
 from fsn_jax.generate import check_sampling, stream
 from train.errors import UserError
 from train.load import TrainedModel, load
-from train.program import Arguments, run_program, use_compilation_cache
+from train.program import Arguments, run_program, start_jax
 
 
 def sample_bytes(
@@ -75,7 +75,7 @@ def program(argv: Sequence[str]) -> None:
         )
     except ConfigError as error:
         raise UserError(f"--{error}") from None
-    use_compilation_cache()
+    start_jax()
     trained = load(options.run, which=options.checkpoint)
     prompt = os.fsencode(options.prompt)
     try:

@@ -1,0 +1,42 @@
+"""What every program does around its work: errors, interruption, finding the devices."""
+
+import jax
+import pytest
+
+from train.errors import UserError
+from train.program import run_program, start_jax
+
+
+def test_a_users_mistake_is_one_line_and_status_2(capsys):
+    def program(argv):
+        raise UserError(f"{argv[0]} is\nwrong")
+
+    assert run_program(program, ["it"]) == 2
+    assert capsys.readouterr() == ("", "error: it is wrong\n")
+
+
+def test_an_interruption_says_how_to_go_on(capsys):
+    def program(argv):
+        raise KeyboardInterrupt
+
+    assert run_program(program, []) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback():
+    def program(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_program(program, [])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Unable to initialize"), AssertionError()])
+def test_no_device_is_a_users_mistake(monkeypatch, error):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(UserError, match="no device for cuda .* unset JAX_PLATFORMS"):
+        start_jax()

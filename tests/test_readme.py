@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_its_python_runs():
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}

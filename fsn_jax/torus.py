@@ -31,7 +31,7 @@ _COS_FIT = (0.04166664681, -0.001388736448, 2.443809033e-05)
 def _polynomial_phasor(theta: Array) -> Complex:
     """Cosine and sine to 1e-7, sharing one range reduction.
 
-    XLA calls the C library's scalar cosine on the CPU, about twenty times dearer than this, and
+    XLA calls the C library's scalar cosine on the CPU, about nine times dearer than this, and
     fuses it into each of its many readers again; these few multiplications cost next to nothing
     even where they are repeated, and give the same bits of the same formula on every backend.
     """

@@ -18,8 +18,8 @@ from typing import Any
 
 import jax
 import pytest
+from small_runs import run_to_the_end, text_of, write_corpus
 
-from runs import run_to_the_end, text_of, write_corpus
 from train import evaluate, final_test, loop, main, prepare, sample
 from train.corpus import read_corpus
 from train.program import run_program

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import TINY_FSN, TINY_TRANSFORMER, assert_equal_trees, mesh_of
+from small_runs import TINY_FSN, TINY_TRANSFORMER, assert_equal_trees, mesh_of
 
 from fsn_jax import FSNConfig, TransformerConfig
 from train.checkpoint import Checkpoints

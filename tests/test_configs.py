@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from runs import mesh_of
+from small_runs import mesh_of
 
 from train.config import ExperimentConfig
 from train.loop import check_devices

@@ -1,7 +1,7 @@
 """The programs that read a finished run: evaluation, the final test, sampling."""
 
 import pytest
-import runs
+import small_runs
 
 from train import evaluate, final_test, sample
 from train.metrics import read_rows
@@ -13,8 +13,10 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 def finished(tmp_path_factory):
     """The folder of a finished run and its corpus."""
     folder = tmp_path_factory.mktemp("finished")
-    corpus = runs.write_corpus(folder / "corpus")
-    outcome = runs.run_to_the_end(runs.tiny_experiment(corpus.folder, folder / "run"), corpus)
+    corpus = small_runs.write_corpus(folder / "corpus")
+    outcome = small_runs.run_to_the_end(
+        small_runs.tiny_experiment(corpus.folder, folder / "run"), corpus
+    )
     return folder / "run", corpus, outcome
 
 
@@ -60,7 +62,7 @@ def test_a_sample_depends_on_its_seed_alone(finished, capfdbinary):
 
     one = text("--seed=1", "--temperature=1.0")
     assert one.startswith(b"abc") and len(one) == len(b"abc") + 40 + len(b"\n")
-    assert set(one.strip()) <= set(runs.ALPHABET)
+    assert set(one.strip()) <= set(small_runs.ALPHABET)
     assert text("--seed=1", "--temperature=1.0") == one
     assert text("--seed=2", "--temperature=1.0") != one
     assert text("--seed=1", "--temperature=0") == text("--seed=2", "--temperature=0")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import (
+from small_runs import (
     ALPHABET,
     BATCH,
     CONTEXT,

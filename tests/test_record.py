@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import runs
+import small_runs
 
 from train.errors import UserError
 from train.record import EVIDENCE, record
@@ -12,8 +12,8 @@ from train.record import EVIDENCE, record
 @pytest.fixture
 def finished(tmp_path):
     """A run folder with every file that evidence is made of, and one that is not."""
-    corpus = runs.write_corpus(tmp_path / "corpus")
-    experiment = runs.tiny_experiment(corpus.folder, tmp_path / "run")
+    corpus = small_runs.write_corpus(tmp_path / "corpus")
+    experiment = small_runs.tiny_experiment(corpus.folder, tmp_path / "run")
     folder = tmp_path / "run"
     folder.mkdir()
     for name in EVIDENCE:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import assert_equal_trees, mesh_of
+from small_runs import assert_equal_trees, mesh_of
 
 from train.checkpoint import Checkpoints
 from train.metrics import read_rows

@@ -12,7 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import (
+from small_runs import (
     ALPHABET,
     BATCH,
     CONTEXT,

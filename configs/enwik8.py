@@ -52,15 +52,8 @@ POCKET: dict[str, ModelConfig] = {
     ),
 }
 ONE_MILLION: dict[str, ModelConfig] = {
-    "fsn_1m": FSNConfig(
-        vocab_size=VOCABULARY,
-        num_layers=6,
-        num_phases=112,
-        num_heads=4,
-        heads_per_phase=4,
-        num_harmonics=1,
-        score_phases=14,
-        feedforward_width=186,
+    "fsn_1m": dataclasses.replace(
+        FSN_POCKET, num_layers=6, num_phases=112, score_phases=14, feedforward_width=186
     ),
     "transformer_1m": TransformerConfig(
         vocab_size=VOCABULARY, num_layers=6, width=112, num_heads=4, feedforward_width=327

@@ -5,6 +5,8 @@ full kernel (arXiv 2606.18694). Both take ``theta[B, L, N]`` and return ``dtheta
 radians; both have ``extend``, the same computation for tokens that follow a cache.
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -193,9 +195,12 @@ def kernel_start(config: FSNConfig) -> np.ndarray:
     return (start if config.heads_per_phase > 1 else start[:, :, 0]).astype(np.float32)
 
 
-def _of_each_head(by_block: Array, heads_per_phase: int) -> Array:
-    """From phases by block to the phases each head couples: blocks h, h - 1, ... side by side."""
-    shifted = [jnp.roll(by_block, j, axis=1) for j in range(heads_per_phase)]
+def _by_head(by_rank: Sequence[Array], axis: int) -> Array:
+    """From arrays by block, one a rank, to what each head couples, side by side.
+
+    The head of rank j for block h is h + j, so that head h couples blocks h, h - 1, ...
+    """
+    shifted = [jnp.roll(part, j, axis=axis) for j, part in enumerate(by_rank)]
     return jnp.concatenate(shifted, axis=-1)
 
 
@@ -275,10 +280,7 @@ class FrustratedAttention(_PhaseAttention):
         shape = (c.num_delays, c.num_harmonics, c.heads_per_phase, c.num_heads, c.phases_per_head)
 
         def by_head(part: Array) -> Array:
-            ranks = part.reshape(shape)
-            return jnp.concatenate(
-                [jnp.roll(ranks[:, :, j], j, axis=2) for j in range(c.heads_per_phase)], axis=-1
-            )
+            return _by_head(list(jnp.moveaxis(part.reshape(shape), 2, 0)), axis=2)
 
         kappa = self.kappa()
         return Complex(by_head(kappa.re), by_head(kappa.im))
@@ -286,7 +288,7 @@ class FrustratedAttention(_PhaseAttention):
     def _coupled(self, z: Complex) -> Complex:
         """The phases that each head couples, ``[B, H, L, J P]``."""
         zh = self._heads(z)
-        return Complex(*(_of_each_head(part, self.config.heads_per_phase) for part in zh))
+        return Complex(*(_by_head([part] * self.config.heads_per_phase, axis=1) for part in zh))
 
     def _gather(self, update: Array) -> Array:
         """What all heads together ask of each phase, ``[B, L, N]``."""

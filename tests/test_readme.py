@@ -6,6 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from train.metrics import read_rows
+from train.run import open_run
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -39,9 +42,6 @@ def test_its_configs_exist():
 @pytest.mark.parametrize("run", ["quickstart", "quickstart_transformer"])
 def test_its_losses_are_those_recorded(run):
     """The row of a run quotes its summary and its last evaluation of the whole split."""
-    from train.metrics import read_rows
-    from train.run import open_run
-
     folder = ROOT / "results" / run
     summary = open_run(folder).read_config()
     row = next(r for r in README.splitlines() if f"`configs/{command(run)}`" in r and r[0] == "|")

@@ -170,6 +170,17 @@ CASES = [
         write("broken.py", "def get_config():\n    pass\n"),
     ),
     Case(
+        "a setting that is neither switch, number nor text",
+        "train --config=broken.py",
+        "--config=broken.py: config.run_dir is None; a setting is a switch, a number or a text",
+        write(
+            "broken.py",
+            "from configs import quickstart\n\ndef get_config():\n"
+            "    config = quickstart.get_config().unlock()\n"
+            "    config.run_dir = None\n    return config\n",
+        ),
+    ),
+    Case(
         "an unknown arm of a config",
         "train --config=small.py:huge",
         "--config=small.py:huge: the arm must be one of fsn, transformer; got 'huge'",

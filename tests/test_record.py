@@ -5,6 +5,7 @@ import json
 import pytest
 import small_runs
 
+from train import figures
 from train.errors import UserError
 from train.record import EVIDENCE, record
 
@@ -55,3 +56,14 @@ def test_does_not_overwrite(finished, tmp_path):
     record(finished, tmp_path / "results")
     with pytest.raises(UserError, match="is there already"):
         record(finished, tmp_path / "results")
+
+
+def test_a_damaged_provenance_is_a_users_mistake(finished, tmp_path):
+    (finished / "provenance.json").write_text("{")
+    with pytest.raises(UserError, match="provenance.json cannot be read"):
+        record(finished, tmp_path / "results")
+
+
+def test_a_figure_is_a_png(finished, tmp_path):
+    with pytest.raises(UserError, match="must end in .png"):
+        figures.program(["figures", str(finished), f"--output={tmp_path / 'x.xyz'}"])

@@ -62,6 +62,8 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--output", type=Path, required=True, help="the picture to write, a .png")
     options = p.parse_args(argv[1:])
     folders = [open_run(run).path for run in options.runs]
+    if options.output.suffix != ".png":
+        raise UserError(f"--output={options.output} must end in .png")
     if not options.output.parent.is_dir():
         raise UserError(f"--output={options.output}: there is no folder {options.output.parent}")
     loss_curve(folders, options.output)

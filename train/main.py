@@ -46,6 +46,11 @@ def parse_config(argv: Sequence[str]) -> ExperimentConfig:
             raise UserError("--config=FILE is needed, for instance --config=configs/quickstart.py")
         config = load_config(file.value)
         for name, value in flatten({"config": config.to_dict()}).items():
+            if type(value) not in _KINDS:
+                raise UserError(
+                    f"--config={file.value}: {name} is {value!r}; a setting is a switch, a number "
+                    f"or a text"
+                )
             define, _ = _KINDS[type(value)]
             define(name, value, "", flag_values=settings)
         rest = settings(others)

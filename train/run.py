@@ -21,6 +21,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,17 +69,24 @@ class RunFolder:
         Raises:
           UserError: the file is damaged.
         """
-        file = self.path / "config.json"
+        return self._read("config.json", ExperimentConfig.from_json)
+
+    def read_provenance(self) -> list[dict[str, Any]]:
+        """One entry a start of the run.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        return self._read("provenance.json", json.loads)
+
+    def _read(self, name: str, parse: Callable[[str], Any]) -> Any:
+        file = self.path / name
         try:
-            return ExperimentConfig.from_json(file.read_text())
+            return parse(file.read_text())
         except (OSError, TypeError, ValueError) as error:
             raise UserError(
                 f"{file} cannot be read ({error}); restore it or train in another folder"
             ) from error
-
-    def read_provenance(self) -> list[dict[str, Any]]:
-        """One entry a start of the run."""
-        return json.loads((self.path / "provenance.json").read_text())
 
     def close(self) -> None:
         """Releases the lock."""

@@ -105,6 +105,7 @@ def fsn_grid():
             values=values,
             feedforward=feedforward,
             heads_per_phase=(1, 2, 3)[i % 3],
+            features=("phasor", "quadrature")[i % 2],
             delay=i % 2 == 0,
             static_angles=i % 5 < 3,
             num_harmonics=1 + i % 3,

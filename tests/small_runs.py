@@ -3,13 +3,14 @@
 import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
-from train import loop
+from train import finish, loop
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -95,6 +96,30 @@ def run_to_the_end(experiment: ExperimentConfig, corpus: Corpus) -> Outcome:
         return loop.train(experiment, corpus, run, show_progress=False)
     finally:
         run.close()
+
+
+def finish_arms(base: Path) -> dict[str, Path]:
+    """Train and finish an FSN with two seeds and a transformer; their folders by name.
+
+    Their samples are made up: to compile what draws them would take most of the time. The settings
+    are those of other tests, so that the rest is compiled once a session.
+    """
+    corpus = write_corpus(base / "corpus")
+    runs: dict[str, dict[str, Any]] = {
+        "fsn": {},
+        "fsn_seed1": {"seed": 1},
+        "transformer": {"model": TINY_TRANSFORMER},
+    }
+    for name, changes in runs.items():
+        config = tiny_experiment(corpus.folder, base / name, name=name, **changes)
+        run = create_or_resume(config, corpus)
+        try:
+            outcome = loop.train(config, corpus, run, show_progress=False)
+            with mock.patch.object(finish, "_sample", return_value=b"abcabc <b>&amp;</b>"):
+                finish.finish(config, corpus, run, outcome)
+        finally:
+            run.close()
+    return {name: base / name for name in runs}
 
 
 def mesh_of(num_devices: int) -> jax.sharding.Mesh:

@@ -67,3 +67,13 @@ def test_a_damaged_provenance_is_a_users_mistake(finished, tmp_path):
 def test_a_figure_is_a_png(finished, tmp_path):
     with pytest.raises(UserError, match="must end in .png"):
         figures.program(["figures", str(finished), f"--output={tmp_path / 'x.xyz'}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "folder"),
+    [("arm", 0, "arm"), ("arm", 2, "arm_seed2"), ("arm_seed2", 2, "arm_seed2")],
+)
+def test_seeds_have_records_of_their_own(finished, tmp_path, name, seed, folder):
+    config = json.loads((finished / "config.json").read_text())
+    (finished / "config.json").write_text(json.dumps({**config, "name": name, "seed": seed}))
+    assert record(finished, tmp_path / "results").name == folder

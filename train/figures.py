@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -19,15 +20,23 @@ from train.program import Arguments, run_program
 from train.run import open_run
 
 
+def style() -> Any:
+    """The look that the figures share."""
+    return plt.rc_context(
+        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.alpha": 0.3}
+    )  # fmt: skip
+
+
 def loss_curve(runs: Sequence[Path], target: Path) -> None:
     """Bits per character against characters seen: training as a thin line, validation as dots."""
-    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    with style():
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for index, run in enumerate(runs):
             rows = read_rows(run / "metrics.jsonl")
             name = json.loads((run / "config.json").read_text())["name"]
             color = f"C{index}"
-            for kind, style in (
+            for kind, line in (
                 ("train", {"lw": 1, "alpha": 0.6}),
                 ("validation", {"marker": "o", "ms": 4, "lw": 1.5}),
             ):
@@ -37,7 +46,7 @@ def loss_curve(runs: Sequence[Path], target: Path) -> None:
                     [row["bpc"] for row in points],
                     color=color,
                     label=f"{name}, {kind}",
-                    **style,
+                    **line,
                 )
         validation = [
             row["bpc"]
@@ -49,7 +58,6 @@ def loss_curve(runs: Sequence[Path], target: Path) -> None:
             axes.set_ylim(min(validation) - 0.1, max(validation) + 1.0)
         axes.set_xlabel("characters seen, millions")
         axes.set_ylabel("bits per character")
-        axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         figure.savefig(target, dpi=150)
         plt.close(figure)

@@ -1,6 +1,8 @@
 """Small corpora, models and runs that the tests of the training half share."""
 
+import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -120,6 +122,66 @@ def finish_arms(base: Path) -> dict[str, Path]:
         finally:
             run.close()
     return {name: base / name for name in runs}
+
+
+def write_record(
+    results: Path,
+    arm: str,
+    *,
+    seed: int = 0,
+    curve: Sequence[float] = (3.0, 2.0),
+    whole: float | None = None,
+    sample: str = "abc",
+    **facts: Any,
+) -> Path:
+    """A made-up record with the evaluations of `curve`; facts replace those of its summary."""
+    known = {"parameters": 1000, "characters": 10**6, "sha256": "da7a", "context": 8, "bytes": 99}
+    fact = {**known, **facts}
+    assert fact.keys() == known.keys()
+    folder = results / (f"{arm}_seed{seed}" if seed else arm)
+    folder.mkdir(parents=True)
+    architecture = "transformer" if "transformer" in arm else "fsn"
+    files: dict[str, Any] = {
+        "config.json": {
+            "name": folder.name,
+            "seed": seed,
+            "model": {"architecture": architecture, "width": len(arm)},
+            "data": {"name": "enwik8", "context": fact["context"]},
+        },
+        "summary.json": {
+            "parameters": fact["parameters"],
+            "characters": fact["characters"],
+            "training_flops": 6.0 * fact["parameters"] * fact["characters"],
+            "seconds": 10.0,
+            "characters_per_second": fact["characters"] // 10,
+            "data_sha256": fact["sha256"],
+            "validation": {
+                "bpc": curve[-1], "bytes": fact["bytes"], "stride": 8, "context": fact["context"],
+            },
+        },
+        "provenance.json": [
+            {
+                "command": ["python", "-m", "train"],
+                "git": {"commit": "c0ffee", "modified": False},
+                "packages": {"jax": "1.0"},
+                "device": "1 x abacus",
+                "data": {"name": "enwik8", "sha256": fact["sha256"]},
+            }
+        ],
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    (folder / "sample.txt").write_text(sample)
+    step = fact["characters"] // len(curve)
+    rows = [
+        {"kind": kind, "characters": step * (i + 1), "bpc": bpc}
+        for i, bpc in enumerate(curve)
+        for kind in ("train", "validation")
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if whole is not None:
+        (folder / "evaluations.jsonl").write_text(json.dumps({"bpc": whole}) + "\n")
+    return folder
 
 
 def mesh_of(num_devices: int) -> jax.sharding.Mesh:

@@ -1,5 +1,6 @@
 """The ledger: judged from records, written into pages, and in agreement with this repository."""
 
+import json
 import runpy
 import shutil
 import tomllib
@@ -100,6 +101,34 @@ def test_arms_of_different_data_are_not_compared(tmp_path):
     write_record(tmp_path, "other", sha256="0000")
     row = claims.judge(CLAIM, EVIDENCE, tmp_path)
     assert row.status == "not comparable" and "different data" in row.reason
+
+
+def test_a_table_must_be_there_readable_and_of_the_same_data(tmp_path):
+    write_record(tmp_path, "one")
+    evidence = {"test": "readings", "arms": ["one"], "table": "read.json", "commands": []}
+    row = claims.judge(CLAIM, evidence, tmp_path)
+    assert (row.status, row.reason) == ("not yet run", "no record of read.json")
+    page = {"kernel_coefficients": 1, "layers": [{"coefficients": [{"strength": [0.5]}]}]}
+    for data, status in (("da7a", "holds"), ("0000", "not comparable")):
+        full = {**page, "provenance": {"data": {"sha256": data}}}
+        (tmp_path / "read.json").write_text(json.dumps(full))
+        assert claims.judge(CLAIM, evidence, tmp_path).status == status
+    (tmp_path / "read.json").write_text("{}")
+    with pytest.raises(UserError, match=r"read.json cannot be read"):
+        claims.judge(CLAIM, evidence, tmp_path)
+
+
+def test_a_ladder_is_judged_by_the_rungs_that_were_run(tmp_path):
+    evidence = {
+        "test": "ladder", "arms": ["fsn_{rung}", "transformer_{rung}"], "rungs": ["1m", "2m"],
+        "commands": [],
+    }  # fmt: skip
+    assert claims.judge(CLAIM, evidence, tmp_path).reason == "no record of any rung"
+    for rung, status in (("1m", "not comparable"), ("2m", "holds")):
+        write_record(tmp_path, f"fsn_{rung}", curve=(2.0,))
+        assert claims.judge(CLAIM, evidence, tmp_path).status in ("not yet run", "not comparable")
+        write_record(tmp_path, f"transformer_{rung}", curve=(2.1,))
+        assert claims.judge(CLAIM, evidence, tmp_path).status == status
 
 
 @pytest.fixture

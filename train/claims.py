@@ -99,24 +99,29 @@ def _test(
         return arms, verdicts.ladder(pairs, rungs=len(evidence["rungs"]))
     arms = tuple(verdicts.wanted(recorded, names))
     if test == "copy_depth":
-        table = _table(results / evidence["table"])
         verdicts.check_comparable(arms)
+        table = _table(results / evidence["table"], arms)
         return arms, verdicts.copy_depth(table, full=names[0], base=names[1])
     if test == "readings":
-        return arms, verdicts.readings(_table(results / evidence["table"]))
+        return arms, verdicts.readings(_table(results / evidence["table"], arms))
     verdicts.check_comparable(arms, same_budget=evidence.get("same_budget", True))
     if test == "tracks":
         return arms, verdicts.tracks(arms, within=evidence["within"])
     return arms, PAIRS[test](arms)
 
 
-def _table(file: Path) -> Mapping[str, Any]:
+def _table(file: Path, arms: Sequence[Arm]) -> Mapping[str, Any]:
+    """What an analysis wrote, if it is of the data of these arms."""
     try:
-        return json.loads(file.read_text())
+        table = json.loads(file.read_text())
+        data = table["provenance"]["data"]["sha256"]
     except FileNotFoundError:
-        raise NotRunError(f"{file.name}") from None
-    except ValueError as error:
-        raise UserError(f"{file} cannot be read ({error}); make it again") from None
+        raise NotRunError(file.name) from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error!r}); make it again") from None
+    if any(arm.runs[0].summary["data_sha256"] != data for arm in arms):
+        raise NotComparableError(f"{file.name} is of other data than the records")
+    return table
 
 
 def _below_scale(claim: Mapping[str, Any], arms: Sequence[Arm]) -> str:

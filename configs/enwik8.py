@@ -5,10 +5,12 @@ see the same batches in the same order and have the same number of parameters wi
 """
 
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
+from fsn_jax.config import match_parameters
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -36,24 +38,30 @@ FSN_POCKET = FSNConfig(
     feedforward_width=94,
 )
 
+BASE_LAYER: dict[str, Any] = {
+    "heads_per_phase": 1,
+    "num_harmonics": 1,
+    "delay": False,
+    "static_angles": False,
+    "signed_harmonics": False,
+}
+
 POCKET: dict[str, ModelConfig] = {
     "fsn_pocket": FSN_POCKET,
-    "base_pocket": dataclasses.replace(
-        FSN_POCKET,
-        heads_per_phase=1,
-        delay=False,
-        static_angles=False,
-        signed_harmonics=False,
-        feedforward_width=97,
-    ),
+    "base_pocket": dataclasses.replace(FSN_POCKET, **BASE_LAYER, feedforward_width=97),
     "modes_pocket": dataclasses.replace(FSN_POCKET, feedforward="collective_modes", num_modes=118),
     "transformer_pocket": TransformerConfig(
         vocab_size=VOCABULARY, num_layers=4, width=64, num_heads=4, feedforward_width=178
     ),
 }
+FSN_1M = dataclasses.replace(
+    FSN_POCKET, num_layers=6, num_phases=112, score_phases=14, feedforward_width=186
+)
 ONE_MILLION: dict[str, ModelConfig] = {
-    "fsn_1m": dataclasses.replace(
-        FSN_POCKET, num_layers=6, num_phases=112, score_phases=14, feedforward_width=186
+    "fsn_1m": FSN_1M,
+    "base_1m": match_parameters(dataclasses.replace(FSN_1M, **BASE_LAYER), FSN_1M.num_params()),
+    "modes_1m": match_parameters(
+        dataclasses.replace(FSN_1M, feedforward="collective_modes"), FSN_1M.num_params()
     ),
     "transformer_1m": TransformerConfig(
         vocab_size=VOCABULARY, num_layers=6, width=112, num_heads=4, feedforward_width=327

@@ -60,6 +60,11 @@ def extend_sum(
     return total, cache
 
 
+def attention_entropy(weights: Float[Array, "*shape L"]) -> Float[Array, "*shape"]:
+    """Entropy of each row of attention weights, in nats."""
+    return -jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1)
+
+
 class PhaseScore(nn.Module):
     """Queries and keys whose inner product is the score of two tokens.
 
@@ -158,9 +163,12 @@ class _PhaseAttention(nn.Module):
 
     def _sow_entropy(self, query: Array, key: Array) -> None:
         if self.is_mutable_collection("diagnostics") and not self.is_initializing():
-            weights = attention_weights(query, key)
-            entropy = -jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1)
+            entropy = attention_entropy(attention_weights(query, key))
             self.sow("diagnostics", "attention_entropy", entropy)
+
+    def weights(self, theta: Float[Array, "B L N"]) -> Float[Array, "B H L L"]:
+        """The attention ``A`` itself, which the layer's sum does not form."""
+        return attention_weights(*self.score(phasor(theta), self._rotary(theta.shape[1])))
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
         """A cache for ``capacity`` tokens of each of ``batch`` sequences."""

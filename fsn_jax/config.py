@@ -318,3 +318,35 @@ class TransformerConfig:
         layer = 4 * d * d + attention + 3 * d * self.feedforward_width
         multiply_adds = self.num_layers * layer + d * self.vocab_size
         return float(TRAINING_FLOPS_FACTOR * 2 * multiply_adds)
+
+
+_Model = typing.TypeVar("_Model", FSNConfig, TransformerConfig)
+
+
+def match_parameters(config: _Model, num_params: int) -> _Model:
+    """The config with the width of its feed-forward for a size as near ``num_params`` as can be.
+
+    The width is F, or K of collective modes.
+
+    Raises:
+      ConfigError: there is no feed-forward, or even one of width 1 is too large.
+    """
+    field = "feedforward_width"
+    if isinstance(config, FSNConfig):
+        if config.feedforward == "none":
+            raise ConfigError("FSNConfig.feedforward is 'none': there is no width to match with")
+        if config.feedforward == "collective_modes":
+            field = "num_modes"
+
+    def with_width(width: int) -> _Model:
+        change: dict[str, typing.Any] = {field: width}
+        return dataclasses.replace(config, **change)
+
+    one, two = with_width(1).num_params(), with_width(2).num_params()
+    width = 1 + round((num_params - one) / (two - one))
+    if width < 1:
+        raise ConfigError(
+            f"{type(config).__name__}: {num_params} parameters are fewer than the {one} of the "
+            f"smallest feed-forward; lower the width or the depth"
+        )
+    return with_width(width)

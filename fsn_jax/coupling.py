@@ -148,5 +148,5 @@ def coupling_function(
     """
     phi = jnp.linspace(-jnp.pi, jnp.pi, num_points)
     harmonics = jnp.arange(1, kappa.shape[1] + 1)
-    waves = jnp.exp(1j * harmonics[:, None] * phi)
+    waves = jnp.exp(1j * harmonics[:, None] * phi[None])
     return jnp.imag(jnp.einsum("tmn,mx->tnx", kappa, waves))

@@ -199,23 +199,25 @@ def write_provenance(run: RunFolder, corpus: Corpus, *, resume_step: int) -> Non
     """Adds an entry for this start: what runs, on what, with which data."""
     file = run.path / "provenance.json"
     starts = run.read_provenance() if file.exists() else []
-    starts.append(
-        {
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "step": resume_step,
-            "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
-            "git": git_state(),
-            "python": platform.python_version(),
-            "packages": package_versions(),
-            "device": device_description(),
-            "data": {
-                "name": corpus.name,
-                "sha256": corpus.sha256,
-                "vocabulary": len(corpus.vocabulary),
-            },
-        }
-    )
+    starts.append({"step": resume_step, **provenance(corpus)})
     write_atomically(file, json.dumps(starts, indent=2) + "\n")
+
+
+def provenance(corpus: Corpus) -> dict[str, Any]:
+    """What runs now, on what, with which data."""
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
+        "git": git_state(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "device": device_description(),
+        "data": {
+            "name": corpus.name,
+            "sha256": corpus.sha256,
+            "vocabulary": len(corpus.vocabulary),
+        },
+    }
 
 
 def write_parameter_table(run: RunFolder, params: Any) -> None:

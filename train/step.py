@@ -210,6 +210,19 @@ def make_train_steps(
     )
 
 
+def make_window_losses(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
+    """Compiles ``(params, windows uint8[B, L + 1]) -> float32[B, L]``: nats, each character's."""
+    losses = jax.shard_map(
+        functools.partial(window_loss, model),
+        mesh=mesh,
+        in_specs=(P(), P(DATA_AXIS)),
+        out_specs=P(DATA_AXIS),
+        check_vma=False,
+    )
+    by_row = NamedSharding(mesh, P(DATA_AXIS))
+    return jax.jit(losses, in_shardings=(replicated(mesh), by_row), out_shardings=replicated(mesh))
+
+
 def make_evaluate_rows(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
     """Compiles ``(params, windows uint8[B, L + 1], scored bool[B, L]) -> float32[B]``.
 

@@ -242,7 +242,7 @@ def test_evaluation_predicts_each_character_once(corpus, whole, tmp_path, stride
         one = tiny_experiment(
             corpus.folder, tmp_path, evaluation__stride=stride, evaluation__batch_size=batch_size
         )
-        evaluate = Evaluator(one, make_evaluate_rows(build_model(TINY_FSN), mesh=mesh))
+        evaluate = Evaluator(one, make_evaluate_rows(build_model(TINY_FSN), mesh=mesh), mesh)
         loss, count = evaluate(jax.device_put(params, replicated(mesh)), text)
         assert count == len(text) - 1
         found.append(loss)
@@ -254,7 +254,7 @@ def test_evaluation_predicts_each_character_once(corpus, whole, tmp_path, stride
 def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary(corpus, whole, tmp_path):
     params = {**whole[1].params, "readout": jax.tree.map(np.zeros_like, whole[1].params["readout"])}
     rows = make_evaluate_rows(build_model(TINY_FSN), mesh=mesh_of(8))
-    evaluate = Evaluator(tiny_experiment(corpus.folder, tmp_path), rows)
+    evaluate = Evaluator(tiny_experiment(corpus.folder, tmp_path), rows, mesh_of(8))
     loss, _ = evaluate(params, corpus.tokens("validation"))
     assert loss / math.log(2) == pytest.approx(math.log2(len(ALPHABET)), rel=1e-6)
 

@@ -22,6 +22,7 @@ from train.config import (
 from train.corpus import SPLITS, Corpus, SplitInfo, write_manifest
 from train.fetch import file_sha256
 from train.loop import Outcome
+from train.metrics import read_rows
 from train.run import create_or_resume
 from train.step import data_mesh
 
@@ -95,6 +96,11 @@ def run_to_the_end(experiment: ExperimentConfig, corpus: Corpus) -> Outcome:
         return loop.train(experiment, corpus, run, show_progress=False)
     finally:
         run.close()
+
+
+def rows_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The rows of one kind in a run's exact log."""
+    return [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == kind]
 
 
 def mesh_of(num_devices: int) -> jax.sharding.Mesh:

@@ -18,6 +18,7 @@ from small_runs import (
     TINY_FSN,
     assert_equal_trees,
     mesh_of,
+    rows_of,
     run_to_the_end,
     text_of,
     tiny_config,
@@ -50,10 +51,6 @@ def whole(corpus, tmp_path_factory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("whole") / "run"
     outcome = run_to_the_end(tiny_experiment(corpus.folder, folder), corpus)
     return folder, jax.device_get(outcome.state)
-
-
-def rows_of(folder: Path, kind: str) -> list[dict[str, Any]]:
-    return [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == kind]
 
 
 class Crash(Exception):

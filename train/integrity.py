@@ -64,5 +64,6 @@ class SealedPath(atomicity.AtomicRenameTemporaryPath):  # type: ignore[misc]
 
     async def finalize(self) -> None:
         """Seals the folder and gives it its final name."""
-        await asyncio.to_thread(seal, Path(self.get()))
+        if self.get_final().name.isdecimal():  # a checkpoint, not one of the items in it
+            await asyncio.to_thread(seal, Path(self.get()))
         await super().finalize()

@@ -19,7 +19,7 @@ from train.metrics import read_rows
 from train.run import open_run
 
 KILLS = 28
-SETTINGS = {"training.num_steps": 1800}
+SETTINGS = {"training.num_steps": 1200}
 SEED = int(os.environ.get("FSN_JAX_KILL_SEED", "0"))
 
 

@@ -28,6 +28,7 @@ from train.errors import TryAgain, UserError
 from train.metrics import Metrics, Unwritten
 from train.optimizer import learning_rate, make_optimizer
 from train.preemption import Preemption
+from train.processes import first_does
 from train.run import (
     RunFolder,
     cannot_write,
@@ -212,13 +213,13 @@ def _train(
     )
     evaluate = Evaluator(experiment, make_evaluate_rows(model, mesh=mesh), mesh)
 
+    first_does(lambda: refuse_lost_checkpoints(run, experiment))
     with Checkpoints(run.checkpoints, experiment.checkpoints) as checkpoints:
         placed: dict[str, Any] = {"mesh": mesh, "layout": training.parameters}
         restored = checkpoints.restore_latest(abstract_state(model, optimizer, **placed))
         if restored:
             start, state = restored
         else:
-            refuse_lost_checkpoints(run, experiment)
             start, state = 0, init_state(model, optimizer, seed=experiment.seed, **placed)
             write_parameter_table(run, state.params)
         if start == training.num_steps:

@@ -229,13 +229,18 @@ def refuse_other_data(run: RunFolder, corpus: Corpus) -> None:
 def refuse_lost_checkpoints(run: RunFolder, experiment: ExperimentConfig) -> None:
     """Raises UserError if a run without any checkpoint had one: it does not begin anew in silence.
 
-    The row of a step is written before its checkpoint, and a checkpoint waits for the one before:
-    rows beyond the second save tell that the first was complete.
+    To be called before the checkpoints are opened, which makes their folder. That comes before the
+    first row: rows without the folder tell that it was removed. The row of a step is written before
+    its checkpoint, and a checkpoint waits for the one before: rows beyond the second save tell that
+    the first was complete.
     """
-    first = experiment.checkpoints.every
+    folder, first = run.checkpoints, experiment.checkpoints.every
+    if folder.is_dir() and any(entry.name.isdecimal() for entry in folder.iterdir()):
+        return
     reached = max((row["step"] for row in read_rows(run.metrics)), default=0)
     starts = run.read_provenance() if (run.path / "provenance.json").exists() else []
-    if reached > 2 * first or any(start["step"] for start in starts):
+    removed = reached and not folder.is_dir()
+    if removed or reached > 2 * first or any(start["step"] for start in starts):
         raise UserError(
             f"the run {run.path} has come to step {reached} but {run.checkpoints} holds no "
             f"checkpoint: restore it from a copy, or remove {run.path} to start again from the "

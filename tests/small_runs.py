@@ -29,6 +29,9 @@ from train.step import data_mesh
 ALPHABET = b"abcdefghijkl"
 CONTEXT, BATCH = 16, 16
 
+# Relative: float32 sums of some 10**4 terms in another order, over some steps of a small run.
+SAME_LOSS = 2e-6
+
 # Few parameters of few kinds: what is tested with them does not depend on the layers, and nearly
 # all of its time goes to compiling them.
 TINY_FSN = FSNConfig(

@@ -10,6 +10,7 @@ import pytest
 from small_runs import (
     BATCH,
     CONTEXT,
+    SAME_LOSS,
     TINY_FSN,
     largest_difference,
     mesh_of,
@@ -37,9 +38,6 @@ from train.step import (
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-# float32 sums of some 10**4 terms in another order: a few units in the last place of each loss.
-SAME_LOSS = 2e-6
 
 
 def run_on(num_devices: int, corpus: Corpus, folder: Path, parameters: str) -> Outcome:

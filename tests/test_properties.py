@@ -9,6 +9,7 @@ import gzip
 import io
 import os
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from small_runs import (
     ALPHABET,
@@ -44,7 +45,7 @@ from train.step import build_model, init_state, make_train_steps, window_loss
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 FEW = settings(
-    max_examples=12,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     database=None,
@@ -179,10 +180,16 @@ def trains_or_is_refused(
 
 @FEW
 @given(CONFIGS)
+@example(((TINY_FSN, {}), {"data.context": 3}, 2))  # trains
+@example(((TINY_FSN, {"num_heads": 3}), {}, 1))  # is refused
 def test_every_config_trains_a_step_or_is_refused_in_one_line(corpus, drawn):
     (model, of_model), others, num_devices = drawn
     of_model = {f"model.{name}": value for name, value in of_model.items()}
-    trains_or_is_refused(corpus, model, of_model | others, num_devices)
+    refused = trains_or_is_refused(corpus, model, of_model | others, num_devices)
+    if of_model == {"model.num_heads": 3}:
+        assert refused.startswith("config.model.num_heads must divide")
+    elif others == {"data.context": 3}:
+        assert refused == ""
 
 
 @pytest.mark.slow
@@ -194,22 +201,16 @@ def test_many_configs_train_a_step_or_are_refused_in_one_line(corpus, drawn):
     trains_or_is_refused(corpus, model, of_model | others, num_devices)
 
 
-def test_the_property_sees_both_sides(corpus):
-    assert trains_or_is_refused(corpus, TINY_FSN, {"data.context": 3}, 2) == ""
-    refused = trains_or_is_refused(corpus, TINY_FSN, {"data.context": 4000}, 1)
-    assert refused.startswith("config.data.context=4000 needs a training split")
-
-
 # Token batches
 
 MODELS = {
-    "fsn": FSNConfig(vocab_size=7, num_layers=2, num_phases=8, num_heads=2, feedforward_width=8),
+    "fsn": FSNConfig(vocab_size=7, num_layers=1, num_phases=8, num_heads=2, feedforward_width=8),
     "modes": FSNConfig(
         vocab_size=7, num_layers=1, num_phases=8, num_heads=2, feedforward="collective_modes"
     ),
     "bfloat16": FSNConfig(vocab_size=7, num_layers=1, num_phases=8, num_heads=2, dtype="bfloat16"),
     "transformer": TransformerConfig(
-        vocab_size=7, num_layers=2, width=8, num_heads=2, feedforward_width=8
+        vocab_size=7, num_layers=1, width=8, num_heads=2, feedforward_width=8
     ),
 }
 BATCHES = st.one_of(
@@ -219,7 +220,10 @@ BATCHES = st.one_of(
 )
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("modes", "bfloat16")]
+
+
+@pytest.mark.parametrize("name", ["fsn", "transformer", *SLOW])
 def test_no_tokens_make_a_loss_or_gradient_that_is_not_finite(name):
     model = build_model(MODELS[name])
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
@@ -228,10 +232,10 @@ def test_no_tokens_make_a_loss_or_gradient_that_is_not_finite(name):
     def loss_and_gradient(params: Any, windows: jax.Array) -> Any:
         return jax.value_and_grad(lambda p: window_loss(model, p, windows).mean())(params)
 
-    @settings(FEW, max_examples=40)
-    @given(BATCHES, st.sampled_from([np.uint8, np.int32]), st.sampled_from([0.0, 1.0, 30.0]))
-    def check(tokens: list[int], kind: Any, scale: float) -> None:
-        windows = np.asarray(tokens, np.uint8).reshape(2, 17).astype(kind)
+    @settings(FEW, max_examples=30)
+    @given(BATCHES, st.sampled_from([0.0, 1.0, 30.0]))
+    def check(tokens: list[int], scale: float) -> None:
+        windows = np.asarray(tokens, np.uint8).reshape(2, 17)
         scaled = jax.tree.map(lambda leaf: leaf * scale, params)
         for leaf in jax.tree.leaves(loss_and_gradient(scaled, windows)):
             assert np.isfinite(leaf).all()
@@ -241,11 +245,10 @@ def test_no_tokens_make_a_loss_or_gradient_that_is_not_finite(name):
 
 def test_a_token_outside_the_vocabulary_is_not_taken_for_one_inside():
     """JAX fills what lies outside with NaN, which the training loop counts and stops at."""
-    for config in (MODELS["fsn"], MODELS["transformer"]):
-        model = build_model(config)
-        variables = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-        logits = model.apply(variables, jnp.asarray([[0, 1, 7]]))
-        assert np.isfinite(logits[0, :2]).all() and np.isnan(logits[0, 2]).all()
+    tokens = jnp.asarray([[0, 1, len(ALPHABET)], [0, 1, len(ALPHABET) - 1]])
+    for config in (TINY_FSN, TINY_TRANSFORMER):
+        logits, _ = jax.jit(build_model(config).init_with_output)(jax.random.key(0), tokens)
+        assert np.isnan(logits[0, 2]).all() and np.isfinite(logits[1]).all()
 
 
 # Archives
@@ -287,7 +290,9 @@ def zips(draw: st.DrawFn) -> bytes:
             if link:
                 entry.external_attr = 0o120777 << 16  # a symbolic link, to where its bytes say
                 body = b"/etc/passwd"
-            pack.writestr(entry, body)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that a name is there twice is a part of it
+                pack.writestr(entry, body)
     return packed.getvalue()
 
 
@@ -315,7 +320,7 @@ def harmed(draw: st.DrawFn, archives: st.SearchStrategy[bytes]) -> bytes:
 ARCHIVES = st.one_of(
     harmed(zips()), harmed(tars()), harmed(st.binary(max_size=500).map(gzip.compress))
 )
-OFTEN = settings(FEW, max_examples=150)
+OFTEN = settings(FEW, max_examples=100)
 
 
 @pytest.fixture

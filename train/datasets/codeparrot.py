@@ -50,7 +50,7 @@ def _source(line: bytes, place: str) -> tuple[str, bytes]:
         content, path = fields["content"], fields.get("path") or ""
         # A lone surrogate is legal in JSON and has no UTF-8; it is kept as three bytes.
         return str(path), content.encode("utf-8", "surrogatepass")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f'{place}: expected a JSON object with a text field "content", as in codeparrot-clean'
         ) from error

@@ -18,6 +18,7 @@ from train.fetch import CHUNK_BYTES, Capped, SourceFailure, file_sha256
 
 SEPARATOR = b"\0"  # after each document of a JSON-lines file, and after each of several files
 JSON_FIELDS = ("text", "content")
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 GLOB_CHARACTERS = "*?["
 MAX_EXPANSION = 250  # of a gzip file: text comes to some 3 to 20 times, the worst logs to 100
 
@@ -215,7 +216,7 @@ def _document(line: bytes, place: str) -> bytes:
         document = next(fields[name] for name in JSON_FIELDS if name in fields)
         # A lone surrogate is legal in JSON and has no UTF-8; it is kept as three bytes.
         encoded: bytes = document.encode("utf-8", "surrogatepass")
-    except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
+    except (*_UNREADABLE, StopIteration) as error:
         raise UserError(
             f'{place}: expected a JSON object with a text field "text" or "content"'
         ) from error

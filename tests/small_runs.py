@@ -25,11 +25,15 @@ from train.config import (
 from train.corpus import SPLITS, Corpus, SplitInfo, write_manifest
 from train.fetch import file_sha256
 from train.loop import Outcome
+from train.metrics import read_rows
 from train.run import create_or_resume
 from train.step import data_mesh
 
 ALPHABET = b"abcdefghijkl"
 CONTEXT, BATCH = 16, 16
+
+# Relative: float32 sums of some 10**4 terms in another order, over some steps of a small run.
+SAME_LOSS = 2e-6
 
 # Few parameters of few kinds: what is tested with them does not depend on the layers, and nearly
 # all of its time goes to compiling them.
@@ -182,6 +186,11 @@ def write_record(
     if whole is not None:
         (folder / "evaluations.jsonl").write_text(json.dumps({"bpc": whole}) + "\n")
     return folder
+
+
+def rows_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The rows of one kind in a run's exact log."""
+    return [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == kind]
 
 
 def mesh_of(num_devices: int) -> jax.sharding.Mesh:

@@ -1,6 +1,7 @@
 """``python -m train --config=configs/quickstart.py``: trains, or goes on training, a run."""
 
 import difflib
+import json
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -16,12 +17,20 @@ from train.errors import UserError
 from train.finish import finish
 from train.load import open_experiment_corpus
 from train.loop import check_experiment, train
+from train.processes import Joining, agree, first_does, loss_of_a_process, together
 from train.program import run_program, start_jax
 from train.run import create_or_resume, default_folder, flatten
 
 HELP = """Any setting of the file can be changed: --config.training.num_steps=500, for instance.
 train/config.py and fsn_jax/config.py tell what each one means. The same command goes on with a run
-that was interrupted."""
+that was interrupted.
+
+Many processes train as one when each starts the same command with --distributed (on a Cloud TPU
+slice, under SLURM or Open MPI, which tell JAX the rest), or anywhere with --coordinator=HOST:PORT
+--num_processes=N --process_id=0 to N-1. The run folder must be one that all of them see.
+
+The exit status is 0 at the end, 2 for a mistake (one line says which), 75 when the run was told to
+stop or lost a process: start it again."""
 
 _KINDS: dict[type, tuple[Callable[..., Any], str]] = {
     bool: (flags.DEFINE_boolean, "True or False"),
@@ -70,6 +79,30 @@ def parse_config(argv: Sequence[str]) -> ExperimentConfig:
     return ExperimentConfig.from_config_dict(config)
 
 
+def parse_joining(argv: Sequence[str]) -> tuple[Joining, list[str]]:
+    """How the processes of a run find each other, and the arguments that are left.
+
+    Raises:
+      UserError: a flag is wrong.
+    """
+    values = flags.FlagValues()
+    distributed = flags.DEFINE_boolean("distributed", False, "", flag_values=values)
+    coordinator = flags.DEFINE_string("coordinator", "", "", flag_values=values)
+    num_processes = flags.DEFINE_integer("num_processes", -1, "", flag_values=values)
+    process_id = flags.DEFINE_integer("process_id", -1, "", flag_values=values)
+    try:
+        rest = values(list(argv), known_only=True)
+    except flags.Error as error:
+        raise UserError(
+            f"{error}; many processes start with --coordinator=HOST:PORT --num_processes=N "
+            f"--process_id=I, or --distributed on Cloud TPU and under SLURM"
+        ) from None
+    return (
+        Joining(distributed.value, coordinator.value, num_processes.value, process_id.value),
+        rest,
+    )
+
+
 def load_config(argument: str) -> ConfigDict:
     """What the function ``get_config`` of ``FILE[:ARGUMENT]`` returns.
 
@@ -102,16 +135,35 @@ def program(argv: Sequence[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\n{HELP}")
         return
+    joining, argv = parse_joining(argv)
     experiment = parse_config(argv)
-    corpus = open_experiment_corpus(experiment)
+    start_jax(joining)
+    try:
+        _train(experiment)
+    except Exception as error:
+        lost = loss_of_a_process(error)
+        if lost is None:
+            raise
+        raise lost from error
+
+
+def _train(experiment: ExperimentConfig) -> None:
+    # Process 0 first, so that not all of them prepare the same corpus in the same cache.
+    first = first_does(lambda: open_experiment_corpus(experiment))
+    corpus = together(lambda: first or open_experiment_corpus(experiment))
     experiment = experiment.with_vocabulary(len(corpus.vocabulary))
-    start_jax()
+    agree(
+        settings=json.dumps(experiment.to_dict()), corpus=corpus.sha256, JAX_version=jax.__version__
+    )
     check_experiment(experiment, corpus, jax.device_count())
     run = create_or_resume(experiment, corpus)
     try:
-        print(f"run folder {default_folder(experiment)} · {jax.device_count()} device(s)")
-        outcome = train(experiment, corpus, run)
-        if outcome.resumed_from == outcome.step:
+        if run.writes:
+            shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+            devices = f"{jax.device_count()} device(s){shared}"
+            print(f"run folder {default_folder(experiment)} · {devices}")
+        outcome = train(experiment, corpus, run, show_progress=run.writes)
+        if run.writes and outcome.resumed_from == outcome.step:
             print(f"finished before: all {outcome.step} steps are done, nothing is left to train")
         finish(experiment, corpus, run, outcome)
     finally:

@@ -21,7 +21,7 @@ from train.datasets.files import find_files, fingerprint, plan_splits, without_d
 from train.datasets.pinned import ENWIK8_MEMBER, PINNED
 from train.datasets.python_files import SEPARATOR, select, split_of
 from train.errors import UserError
-from train.fetch import LocalFile, Progress, fetch
+from train.fetch import LocalFile, Progress, SourceFailure, fetch
 from train.program import Arguments, run_program
 
 MIN_SPLIT_BYTES = 2048  # of every split: some windows
@@ -99,6 +99,8 @@ def prepare_corpus(name: str, path: str, cache: Path, *, progress: Progress = pr
             f"preparing a corpus needs tensorflow-datasets ({error}): pip install "
             "tensorflow-datasets importlib_resources, or carry a prepared cache to this machine"
         ) from error
+    except SourceFailure as error:
+        raise UserError(f"cannot prepare {name}: {error}; get its files anew") from error
     except OSError as error:
         raise UserError(
             f"cannot prepare {name} in {cache} ({error.strerror or error}): choose another folder "

@@ -6,6 +6,7 @@ and the gradients are summed and divided by one reduce-scatter an array. The los
 but for the order of sums.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 

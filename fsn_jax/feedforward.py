@@ -26,6 +26,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*shape I"]) -> Float[Array, "*shape O"]:
+        """The last axis becomes ``features`` wide; float32."""
         dense: dict[str, Any] = {"use_bias": False, "dtype": jnp.dtype(self.dtype)}
         gate = nn.Dense(self.width, name="gate", **dense)(x)
         up = nn.Dense(self.width, name="up", **dense)(x)
@@ -45,6 +46,7 @@ class CollectiveModes(nn.Module):
 
     @nn.compact
     def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
+        """The update of the phases, in radians, float32."""
         c = self.config
         z = phasor(theta)
         drive = nn.Dense(c.num_modes, name="weights", dtype=jnp.dtype(c.dtype))(features(z))
@@ -70,6 +72,7 @@ class PhasorSwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
+        """The update of the phases, in radians, float32."""
         c = self.config
         swiglu = SwiGLU(c.feedforward_width, c.num_phases, c.dtype)
         nn.share_scope(self, swiglu)

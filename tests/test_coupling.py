@@ -9,7 +9,7 @@ import pytest
 
 from fsn_jax import coupling
 
-coupling_update = cases.quick_jit(coupling.coupling_update)
+coupling_update = jax.jit(coupling.coupling_update)
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 

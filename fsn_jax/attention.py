@@ -54,7 +54,10 @@ def extend_sum(
     *,
     include_self: bool,
 ) -> tuple[CausalSum, LayerCache]:
-    """Writes S new keys and values at ``position`` and attends to everything up to each."""
+    """Writes S new keys and values at ``position`` and attends to everything up to each.
+
+    Queries and keys are ``[B, H, S, E]``, values ``[B, H, S, G]``, ``position`` an int32 scalar.
+    """
     cache = LayerCache(_put(cache.key, key, position), _put(cache.value, value, position))
     total = causal_sum_cached(query, cache.key, cache.value, position, include_self=include_self)
     return total, cache

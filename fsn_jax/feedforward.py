@@ -28,6 +28,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*shape I"]) -> Float[Array, "*shape O"]:
+        """The last axis becomes ``features`` wide; float32."""
         dense: dict[str, Any] = {"use_bias": False, "dtype": jnp.dtype(self.dtype)}
         gate = nn.Dense(self.width, name="gate", **dense)(x)
         up = nn.Dense(self.width, name="up", **dense)(x)
@@ -47,6 +48,7 @@ class CollectiveModes(nn.Module):
 
     @nn.compact
     def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
+        """The update of the phases, in radians, float32."""
         c = self.config
         z = phasor(theta)
         drive = PhasorDense(c, c.num_modes, use_bias=True, name="weights")(z)
@@ -75,6 +77,7 @@ class PhasorSwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
+        """The update of the phases, in radians, float32."""
         c = self.config
         z = phasor(theta)
         gate = PhasorDense(c, c.feedforward_width, angle=0.0, name="gate")(z)

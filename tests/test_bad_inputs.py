@@ -20,7 +20,7 @@ import jax
 import pytest
 from small_runs import run_to_the_end, text_of, write_corpus
 
-from train import evaluate, final_test, loop, main, prepare, sample
+from train import evaluate, final_test, inspect, loop, main, prepare, sample
 from train.corpus import read_corpus
 from train.program import run_program
 
@@ -464,6 +464,22 @@ CASES = [
         checkpoints_of_another_model,
     ),
     Case(
+        "a trace of steps beyond the last",
+        f"{FRESH} --profile=5:50",
+        "--profile=5:50: the first step must be before the last, and the last at most "
+        "config.training.num_steps (10)",
+    ),
+    Case(
+        "a trace of steps that are not two",
+        f"{FRESH} --profile=all",
+        "--profile takes FIRST:LAST, two steps such as 20:40; got 'all'",
+    ),
+    Case(
+        "inspecting without a config",
+        "train.inspect --json",
+        "--config=FILE is needed, for instance --config=configs/quickstart.py",
+    ),
+    Case(
         "evaluating what is no run",
         "train.evaluate corpus",
         "corpus is not a run folder (no config.json); train one first",
@@ -574,6 +590,7 @@ PROGRAMS = {
     "train": main.program,
     "train.evaluate": evaluate.program,
     "train.final_test": final_test.program,
+    "train.inspect": inspect.program,
     "train.prepare": prepare.program,
     "train.sample": sample.program,
 }

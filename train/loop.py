@@ -17,6 +17,7 @@ from train.data import WindowOrder, evaluation_windows, host_batches, place_toke
 from train.errors import UserError
 from train.metrics import Metrics
 from train.optimizer import learning_rate, make_optimizer
+from train.profiling import Profiler, Span
 from train.run import RunFolder, write_parameter_table, write_provenance
 from train.step import (
     DATA_AXIS,
@@ -129,8 +130,16 @@ def train(
     run: RunFolder,
     *,
     show_progress: bool = True,
+    profile: Span | None = None,
 ) -> Outcome:
     """Trains, or goes on training, the run in ``run``.
+
+    Args:
+      experiment: its settings.
+      corpus: its data.
+      run: its open folder.
+      show_progress: whether to draw the bar.
+      profile: steps to trace.
 
     Raises:
       UserError: the settings do not suit the corpus or the devices, or the checkpoint is of
@@ -184,6 +193,7 @@ def train(
         )
         if start:
             metrics.say(f"going on from the checkpoint of step {start}")
+        profiler = Profiler(run.path, profile)
         pending: tuple[int, Tally] | None = None
         validation_loss = None
         began = time.perf_counter()
@@ -198,7 +208,10 @@ def train(
             for step, batch in _batches(experiment, mesh, tokens, order, start):
                 # The order below is fixed: a checkpoint must come after every row of its step is
                 # written, so that a resumed run finds them all and repeats none.
-                state, tally = train_steps(state, *batch)
+                with profiler.dispatch(step):
+                    state, tally = train_steps(state, *batch)
+                if trace := profiler.after(step, tally):
+                    metrics.say(f"trace of the steps up to {step} in {trace}")
                 flush()
                 pending = (step, tally)
                 last = step == training.num_steps
@@ -218,6 +231,7 @@ def train(
                     metrics.leave_out(time.perf_counter() - paused)
             checkpoints.wait()
         finally:
+            profiler.close()
             metrics.close()
         return Outcome(
             state=state,

@@ -16,10 +16,13 @@ from train.errors import UserError
 from train.finish import finish
 from train.load import open_experiment_corpus
 from train.loop import check_experiment, train
-from train.program import run_program, start_jax
+from train.profiling import Span
+from train.program import Arguments, run_program, start_jax
 from train.run import create_or_resume, default_folder, flatten
 
-HELP = """Any setting of the file can be changed: --config.training.num_steps=500, for instance.
+HELP = """--profile=FIRST:LAST writes a trace of these steps to the run's folder.
+
+Any setting of the file can be changed: --config.training.num_steps=500, for instance.
 train/config.py and fsn_jax/config.py tell what each one means. The same command goes on with a run
 that was interrupted."""
 
@@ -97,12 +100,23 @@ def load_config(argument: str) -> ConfigDict:
     return config
 
 
+def parser() -> Arguments:
+    """What a start may be told beside the settings of the run."""
+    p = Arguments(prog="python -m train", add_help=False, allow_abbrev=False)
+    p.add_argument("--profile", metavar="FIRST:LAST", default="", help="steps to trace")
+    return p
+
+
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\n{HELP}")
         return
-    experiment = parse_config(argv)
+    options, settings = parser().parse_known_args(argv[1:])
+    experiment = parse_config([argv[0], *settings])
+    profile = (
+        Span.parse(options.profile, experiment.training.num_steps) if options.profile else None
+    )
     corpus = open_experiment_corpus(experiment)
     experiment = experiment.with_vocabulary(len(corpus.vocabulary))
     start_jax()
@@ -110,7 +124,7 @@ def program(argv: Sequence[str]) -> None:
     run = create_or_resume(experiment, corpus)
     try:
         print(f"run folder {default_folder(experiment)} · {jax.device_count()} device(s)")
-        outcome = train(experiment, corpus, run)
+        outcome = train(experiment, corpus, run, profile=profile)
         if outcome.resumed_from == outcome.step:
             print(f"finished before: all {outcome.step} steps are done, nothing is left to train")
         finish(experiment, corpus, run, outcome)

@@ -3,33 +3,67 @@
 The cache holds, for each layer, keys and values of the tokens seen; for an FSN the values are the
 folded phasor powers, and the newest one waits for its successor (the one-step delay). Logits are
 those of the full forward pass.
+
+Two programs are compiled for a model and a batch: one reads a prompt, one draws ``CHUNK`` tokens.
+Temperature, top-k and top-p are their inputs, so that other settings compile nothing.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Array, Bool, Float, Int
 
 from fsn_jax.config import ConfigError
 from fsn_jax.fsn import Cache
 
 Variables = Mapping[str, Any]
 
-CHUNK = 32
-"""Tokens sampled in one compiled call: often enough to stream, seldom enough to be quick."""
+CHUNK = 8
+"""Tokens drawn in one compiled call: often enough to stream, seldom enough to be quick."""
+
+NO_TOKEN = -1
+"""Follows a row's last token where the other rows of its batch go on."""
+
+
+def likeliest(
+    logits: Float[Array, "B V"],
+    *,
+    top_k: int | Int[Array, ""],
+    top_p: float | Float[Array, ""],
+) -> Bool[Array, "B V"]:
+    """Which tokens may be drawn; of equally likely ones those with the lower number come first.
+
+    Args:
+      logits: of a row's next token.
+      top_k: how many of the likeliest tokens to draw from; 0 means all.
+      top_p: of what ``top_k`` leaves, the least probability that the tokens drawn from must hold
+        together; the one that carries the sum past it is still in. 1 means all.
+    """
+    order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
+    descending = jnp.take_along_axis(logits, order, axis=-1)
+    rank = jnp.arange(logits.shape[-1])[None]
+    within = (rank < top_k) | (top_k == 0)
+    probability = jax.nn.softmax(jnp.where(within, descending, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    within &= (before < top_p) | (top_p == 1)
+    # Both conditions hold for the first so many ranks: those of the tokens kept.
+    count = within.sum(axis=-1, keepdims=True)
+    return jnp.argsort(order, axis=-1) < count
 
 
 def sample_token(
     logits: Float[Array, "B V"],
     key: Array,
     *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    temperature: float | Float[Array, ""],
+    top_k: int | Int[Array, ""],
+    top_p: float | Float[Array, ""],
 ) -> Int[Array, " B"]:
     """Draws a token a row.
 
@@ -37,23 +71,13 @@ def sample_token(
       logits: float32.
       key: PRNG key.
       temperature: divides the logits; 0 takes the likeliest token.
-      top_k: how many of the likeliest tokens to draw from; 0 means all.
-      top_p: the least probability that the tokens drawn from must hold together; 1 means all.
+      top_k: see ``likeliest``.
+      top_p: see ``likeliest``.
     """
-    if temperature == 0:
-        return logits.argmax(axis=-1)
-    logits = logits / temperature
-    if top_k and top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if top_p < 1:
-        descending = jnp.sort(logits, axis=-1, descending=True)
-        mass = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
-        # The token that carries the mass past top_p is still in, so at least one always is.
-        inside = jnp.concatenate([jnp.ones_like(mass[:, :1], bool), mass[:, :-1] < top_p], axis=-1)
-        least = jnp.min(jnp.where(inside, descending, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits)
+    greedy = jnp.equal(temperature, 0)
+    scaled = logits / jnp.where(greedy, 1.0, temperature)
+    kept = jnp.where(likeliest(scaled, top_k=top_k, top_p=top_p), scaled, -jnp.inf)
+    return jnp.where(greedy, logits.argmax(axis=-1), jax.random.categorical(key, kept))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"))
@@ -65,7 +89,7 @@ def _prefill(
     return logits[:, -1], cache
 
 
-@functools.partial(jax.jit, static_argnames=("model", "temperature", "top_k", "top_p"))
+@functools.partial(jax.jit, static_argnames=("model",))
 def _sample_chunk(
     model: nn.Module,
     variables: Variables,
@@ -73,16 +97,11 @@ def _sample_chunk(
     cache: Cache,
     key: Array,
     drawn: Array,
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    settings: dict[str, Array],
 ) -> tuple[Array, Array, Cache]:
-    draw = functools.partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
-
     def body(carry: tuple[Array, Cache], index: Array) -> tuple[tuple[Array, Cache], Array]:
         logits, cache = carry
-        token = draw(logits, jax.random.fold_in(key, index))
+        token = sample_token(logits, jax.random.fold_in(key, index), **settings)
         extended: Any = model.apply(variables, token[:, None], cache, method="extend")
         return (extended[0][:, 0], extended[1]), token
 
@@ -101,6 +120,7 @@ def stream(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    stop: Sequence[Sequence[int]] = (),
 ) -> Iterator[Int[Array, "B n"]]:
     """Yields the tokens that follow ``prompt``, a few at a time.
 
@@ -115,8 +135,10 @@ def stream(
       key: PRNG key; token i is drawn with ``fold_in(key, i)``.
       context: how far the model may look back.
       temperature: see ``sample_token``.
-      top_k: see ``sample_token``.
-      top_p: see ``sample_token``.
+      top_k: see ``likeliest``.
+      top_p: see ``likeliest``.
+      stop: a row ends with the first of these sequences of tokens that it draws, and is filled up
+        with ``NO_TOKEN``; nothing more is drawn when all rows have ended.
 
     Raises:
       ConfigError: an argument is out of range.
@@ -126,6 +148,12 @@ def stream(
     if context < 2:
         raise ConfigError(f"context must be at least 2; got {context}")
     check_sampling(num_tokens=num_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    ending = _Ending(stop, prompt.shape[0])
+    settings = {
+        "temperature": jnp.float32(temperature),
+        "top_k": jnp.int32(top_k),
+        "top_p": jnp.float32(top_p),
+    }
     window, drawn = prompt, 0
     while drawn < num_tokens:
         if window.shape[1] >= context:
@@ -133,21 +161,44 @@ def stream(
         logits, cache = _prefill(model, variables, window, context)
         while drawn < num_tokens and window.shape[1] < context:
             tokens, logits, cache = _sample_chunk(
-                model,
-                variables,
-                logits,
-                cache,
-                key,
-                jnp.int32(drawn),
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
+                model, variables, logits, cache, key, jnp.int32(drawn), settings
             )
             # What a chunk drew past the cache's end or the caller's wish is dropped.
-            room = min(CHUNK, num_tokens - drawn, context - window.shape[1])
-            window = jnp.concatenate([window, tokens[:, :room]], axis=1)
-            drawn += room
-            yield tokens[:, :room]
+            tokens = tokens[:, : min(CHUNK, num_tokens - drawn, context - window.shape[1])]
+            window = jnp.concatenate([window, tokens], axis=1)
+            drawn += tokens.shape[1]
+            if not stop:
+                yield tokens
+                continue
+            yield jnp.asarray(ending.cut(np.asarray(tokens)))
+            if ending.rows.all():
+                return
+
+
+class _Ending:
+    """Where rows that are drawn chunk by chunk end."""
+
+    def __init__(self, stop: Sequence[Sequence[int]], batch: int) -> None:
+        for sequence in stop:
+            if not len(sequence):
+                raise ConfigError("stop must not hold an empty sequence of tokens")
+        self._stop = [np.asarray(sequence) for sequence in stop]
+        longest = max(map(len, self._stop), default=1)
+        self._tail = np.full((batch, longest - 1), NO_TOKEN)
+        self.rows = np.zeros(batch, bool)
+
+    def cut(self, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The rows up to their ends, as wide as the longest, then filled with NO_TOKEN."""
+        width = tokens.shape[1]
+        seen = np.concatenate([self._tail, tokens], axis=1)
+        ends = np.zeros(tokens.shape, bool)
+        for sequence in self._stop:
+            runs = np.lib.stride_tricks.sliding_window_view(seen, len(sequence), axis=1)
+            ends |= (runs[:, -width:] == sequence).all(axis=-1)
+        over = self.rows[:, None] | (np.cumsum(ends, axis=1) - ends > 0)
+        self._tail = seen[:, width:]
+        self.rows = self.rows | ends.any(axis=1)
+        return np.where(over, NO_TOKEN, tokens)[:, : (~over).sum(axis=1).max()]
 
 
 def generate(
@@ -161,8 +212,13 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-) -> Int[Array, "B num_tokens"]:
-    """The tokens that follow ``prompt``; arguments as for ``stream``."""
+    stop: Sequence[Sequence[int]] = (),
+) -> Int[Array, "B n"]:
+    """The tokens that follow ``prompt``; arguments and errors as for ``stream``.
+
+    Returns:
+      ``num_tokens`` a row; with ``stop`` as many as the longest row has.
+    """
     chunks = stream(
         model,
         variables,
@@ -173,6 +229,7 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        stop=stop,
     )
     return jnp.concatenate(list(chunks), axis=1)
 

@@ -540,6 +540,17 @@ CASES = [
         "text, so the model has no token for it: remove it",
     ),
     Case(
+        "an empty text to stop at",
+        "train.sample run --stop=",
+        "--stop must not be empty: name the text that ends the sample",
+    ),
+    Case(
+        "a text to stop at that the corpus cannot write",
+        "train.sample run --prompt=abc --stop=a --stop=z",
+        "--stop: the text holds byte 0x7a at position 0, which does not occur in "
+        "text, so the model has no token for it: remove it",
+    ),
+    Case(
         "a negative temperature",
         "train.sample run --temperature=-1",
         "--temperature must be finite and not negative; got -1.0",

@@ -1,5 +1,7 @@
 """The programs that read a finished run: evaluation, the final test, sampling."""
 
+import os
+
 import pytest
 import small_runs
 
@@ -66,3 +68,72 @@ def test_a_sample_depends_on_its_seed_alone(finished, capfdbinary):
     assert text("--seed=1", "--temperature=1.0") == one
     assert text("--seed=2", "--temperature=1.0") != one
     assert text("--seed=1", "--temperature=0") == text("--seed=2", "--temperature=0")
+
+
+def test_a_sample_ends_with_the_text_that_stops_it(finished, capfdbinary):
+    run, *_ = finished
+
+    def text(*options):
+        arguments = ["--prompt=abc", "--num_tokens=40", "--seed=1", "--temperature=1.0"]
+        sample.program(["sample", str(run), *arguments, *options])
+        return capfdbinary.readouterr().out.strip()
+
+    whole = text()
+    stop = whole[20:22]
+    end = whole.index(stop, len(b"abc")) + len(stop)
+    assert text(f"--stop={stop.decode()}", "--stop=abcdefghijkl") == whole[:end]
+
+
+def test_a_sample_says_that_a_prompt_is_longer_than_the_context(finished, capfd):
+    run, *_ = finished
+    prompt = "abcdefgh" * 2
+    sample.program(["sample", str(run), f"--prompt={prompt}", "--num_tokens=3"])
+    printed = capfd.readouterr()
+    assert printed.err == "note: the prompt has 16 bytes; the model sees the last 8 (context 16)\n"
+    assert printed.out.startswith(prompt) and len(printed.out) == len(prompt) + 3 + 1
+
+
+def test_a_terminal_is_written_to_as_characters_come():
+    """A real pseudo-terminal, read after each chunk: whole characters only, nothing that acts."""
+    steps = [
+        (b"caf\xc3", "caf"),
+        (b"\xa9 \xe2\x82", "\u00e9 "),
+        (b"\xac\r\n", "\u20ac\r\n"),  # the terminal itself writes \n as \r\n
+        (b"\x1b[31m\t\xff", "\ufffd[31m\t\ufffd"),
+        (b"\xe2\x82", None),
+    ]
+    ours, theirs = os.openpty()
+
+    def chunks():
+        for chunk, expected in steps:
+            yield chunk
+            if expected is not None:
+                assert os.read(ours, 100).decode() == expected
+
+    with os.fdopen(theirs, "w", encoding="utf-8") as terminal:
+        sample.write_as_it_comes(chunks(), terminal)
+        assert os.read(ours, 100).decode() == "\ufffd\r\n"
+    os.close(ours)
+
+
+def test_a_pipe_gets_the_very_bytes_at_once():
+    ours, theirs = os.pipe()
+
+    def chunks():
+        for chunk in (b"a\xc3", b"\xa9\x1b\r\n", b"\xff"):
+            yield chunk
+            assert os.read(ours, 100) == chunk
+        raise KeyboardInterrupt  # what Ctrl-C does in the middle of a text
+
+    with os.fdopen(theirs, "w") as pipe:
+        sample.write_as_it_comes(chunks(), pipe)
+    assert os.read(ours, 100) == b"\n"
+    os.close(ours)
+
+
+def test_a_reader_may_go_away():
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "w") as pipe:
+        sample.write_as_it_comes(iter([b"a", b"b"]), pipe)
+        pipe.write("what is left goes nowhere")

@@ -1,9 +1,11 @@
 """``python -m train.sample RUN``: text from a trained model, printed as it is drawn."""
 
+import codecs
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TextIO
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +26,13 @@ def sample_bytes(
     temperature: float,
     top_k: int,
     top_p: float,
+    stop: Sequence[bytes] = (),
 ) -> Iterator[bytes]:
-    """Yields the bytes that follow ``prompt``, a few at a time.
+    """Yields the bytes that follow ``prompt``, a few at a time, up to the first of ``stop``.
 
     Raises:
-      UserError: the prompt is empty or has a byte that the corpus has not.
+      UserError: the prompt or ``stop`` has a byte that the corpus has not.
     """
-    if not prompt:
-        raise UserError("--prompt must not be empty: the first character needs one before it")
     tokens = jnp.asarray(trained.corpus.encode(prompt))[None]
     for chunk in stream(
         trained.model,
@@ -43,8 +44,44 @@ def sample_bytes(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        stop=[trained.corpus.encode(text).tolist() for text in stop],
     ):
         yield trained.corpus.decode(jax.device_get(chunk[0]))
+
+
+# What would move a terminal's cursor or change its colours becomes the mark of an unknown
+# character; line ends and tabs stay, and of the two bytes of a line end the second is enough.
+_CONTROLS: dict[int, str | None] = dict.fromkeys((*range(32), *range(127, 160)), "\ufffd")
+_CONTROLS |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): None}
+
+
+def write_as_it_comes(chunks: Iterable[bytes], out: TextIO) -> None:
+    """Writes each chunk at once: the very bytes to a file or a pipe, readable text to a terminal.
+
+    There a character whose bytes are in two chunks waits for the second, and bytes that are no
+    UTF-8 become the mark of an unknown character. An interruption ends the text; so does a reader
+    that goes away (``| head``).
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def shown(chunk: bytes, *, final: bool = False) -> bytes:
+        if not out.isatty():
+            return chunk
+        text = decoder.decode(chunk, final).translate(_CONTROLS)
+        return text.encode(out.encoding, "replace")
+
+    try:
+        try:
+            for chunk in chunks:
+                out.buffer.write(shown(chunk))
+                out.buffer.flush()
+        except KeyboardInterrupt:
+            pass
+        out.buffer.write(shown(b"", final=True) + b"\n")
+        out.buffer.flush()
+    except BrokenPipeError:
+        # Or the interpreter would try to write what is left, and complain, when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 def parser() -> Arguments:
@@ -52,10 +89,22 @@ def parser() -> Arguments:
     p = Arguments(prog="python -m train.sample", description=__doc__)
     p.add_argument("run", help="a run's folder, for instance runs/quickstart")
     p.add_argument("--prompt", default="The ", help="what the text begins with")
-    p.add_argument("--num_tokens", type=int, default=400, help="characters to draw")
+    p.add_argument(
+        "--num_tokens",
+        type=int,
+        default=400,
+        help="characters to draw; beyond its context the model sees the last half of it",
+    )
     p.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     p.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest; 0: all")
     p.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest p; 1: all")
+    p.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end after this text; may be given again; $'\\n' is the end of a line",
+    )
     p.add_argument("--seed", type=int, default=0, help="same seed, same text")
     p.add_argument("--checkpoint", default="best", help="best, latest or a step")
     return p
@@ -75,17 +124,22 @@ def program(argv: Sequence[str]) -> None:
         )
     except ConfigError as error:
         raise UserError(f"--{error}") from None
+    if not options.prompt:
+        raise UserError("--prompt must not be empty: the first character needs one before it")
+    if "" in options.stop:
+        raise UserError("--stop must not be empty: name the text that ends the sample")
     start_jax()
     trained = load(options.run, which=options.checkpoint)
-    prompt = os.fsencode(options.prompt)
-    try:
-        trained.corpus.encode(prompt)
-    except UserError as error:
-        raise UserError(f"--prompt: {error}") from None
+    prompt, *stop = map(os.fsencode, (options.prompt, *options.stop))
+    for option, text in (("--prompt", prompt), *(("--stop", text) for text in stop)):
+        try:
+            trained.corpus.encode(text)
+        except UserError as error:
+            raise UserError(f"{option}: {error}") from None
     context = trained.experiment.data.context
     if len(prompt) >= context:
         print(
-            f"note: the prompt has {len(prompt)} characters; the model sees the last "
+            f"note: the prompt has {len(prompt)} bytes; the model sees the last "
             f"{context // 2} (context {context})",
             file=sys.stderr,
         )
@@ -97,13 +151,9 @@ def program(argv: Sequence[str]) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
+        stop=stop,
     )
-    out = sys.stdout.buffer
-    first = next(chunks)  # a prompt that cannot be read is refused before anything is printed
-    for part in itertools.chain((prompt, first), chunks):
-        out.write(part)
-        out.flush()
-    out.write(b"\n")
+    write_as_it_comes(itertools.chain((prompt,), chunks), sys.stdout)
 
 
 def main() -> None:

@@ -360,6 +360,25 @@ CASES = [
         "--config.data.path=FILE_OR_FOLDER",
     ),
     Case(
+        "characters of a corpus of bytes",
+        f"{FRESH} --config.data.name=enwik8 --config.data.vocabulary=characters",
+        "config.data.vocabulary=characters is for config.data.name=text; enwik8 is a corpus of "
+        "bytes",
+    ),
+    Case(
+        "characters of a corpus that was prepared as bytes",
+        f"{FRESH} --config.data.vocabulary=characters",
+        "config.data.path=corpus was prepared as bytes, not characters: say "
+        "config.data.vocabulary=bytes, or name the text itself",
+    ),
+    Case(
+        "characters of a text that is no UTF-8",
+        f"{FRESH} --config.data.path=latin.txt --config.data.vocabulary=characters",
+        "latin.txt is not UTF-8 at byte 3, as config.data.vocabulary=characters needs it: convert "
+        "it, or say config.data.vocabulary=bytes",
+        write("latin.txt", "Ilyén".encode("latin-1")),
+    ),
+    Case(
         "a text that is not there",
         f"{FRESH} --config.data.path=nowhere.txt",
         "config.data.path=nowhere.txt does not exist: name a file, a folder or a pattern",

@@ -71,7 +71,7 @@ def _sample(
         step=outcome.step,
         mesh=data_mesh(),
     )
-    prompt = bytes(corpus.split("validation")[:64])
+    prompt = corpus.decode(corpus.tokens("validation")[:64])
     chunks = sample_bytes(
         trained,
         prompt=prompt,

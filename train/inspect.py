@@ -241,7 +241,7 @@ def inspect(
 
 def _order(experiment: ExperimentConfig, corpus: Corpus) -> WindowOrder:
     return WindowOrder(
-        corpus.splits["train"].num_bytes,
+        corpus.num_tokens("train"),
         experiment.data.context,
         experiment.training.batch_size,
         experiment.seed,
@@ -257,10 +257,10 @@ def _abstract_inputs(
     rows = (training.steps_per_dispatch, training.batch_size)
     if experiment.data.placement == "host":
         windows = (*rows, context + 1)
-        return (jax.ShapeDtypeStruct(windows, jnp.uint8, sharding=by_step_and_row),)
-    tokens = (corpus.splits["train"].num_bytes,)
+        return (jax.ShapeDtypeStruct(windows, corpus.codec.dtype, sharding=by_step_and_row),)
+    tokens = (corpus.num_tokens("train"),)
     return (
-        jax.ShapeDtypeStruct(tokens, jnp.uint8, sharding=replicated(mesh)),
+        jax.ShapeDtypeStruct(tokens, corpus.codec.dtype, sharding=replicated(mesh)),
         jax.ShapeDtypeStruct(rows, jnp.int32, sharding=by_step_and_row),
     )
 

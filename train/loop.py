@@ -84,10 +84,10 @@ def check_experiment(experiment: ExperimentConfig, corpus: Corpus, num_devices: 
     check_devices(experiment, num_devices)
     context, evaluation = experiment.data.context, experiment.evaluation
     WindowOrder(
-        corpus.splits["train"].num_bytes, context, experiment.training.batch_size, experiment.seed
+        corpus.num_tokens("train"), context, experiment.training.batch_size, experiment.seed
     )
     evaluation_windows(
-        corpus.splits["validation"].num_bytes,
+        corpus.num_tokens("validation"),
         context,
         experiment.evaluation_stride,
         evaluation.batch_size,
@@ -164,6 +164,7 @@ def train(
         accumulation_steps=training.accumulation_steps,
         log_every=training.log_every,
     )
+    validation_bytes = corpus.codec.num_bytes(validation[1:])
     evaluate = Evaluator(experiment, make_evaluate_rows(model, mesh=mesh))
 
     with Checkpoints(run.checkpoints, experiment.checkpoints) as checkpoints:
@@ -222,9 +223,9 @@ def train(
                 paused = time.perf_counter()
                 fresh_loss = None
                 if evaluating:
-                    validation_loss, count = evaluate(state.params, validation)
+                    validation_loss, _ = evaluate(state.params, validation)
                     fresh_loss = validation_loss
-                    metrics.validation(step, loss=validation_loss, num_bytes=count)
+                    metrics.validation(step, loss=validation_loss, num_bytes=validation_bytes)
                 if saving:
                     checkpoints.save(state, step, fresh_loss)
                 if evaluating or saving:

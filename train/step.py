@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt
 
 from fsn_jax import FSN, FSNConfig, Transformer
 from train.config import ModelConfig
@@ -104,7 +104,7 @@ def abstract_state(
 
 
 def window_loss(
-    model: nn.Module, params: Any, windows: Int[Array, "B L1"] | UInt8[Array, "B L1"]
+    model: nn.Module, params: Any, windows: Int[Array, "B L1"] | UInt[Array, "B L1"]
 ) -> Float[Array, "B L"]:
     """Cross entropy in nats of each character after a window's first, float32."""
     tokens = windows.astype(jnp.int32)
@@ -145,9 +145,9 @@ def make_train_steps(
     """Compiles K steps into one call that consumes the state it is given.
 
     Returns:
-      For ``resident``: ``(state, corpus uint8[n], starts int32[K, B]) -> (state, tally)``; windows
-      are gathered inside. For ``host``: ``(state, windows uint8[K, B, L + 1]) -> (state, tally)``.
-      The tally is a copy that outlives the state it is a part of.
+      For ``resident``: ``(state, corpus unsigned[n], starts int32[K, B]) -> (state, tally)``;
+      windows are gathered inside. For ``host``: ``(state, windows unsigned[K, B, L + 1]) ->
+      (state, tally)``. The tally is a copy that outlives the state it is a part of.
     """
 
     def local(params: Any, windows: Array) -> tuple[Array, Any]:
@@ -211,7 +211,7 @@ def make_train_steps(
 
 
 def make_evaluate_rows(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
-    """Compiles ``(params, windows uint8[B, L + 1], scored bool[B, L]) -> float32[B]``.
+    """Compiles ``(params, windows unsigned[B, L + 1], scored bool[B, L]) -> float32[B]``.
 
     The result is each window's cross entropy in nats, summed over its scored characters.
     """

@@ -20,7 +20,7 @@ import jax
 import pytest
 from small_runs import run_to_the_end, text_of, write_corpus
 
-from train import evaluate, final_test, loop, main, prepare, sample
+from train import evaluate, final_test, inspect, loop, main, prepare, sample
 from train.corpus import read_corpus
 from train.program import run_program
 
@@ -360,6 +360,25 @@ CASES = [
         "--config.data.path=FILE_OR_FOLDER",
     ),
     Case(
+        "characters of a corpus of bytes",
+        f"{FRESH} --config.data.name=enwik8 --config.data.vocabulary=characters",
+        "config.data.vocabulary=characters is for config.data.name=text; enwik8 is a corpus of "
+        "bytes",
+    ),
+    Case(
+        "characters of a corpus that was prepared as bytes",
+        f"{FRESH} --config.data.vocabulary=characters",
+        "config.data.path=corpus was prepared as bytes, not characters: say "
+        "config.data.vocabulary=bytes, or name the text itself",
+    ),
+    Case(
+        "characters of a text that is no UTF-8",
+        f"{FRESH} --config.data.path=latin.txt --config.data.vocabulary=characters",
+        "latin.txt is not UTF-8 at byte 3, as config.data.vocabulary=characters needs it: convert "
+        "it, or say config.data.vocabulary=bytes",
+        write("latin.txt", "Ilyén".encode("latin-1")),
+    ),
+    Case(
         "a text that is not there",
         f"{FRESH} --config.data.path=nowhere.txt",
         "config.data.path=nowhere.txt does not exist: name a file, a folder or a pattern",
@@ -489,6 +508,22 @@ CASES = [
         "--process_id must be from 0 to --num_processes - 1 (1); got 2",
     ),
     Case(
+        "a trace of steps beyond the last",
+        f"{FRESH} --profile=5:50",
+        "--profile=5:50: the first step must be before the last, and the last at most "
+        "config.training.num_steps (10)",
+    ),
+    Case(
+        "a trace of steps that are not two",
+        f"{FRESH} --profile=all",
+        "--profile takes FIRST:LAST, two steps such as 20:40; got 'all'",
+    ),
+    Case(
+        "inspecting without a config",
+        "train.inspect --json",
+        "--config=FILE is needed, for instance --config=configs/quickstart.py",
+    ),
+    Case(
         "evaluating what is no run",
         "train.evaluate corpus",
         "corpus is not a run folder (no config.json); train one first",
@@ -610,6 +645,7 @@ PROGRAMS = {
     "train": main.program,
     "train.evaluate": evaluate.program,
     "train.final_test": final_test.program,
+    "train.inspect": inspect.program,
     "train.prepare": prepare.program,
     "train.sample": sample.program,
 }

@@ -11,7 +11,7 @@ import real_runs
 from small_runs import SAME_LOSS, assert_equal_trees, largest_difference, rows_of
 
 from train.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, UserError
-from train.main import parse_joining
+from train.main import parse_options
 from train.processes import Joining
 from train.run import open_run
 
@@ -21,11 +21,11 @@ SETTINGS = {"training.num_steps": NUM_STEPS, "evaluation.every": 30, "data.place
 
 def test_the_flags_say_how_the_processes_join():
     argv = ["train", "--config=x.py", "--coordinator=host:1234", "--num_processes=4"]
-    joining, rest = parse_joining([*argv, "--process_id=3", "--config.seed=1"])
+    joining, _, rest = parse_options([*argv, "--process_id=3", "--config.seed=1"])
     assert joining == Joining(False, "host:1234", 4, 3)
     assert rest == ["train", "--config=x.py", "--config.seed=1"]
-    assert parse_joining(["train", "--distributed"])[0] == Joining(distributed=True)
-    assert parse_joining(["train"]) == (Joining(), ["train"])
+    assert parse_options(["train", "--distributed"])[0] == Joining(distributed=True)
+    assert parse_options(["train"]) == (Joining(), "", ["train"])
 
 
 @pytest.mark.parametrize(
@@ -40,13 +40,13 @@ def test_the_flags_say_how_the_processes_join():
             ["--coordinator=host", "--num_processes=2", "--process_id=0"],
             "--coordinator takes HOST:PORT; got 'host'",
         ),
-        (["--num_processes=two"], "many processes start with --coordinator=HOST:PORT"),
+        (["--num_processes=two"], "num_processes: invalid int value: 'two'"),
     ],
     ids=["incomplete", "out_of_range", "no_port", "no_number"],
 )
 def test_flags_that_cannot_join_are_refused(flags, says):
     with pytest.raises(UserError, match=says):
-        parse_joining(["train", *flags])
+        parse_options(["train", *flags])
 
 
 # Real processes

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from fsn_jax import FSNConfig, TransformerConfig
 from fsn_jax.config import ConfigError, check_at_least, check_fields, check_positive
 from train.errors import UserError
+from train.vocabulary import Unit
 
 ModelConfig = FSNConfig | TransformerConfig
 ARCHITECTURES: dict[str, type[FSNConfig] | type[TransformerConfig]] = {
@@ -34,18 +35,26 @@ class DataConfig:
       cache_dir: where prepared corpora live; empty means $FSN_JAX_CACHE or ~/.cache/fsn_jax.
       placement: ``resident`` keeps the corpus on the device and gathers windows inside the
         compiled step; ``host`` feeds them through Grain. The batches are the same bits.
-      context: L, characters a window.
+      vocabulary: what a token of ``text`` stands for: one of its bytes, or one of its Unicode
+        characters. Every other corpus is of bytes.
+      context: L, tokens a window.
     """
 
     name: Literal["enwik8", "pycode", "codeparrot", "text"] = "enwik8"
     path: str = ""
     cache_dir: str = ""
     placement: Literal["resident", "host"] = "resident"
+    vocabulary: Unit = "bytes"
     context: int = 256
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_at_least(self, 2, "context")
+        if self.vocabulary == "characters" and self.name != "text":
+            raise ConfigError(
+                f"DataConfig.vocabulary=characters is for DataConfig.name=text; {self.name} is a "
+                f"corpus of bytes"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,9 +292,10 @@ class ExperimentConfig:
           UserError: the config names another size.
         """
         if not self.vocabulary_from_corpus and self.model.vocab_size != vocab_size:
+            kind = "byte values" if self.data.vocabulary == "bytes" else "characters"
             raise UserError(
                 f"config.model.vocab_size is {self.model.vocab_size}, but the corpus "
-                f"{self.data.name!r} has {vocab_size} byte values; set it to 0 to take the corpus's"
+                f"{self.data.name!r} has {vocab_size} {kind}; set it to 0 to take the corpus's"
             )
         model = dataclasses.replace(self.model, vocab_size=vocab_size)
         return dataclasses.replace(self, model=model, vocabulary_from_corpus=False)

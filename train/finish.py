@@ -78,7 +78,7 @@ def _sample(
         step=step,
         mesh=data_mesh(),
     )
-    prompt = bytes(corpus.split("validation")[:64])
+    prompt = corpus.decode(corpus.tokens("validation")[:64])
     chunks = sample_bytes(
         trained,
         prompt=prompt,

@@ -42,7 +42,9 @@ class TrainedModel:
 def open_experiment_corpus(experiment: ExperimentConfig) -> Corpus:
     """The corpus of an experiment, prepared if need be."""
     data = experiment.data
-    return open_corpus(name=data.name, path=data.path, cache_dir=data.cache_dir)
+    return open_corpus(
+        name=data.name, path=data.path, cache_dir=data.cache_dir, unit=data.vocabulary
+    )
 
 
 def load(run_dir: str | Path, *, which: str = "best") -> TrainedModel:

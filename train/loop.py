@@ -29,6 +29,7 @@ from train.metrics import Metrics, Unwritten
 from train.optimizer import learning_rate, make_optimizer
 from train.preemption import Preemption
 from train.processes import first_does
+from train.profiling import Profiler, Span
 from train.run import (
     RunFolder,
     cannot_write,
@@ -105,10 +106,10 @@ def check_experiment(experiment: ExperimentConfig, corpus: Corpus, num_devices: 
     context, evaluation = experiment.data.context, experiment.evaluation
     check_placement(experiment.data.placement, corpus.splits["train"].num_bytes)
     WindowOrder(
-        corpus.splits["train"].num_bytes, context, experiment.training.batch_size, experiment.seed
+        corpus.num_tokens("train"), context, experiment.training.batch_size, experiment.seed
     )
     evaluation_windows(
-        corpus.splits["validation"].num_bytes,
+        corpus.num_tokens("validation"),
         context,
         experiment.evaluation_stride,
         evaluation.batch_size,
@@ -162,8 +163,17 @@ def train(
     *,
     show_progress: bool = True,
     mesh: jax.sharding.Mesh | None = None,
+    profile: Span | None = None,
 ) -> Outcome:
     """Trains, or goes on training, the run in ``run``, on ``mesh`` (of all devices if None).
+
+    Args:
+      experiment: its settings.
+      corpus: its data.
+      run: its open folder.
+      show_progress: whether to draw the bar.
+      mesh: of the devices to train on.
+      profile: steps to trace.
 
     Raises:
       UserError: the settings do not suit the corpus or the devices, the checkpoint is of another
@@ -173,7 +183,9 @@ def train(
     """
     try:
         with Preemption() as preemption:
-            return _train(experiment, corpus, run, preemption, mesh or data_mesh(), show_progress)
+            return _train(
+                experiment, corpus, run, preemption, mesh or data_mesh(), show_progress, profile
+            )
     except Exception as error:
         refused = cannot_write(run, error)
         if refused is None:
@@ -188,12 +200,13 @@ def _train(
     preemption: Preemption,
     mesh: jax.sharding.Mesh,
     show_progress: bool,
+    profile: Span | None,
 ) -> Outcome:
     training = experiment.training
     check_experiment(experiment, corpus, mesh.size)
     validation = _validation_slice(experiment, corpus)
     order = WindowOrder(
-        corpus.splits["train"].num_bytes,
+        corpus.num_tokens("train"),
         experiment.data.context,
         training.batch_size,
         experiment.seed,
@@ -211,6 +224,7 @@ def _train(
         log_every=training.log_every,
         layout=training.parameters,
     )
+    validation_bytes = corpus.codec.num_bytes(validation[1:])
     evaluate = Evaluator(experiment, make_evaluate_rows(model, mesh=mesh), mesh)
 
     first_does(lambda: refuse_lost_checkpoints(run, experiment))
@@ -243,6 +257,7 @@ def _train(
             )
         if start:
             metrics.say(f"going on from the checkpoint of step {start}")
+        profiler = Profiler(run.path, profile)
         pending: tuple[int, Report] | None = None
         validation_loss = None
         began = time.perf_counter()
@@ -257,7 +272,10 @@ def _train(
             for step, batch in _batches(experiment, corpus, mesh, order, start):
                 # The order below is fixed: a checkpoint must come after every row of its step is
                 # written, so that a resumed run finds them all and repeats none.
-                state, report = train_steps(state, *batch)
+                with profiler.dispatch(step):
+                    state, report = train_steps(state, *batch)
+                if trace := profiler.after(step, report):
+                    metrics.say(f"trace of the steps up to {step} in {trace}")
                 flush()
                 pending = (step, report)
                 last = step == training.num_steps
@@ -269,9 +287,9 @@ def _train(
                 paused = time.perf_counter()
                 fresh_loss = None
                 if evaluating:
-                    validation_loss, count = evaluate(state.params, validation)
+                    validation_loss, _ = evaluate(state.params, validation)
                     fresh_loss = validation_loss
-                    metrics.validation(step, loss=validation_loss, num_bytes=count)
+                    metrics.validation(step, loss=validation_loss, num_bytes=validation_bytes)
                 if saving:
                     checkpoints.save(state, step, fresh_loss)
                 if evaluating or saving:
@@ -285,6 +303,7 @@ def _train(
                     )
             checkpoints.wait()
         finally:
+            profiler.close()
             metrics.close()
         return Outcome(
             state=state,

@@ -18,10 +18,13 @@ from train.finish import finish
 from train.load import open_experiment_corpus
 from train.loop import check_experiment, train
 from train.processes import Joining, agree, first_does, loss_of_a_process, together
-from train.program import run_program, start_jax
+from train.profiling import Span
+from train.program import Arguments, run_program, start_jax
 from train.run import create_or_resume, default_folder, flatten
 
-HELP = """Any setting of the file can be changed: --config.training.num_steps=500, for instance.
+HELP = """--profile=FIRST:LAST writes a trace of these steps to the run's folder.
+
+Any setting of the file can be changed: --config.training.num_steps=500, for instance.
 train/config.py and fsn_jax/config.py tell what each one means. The same command goes on with a run
 that was interrupted.
 
@@ -79,28 +82,26 @@ def parse_config(argv: Sequence[str]) -> ExperimentConfig:
     return ExperimentConfig.from_config_dict(config)
 
 
-def parse_joining(argv: Sequence[str]) -> tuple[Joining, list[str]]:
-    """How the processes of a run find each other, and the arguments that are left.
+def parse_options(argv: Sequence[str]) -> tuple[Joining, str, list[str]]:
+    """What a start is told beside the settings of the run.
+
+    Returns:
+      How the processes of a run find each other; the steps to trace as written; the arguments left.
 
     Raises:
       UserError: a flag is wrong.
     """
-    values = flags.FlagValues()
-    distributed = flags.DEFINE_boolean("distributed", False, "", flag_values=values)
-    coordinator = flags.DEFINE_string("coordinator", "", "", flag_values=values)
-    num_processes = flags.DEFINE_integer("num_processes", -1, "", flag_values=values)
-    process_id = flags.DEFINE_integer("process_id", -1, "", flag_values=values)
-    try:
-        rest = values(list(argv), known_only=True)
-    except flags.Error as error:
-        raise UserError(
-            f"{error}; many processes start with --coordinator=HOST:PORT --num_processes=N "
-            f"--process_id=I, or --distributed on Cloud TPU and under SLURM"
-        ) from None
-    return (
-        Joining(distributed.value, coordinator.value, num_processes.value, process_id.value),
-        rest,
+    p = Arguments(prog="python -m train", add_help=False, allow_abbrev=False)
+    p.add_argument("--distributed", action="store_true")
+    p.add_argument("--coordinator", metavar="HOST:PORT", default="")
+    p.add_argument("--num_processes", type=int, default=-1)
+    p.add_argument("--process_id", type=int, default=-1)
+    p.add_argument("--profile", metavar="FIRST:LAST", default="")
+    options, rest = p.parse_known_args(argv[1:])
+    joining = Joining(
+        options.distributed, options.coordinator, options.num_processes, options.process_id
     )
+    return joining, options.profile, [argv[0], *rest]
 
 
 def load_config(argument: str) -> ConfigDict:
@@ -135,11 +136,12 @@ def program(argv: Sequence[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\n{HELP}")
         return
-    joining, argv = parse_joining(argv)
+    joining, profile, argv = parse_options(argv)
     experiment = parse_config(argv)
+    span = Span.parse(profile, experiment.training.num_steps) if profile else None
     start_jax(joining)
     try:
-        _train(experiment)
+        _train(experiment, span)
     except Exception as error:
         lost = loss_of_a_process(error)
         if lost is None:
@@ -147,7 +149,7 @@ def program(argv: Sequence[str]) -> None:
         raise lost from error
 
 
-def _train(experiment: ExperimentConfig) -> None:
+def _train(experiment: ExperimentConfig, profile: Span | None) -> None:
     # Process 0 first, so that not all of them prepare the same corpus in the same cache.
     first = first_does(lambda: open_experiment_corpus(experiment))
     corpus = together(lambda: first or open_experiment_corpus(experiment))
@@ -162,7 +164,7 @@ def _train(experiment: ExperimentConfig) -> None:
             shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
             devices = f"{jax.device_count()} device(s){shared}"
             print(f"run folder {default_folder(experiment)} · {devices}")
-        outcome = train(experiment, corpus, run, show_progress=run.writes)
+        outcome = train(experiment, corpus, run, show_progress=run.writes, profile=profile)
         if run.writes and outcome.resumed_from == outcome.step:
             print(f"finished before: all {outcome.step} steps are done, nothing is left to train")
         finish(experiment, corpus, run, outcome)

@@ -137,9 +137,10 @@ def program(argv: Sequence[str]) -> None:
         except UserError as error:
             raise UserError(f"{option}: {error}") from None
     context = trained.experiment.data.context
-    if len(prompt) >= context:
+    length = len(trained.corpus.encode(prompt))
+    if length >= context:
         print(
-            f"note: the prompt has {len(prompt)} bytes; the model sees the last "
+            f"note: the prompt has {length} {trained.corpus.unit}; the model sees the last "
             f"{context // 2} (context {context})",
             file=sys.stderr,
         )

@@ -19,7 +19,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt
 
 from fsn_jax import FSN, FSNConfig, Transformer
 from train.config import ModelConfig
@@ -182,7 +182,7 @@ def on_host(tree: Any) -> Any:
 
 
 def window_loss(
-    model: nn.Module, params: Any, windows: Int[Array, "B L1"] | UInt8[Array, "B L1"]
+    model: nn.Module, params: Any, windows: Int[Array, "B L1"] | UInt[Array, "B L1"]
 ) -> Float[Array, "B L"]:
     """Cross entropy in nats of each character after a window's first, float32."""
     tokens = windows.astype(jnp.int32)
@@ -224,9 +224,10 @@ def make_train_steps(
     """Compiles K steps into one call that consumes the state it is given.
 
     Returns:
-      For ``resident``: ``(state, corpus uint8[n], starts int32[K, B]) -> (state, report)``; windows
-      are gathered inside. For ``host``: ``(state, windows uint8[K, B, L + 1]) -> (state, report)``.
-      The report, a ``Report``, is a copy that outlives the state that its tally is a part of.
+      For ``resident``: ``(state, corpus unsigned[n], starts int32[K, B]) -> (state, report)``;
+      windows are gathered inside. For ``host``: ``(state, windows unsigned[K, B, L + 1]) -> (state,
+      report)``. The report, a ``Report``, is a copy that outlives the state that its tally is a
+      part of.
     """
 
     def divided(leaf: Array) -> int | None:
@@ -335,7 +336,7 @@ def _averaged(mean: Any, axes: list[int | None]) -> Any:
 
 
 def make_window_losses(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
-    """Compiles ``(params, windows uint8[B, L + 1]) -> float32[B, L]``: nats, each character's."""
+    """Compiles ``(params, windows unsigned[B, L + 1]) -> float32[B, L]``: nats a character."""
     losses = jax.shard_map(
         functools.partial(window_loss, model),
         mesh=mesh,
@@ -348,7 +349,7 @@ def make_window_losses(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def make_evaluate_rows(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
-    """Compiles ``(params, windows uint8[B, L + 1], scored bool[B, L]) -> float32[B]``.
+    """Compiles ``(params, windows unsigned[B, L + 1], scored bool[B, L]) -> float32[B]``.
 
     The result is each window's cross entropy in nats, summed over its scored characters.
     """

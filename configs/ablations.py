@@ -30,6 +30,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no_angles": {"static_angles": False},
     "non_negative": {"signed_harmonics": False},
     "linear_values": {"values": "linear"},
+    "both_quadratures": {"features": "phasor"},
     "no_feedforward": {"feedforward": "none"},
     **{
         f"{word}_harmonic{'s' if number > 1 else ''}": {"num_harmonics": number}

@@ -27,6 +27,12 @@ CHARACTERS_PER_EPOCH = 90_000_000
 FSN_OPTIMIZER = OptimizerConfig(peak_learning_rate=1e-2, angle_factor=4.0)
 TRANSFORMER_OPTIMIZER = OptimizerConfig(peak_learning_rate=1e-2)
 
+TRANSFORMER_POCKET = TransformerConfig(
+    vocab_size=VOCABULARY, num_layers=4, width=64, num_heads=4, feedforward_width=178
+)
+TRANSFORMER_1M = dataclasses.replace(
+    TRANSFORMER_POCKET, num_layers=6, width=112, feedforward_width=327
+)
 FSN_POCKET = FSNConfig(
     vocab_size=VOCABULARY,
     num_layers=4,
@@ -35,7 +41,12 @@ FSN_POCKET = FSNConfig(
     heads_per_phase=4,
     num_harmonics=1,
     score_phases=8,
-    feedforward_width=94,
+    features="quadrature",
+    feedforward_width=192,
+)
+FSN_1M = match_parameters(
+    dataclasses.replace(FSN_POCKET, num_layers=6, num_phases=112, score_phases=14),
+    TRANSFORMER_1M.num_params(),
 )
 
 BASE_LAYER: dict[str, Any] = {
@@ -45,27 +56,25 @@ BASE_LAYER: dict[str, Any] = {
     "static_angles": False,
     "signed_harmonics": False,
 }
+MODES: dict[str, Any] = {"feedforward": "collective_modes"}
+
+
+def variant(fsn: FSNConfig, changes: dict[str, Any]) -> FSNConfig:
+    """An FSN with some fields changed and as many parameters."""
+    return match_parameters(dataclasses.replace(fsn, **changes), fsn.num_params())
+
 
 POCKET: dict[str, ModelConfig] = {
     "fsn_pocket": FSN_POCKET,
-    "base_pocket": dataclasses.replace(FSN_POCKET, **BASE_LAYER, feedforward_width=97),
-    "modes_pocket": dataclasses.replace(FSN_POCKET, feedforward="collective_modes", num_modes=118),
-    "transformer_pocket": TransformerConfig(
-        vocab_size=VOCABULARY, num_layers=4, width=64, num_heads=4, feedforward_width=178
-    ),
+    "base_pocket": variant(FSN_POCKET, BASE_LAYER),
+    "modes_pocket": variant(FSN_POCKET, MODES),
+    "transformer_pocket": TRANSFORMER_POCKET,
 }
-FSN_1M = dataclasses.replace(
-    FSN_POCKET, num_layers=6, num_phases=112, score_phases=14, feedforward_width=186
-)
 ONE_MILLION: dict[str, ModelConfig] = {
     "fsn_1m": FSN_1M,
-    "base_1m": match_parameters(dataclasses.replace(FSN_1M, **BASE_LAYER), FSN_1M.num_params()),
-    "modes_1m": match_parameters(
-        dataclasses.replace(FSN_1M, feedforward="collective_modes"), FSN_1M.num_params()
-    ),
-    "transformer_1m": TransformerConfig(
-        vocab_size=VOCABULARY, num_layers=6, width=112, num_heads=4, feedforward_width=327
-    ),
+    "base_1m": variant(FSN_1M, BASE_LAYER),
+    "modes_1m": variant(FSN_1M, MODES),
+    "transformer_1m": TRANSFORMER_1M,
 }
 ARMS = (*POCKET, *ONE_MILLION)
 

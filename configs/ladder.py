@@ -7,7 +7,7 @@ budget: about 100 characters a parameter.
 ======  ==========  ======  ===================  =================  =================
 rung    parameters  layers  characters (epochs)  FLOPs, FSN         FLOPs, transformer
 ======  ==========  ======  ===================  =================  =================
-pocket  0.23M       4       20M (0.2)            6.0e13             3.3e13
+pocket  0.23M       4       20M (0.2)            5.9e13             3.3e13
 1m      1.0M        6       98M (1.1)            1.5e15             7.8e14
 2m      2.0M        8       203M (2.3)           5.4e15             3.1e15
 4m      4.0M        8       400M (4.4)           2.2e16             1.1e16

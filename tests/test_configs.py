@@ -154,6 +154,7 @@ NAMED = {
     "no_angles": ("static_angles", False),
     "non_negative": ("signed_harmonics", False),
     "linear_values": ("values", "linear"),
+    "both_quadratures": ("features", "phasor"),
     "no_feedforward": ("feedforward", "none"),
     "one_harmonic": ("num_harmonics", 1),
     "two_harmonics": ("num_harmonics", 2),

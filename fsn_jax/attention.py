@@ -24,7 +24,8 @@ from fsn_jax.causal import (
 )
 from fsn_jax.config import FSNConfig
 from fsn_jax.coupling import coupling_update, delayed_values, fold_values, unfold_sum
-from fsn_jax.torus import Complex, features, multiply, phasor, rotary_phasor
+from fsn_jax.dense import PhasorDense
+from fsn_jax.torus import Complex, multiply, phasor, rotary_phasor
 
 
 @flax.struct.dataclass
@@ -53,10 +54,18 @@ def extend_sum(
     *,
     include_self: bool,
 ) -> tuple[CausalSum, LayerCache]:
-    """Writes S new keys and values at ``position`` and attends to everything up to each."""
+    """Writes S new keys and values at ``position`` and attends to everything up to each.
+
+    Queries and keys are ``[B, H, S, E]``, values ``[B, H, S, G]``, ``position`` an int32 scalar.
+    """
     cache = LayerCache(_put(cache.key, key, position), _put(cache.value, value, position))
     total = causal_sum_cached(query, cache.key, cache.value, position, include_self=include_self)
     return total, cache
+
+
+def attention_entropy(weights: Float[Array, "*shape L"]) -> Float[Array, "*shape"]:
+    """Entropy of each row of attention weights, in nats."""
+    return -jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1)
 
 
 class PhaseScore(nn.Module):
@@ -71,15 +80,14 @@ class PhaseScore(nn.Module):
     def setup(self) -> None:
         c = self.config
         pairs, heads = c.score_pairs, c.num_heads
-        dtype = jnp.dtype(c.dtype)
         if c.score == "projected":
             width = 2 * heads * pairs
-            self.query = nn.Dense(width, use_bias=False, dtype=dtype)
-            self.key = nn.Dense(width, use_bias=False, dtype=dtype)
+            self.query = PhasorDense(c, width, groups=heads)
+            self.key = PhasorDense(c, width, groups=heads)
         elif c.score == "gated":
             small = nn.initializers.normal(0.02)
-            self.query_gate = nn.Dense(c.num_phases, dtype=dtype, kernel_init=small)
-            self.key_gate = nn.Dense(c.num_phases, dtype=dtype, kernel_init=small)
+            self.query_gate = PhasorDense(c, c.num_phases, use_bias=True, kernel_init=small)
+            self.key_gate = PhasorDense(c, c.num_phases, use_bias=True, kernel_init=small)
         elif c.score == "static":
             self.gate = self.param("gate", nn.initializers.ones, (c.num_phases,))
         if c.score != "none":
@@ -101,8 +109,7 @@ class PhaseScore(nn.Module):
             empty = jnp.zeros((z.re.shape[0], c.num_heads, z.re.shape[1], 0), c.dtype)
             return empty, empty
         if c.score == "projected":
-            f = features(z)
-            query, key = self._as_pairs(self.query(f)), self._as_pairs(self.key(f))
+            query, key = self._as_pairs(self.query(z)), self._as_pairs(self.key(z))
         else:
             by_head = Complex(split_heads(z.re, c.num_heads), split_heads(z.im, c.num_heads))
             query, key = (Complex(by_head.re * gate, by_head.im * gate) for gate in self._gates(z))
@@ -122,10 +129,9 @@ class PhaseScore(nn.Module):
         if self.config.score == "static":
             gate = self.gate.reshape(1, heads, 1, -1)
             return gate, jnp.ones_like(gate)
-        f = features(z)
         return (
-            split_heads(1.0 + self.query_gate(f).astype(jnp.float32), heads),
-            split_heads(1.0 + self.key_gate(f).astype(jnp.float32), heads),
+            split_heads(1.0 + self.query_gate(z).astype(jnp.float32), heads),
+            split_heads(1.0 + self.key_gate(z).astype(jnp.float32), heads),
         )
 
     def _to_reals(self, x: Complex) -> Array:
@@ -160,9 +166,12 @@ class _PhaseAttention(nn.Module):
 
     def _sow_entropy(self, query: Array, key: Array) -> None:
         if self.is_mutable_collection("diagnostics") and not self.is_initializing():
-            weights = attention_weights(query, key)
-            entropy = -jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1)
+            entropy = attention_entropy(attention_weights(query, key))
             self.sow("diagnostics", "attention_entropy", entropy)
+
+    def weights(self, theta: Float[Array, "B L N"]) -> Float[Array, "B H L L"]:
+        """The attention ``A`` itself, which the layer's sum does not form."""
+        return attention_weights(*self.score(phasor(theta), self._rotary(theta.shape[1])))
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
         """A cache for ``capacity`` tokens of each of ``batch`` sequences."""
@@ -215,9 +224,8 @@ class FrustratedAttention(_PhaseAttention):
         c = self.config
         self.score = PhaseScore(c)
         if c.values == "linear":
-            dtype = jnp.dtype(c.dtype)
-            self.value = nn.Dense(c.num_phases, use_bias=False, dtype=dtype)
-            self.output = nn.Dense(c.num_phases, use_bias=False, dtype=dtype)
+            self.value = PhasorDense(c, c.num_phases)
+            self.output = nn.Dense(c.num_phases, use_bias=False, dtype=jnp.dtype(c.dtype))
             return
         start = kernel_start(c)
         real = start if c.signed_harmonics else _softplus_inverse(start)
@@ -238,7 +246,7 @@ class FrustratedAttention(_PhaseAttention):
         query, key = self.score(z, self._rotary(theta.shape[1]))
         self._sow_entropy(query, key)
         if c.values == "linear":
-            value = split_heads(self.value(features(z)), c.num_heads)
+            value = split_heads(self.value(z), c.num_heads)
             return self._linear_output(self._causal_sum(query, key, value, include_self=True))
         if c.implementation == "reference":
             return self._reference(theta, attention_weights(query, key))
@@ -256,7 +264,7 @@ class FrustratedAttention(_PhaseAttention):
         rotary = self._rotary_at(position, theta.shape[1], cache.key.shape[2])
         query, key = self.score(z, rotary)
         if c.values == "linear":
-            value = split_heads(self.value(features(z)), c.num_heads)
+            value = split_heads(self.value(z), c.num_heads)
             summed, cache = extend_sum(query, key, value, cache, position, include_self=True)
             return self._linear_output(summed), cache
         kappa, zh = self._kappa_by_head(), self._coupled(z)

@@ -14,8 +14,6 @@ docs/model.md.
 ``unfold_sum`` are the same sum arranged so that one strictly causal attention does all of it.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex64, Float
@@ -23,7 +21,6 @@ from jaxtyping import Array, Complex64, Float
 from fsn_jax.torus import Complex, multiply, powers
 
 
-@jax.jit
 def coupling_update(
     theta: Float[Array, "B L N"],
     attention: Float[Array, "B H L L"],
@@ -137,7 +134,6 @@ def _shift(z: Complex) -> Complex:
     return Complex(*(jnp.pad(part[:, :, 1:], one_step) for part in z))
 
 
-@functools.partial(jax.jit, static_argnames="num_points")
 def coupling_function(
     kappa: Complex64[Array, "T M N"], num_points: int = 256
 ) -> Float[Array, "T N points"]:
@@ -148,5 +144,5 @@ def coupling_function(
     """
     phi = jnp.linspace(-jnp.pi, jnp.pi, num_points)
     harmonics = jnp.arange(1, kappa.shape[1] + 1)
-    waves = jnp.exp(1j * harmonics[:, None] * phi)
+    waves = jnp.exp(1j * harmonics[:, None] * phi[None])
     return jnp.imag(jnp.einsum("tmn,mx->tnx", kappa, waves))

@@ -33,7 +33,7 @@ class Cache:
 
 
 class Block(nn.Module):
-    """``theta += coupling(theta)``, then ``theta += feedforward(theta)``."""
+    """``theta += coupling(theta)``, then ``theta += feedforward(theta)``, in radians."""
 
     config: FSNConfig
 
@@ -45,13 +45,16 @@ class Block(nn.Module):
             self.feedforward = kinds[c.feedforward](c)
 
     def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
+        """The phases after the block, in radians, float32."""
         theta = theta + self.attention(theta)
         if self.is_mutable_collection("diagnostics") and not self.is_initializing():
             self.sow("diagnostics", "order_parameter", order_parameter(theta))
         return self._feed_forward(theta)
 
-    def extend(self, theta: Array, cache: LayerCache, position: Array) -> tuple[Array, LayerCache]:
-        """The block for tokens that follow a cache."""
+    def extend(
+        self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
+    ) -> tuple[Float[Array, "B S N"], LayerCache]:
+        """As ``__call__`` for S tokens at ``position`` and on, given a cache of those before."""
         dtheta, cache = self.attention.extend(theta, cache, position)
         return self._feed_forward(theta + dtheta), cache
 
@@ -85,6 +88,7 @@ class FSN(nn.Module):
         self.readout = nn.Dense(c.vocab_size, dtype=jnp.dtype(c.dtype))
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        """Logits, float32, before any softmax."""
         theta = self.embedding(tokens)
         for block in self.blocks:
             theta = block(theta)
@@ -117,6 +121,7 @@ class PhaseEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L N"]:
+        """The tokens' phases before the first block, in radians, float32."""
         c = self.config
         angles = self.param("angles", embedding_start(c), (c.vocab_size, c.num_phases))
         return jnp.take(angles, tokens, axis=0)

@@ -23,6 +23,7 @@ from fsn_jax.config import ConfigError
 from fsn_jax.fsn import Cache
 
 Variables = Mapping[str, Any]
+Tokens = Sequence[int] | Int[np.ndarray, " _"]
 
 CHUNK = 8
 """Tokens drawn in one compiled call: often enough to stream, seldom enough to be quick."""
@@ -120,7 +121,7 @@ def stream(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    stop: Sequence[Sequence[int]] = (),
+    stop: Sequence[Tokens] = (),
 ) -> Iterator[Int[Array, "B n"]]:
     """Yields the tokens that follow ``prompt``, a few at a time.
 
@@ -178,7 +179,7 @@ def stream(
 class _Ending:
     """Where rows that are drawn chunk by chunk end."""
 
-    def __init__(self, stop: Sequence[Sequence[int]], batch: int) -> None:
+    def __init__(self, stop: Sequence[Tokens], batch: int) -> None:
         for sequence in stop:
             if not len(sequence):
                 raise ConfigError("stop must not hold an empty sequence of tokens")
@@ -212,7 +213,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    stop: Sequence[Sequence[int]] = (),
+    stop: Sequence[Tokens] = (),
 ) -> Int[Array, "B n"]:
     """The tokens that follow ``prompt``; arguments and errors as for ``stream``.
 

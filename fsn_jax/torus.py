@@ -81,7 +81,7 @@ def multiply(x: Complex, y: Complex) -> Complex:
 
 
 def powers(z: Complex, num_harmonics: int) -> list[Complex]:
-    """``[z, z**2, ..., z**M]`` by complex multiplication: no new sines."""
+    """``[z, z**2, ..., z**M]``, each of the shape of ``z``, by multiplication: no new sines."""
     result = [z]
     for _ in range(num_harmonics - 1):
         result.append(multiply(result[-1], z))

@@ -37,6 +37,7 @@ class RotaryAttention(nn.Module):
         self.value, self.output = nn.Dense(**dense), nn.Dense(**dense)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """What is added to the residual stream, float32."""
         rotary = self._rotary(x.shape[1])
         query, key, value = self._project(x, rotary)
         implementation = self.config.implementation
@@ -44,7 +45,9 @@ class RotaryAttention(nn.Module):
             causal_sum(query, key, value, include_self=True, implementation=implementation)
         )
 
-    def extend(self, x: Array, cache: LayerCache, position: Array) -> tuple[Array, LayerCache]:
+    def extend(
+        self, x: Float[Array, "B S D"], cache: LayerCache, position: Int[Array, ""]
+    ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """As ``__call__`` for S tokens at ``position`` and on, given a cache of those before."""
         table = self._rotary(cache.key.shape[2])
         rotary = Complex(
@@ -94,11 +97,14 @@ class TransformerBlock(nn.Module):
         self.feedforward = SwiGLU(c.feedforward_width, c.width, c.dtype)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """The residual stream after the block, float32."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.feedforward(self.feedforward_norm(x))
 
-    def extend(self, x: Array, cache: LayerCache, position: Array) -> tuple[Array, LayerCache]:
-        """The block for tokens that follow a cache."""
+    def extend(
+        self, x: Float[Array, "B S D"], cache: LayerCache, position: Int[Array, ""]
+    ) -> tuple[Float[Array, "B S D"], LayerCache]:
+        """As ``__call__`` for S tokens at ``position`` and on, given a cache of those before."""
         update, cache = self.attention.extend(self.attention_norm(x), cache, position)
         x = x + update
         return x + self.feedforward(self.feedforward_norm(x)), cache
@@ -122,6 +128,7 @@ class Transformer(nn.Module):
             self.readout = nn.Dense(c.vocab_size, use_bias=False, dtype=jnp.dtype(c.dtype))
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        """Logits, float32, before any softmax."""
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)

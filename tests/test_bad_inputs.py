@@ -483,6 +483,31 @@ CASES = [
         checkpoints_of_another_model,
     ),
     Case(
+        "a run whose only checkpoint is damaged",
+        TRAIN,
+        "no checkpoint of the run is whole: run/checkpoints/10 is damaged (state/manifest.ocdbt "
+        "is missing); restore one from a copy, or remove run to start again from the beginning",
+        damaged_checkpoint,
+    ),
+    Case(
+        "a run whose checkpoints are gone",
+        TRAIN,
+        "the run run has come to step 10 but run/checkpoints holds no checkpoint: restore it from "
+        "a copy, or remove run to start again from the beginning",
+        no_checkpoint,
+    ),
+    Case(
+        "one of the flags of many processes",
+        f"{FRESH} --num_processes=2",
+        "--coordinator=HOST:PORT, --num_processes=N and --process_id=I belong together; on Cloud "
+        "TPU and under SLURM leave out all three and give --distributed",
+    ),
+    Case(
+        "a process beyond their number",
+        f"{FRESH} --coordinator=host:1234 --num_processes=2 --process_id=2",
+        "--process_id must be from 0 to --num_processes - 1 (1); got 2",
+    ),
+    Case(
         "a trace of steps beyond the last",
         f"{FRESH} --profile=5:50",
         "--profile=5:50: the first step must be before the last, and the last at most "
@@ -711,8 +736,8 @@ PROCESSES = [
     Case(
         "a damaged checkpoint",
         "train.evaluate run",
-        "the checkpoint run/checkpoints/10 is damaged (NOT_FOUND); remove it to go on from an "
-        "earlier one",
+        "the checkpoint run/checkpoints/10 is damaged (state/manifest.ocdbt is missing); name "
+        "another with --checkpoint=STEP, or go on training, from the newest whole one",
         damaged_checkpoint,
     ),
     *(

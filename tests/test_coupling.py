@@ -7,8 +7,9 @@ import numpy as np
 import oracle
 import pytest
 
-from fsn_jax.coupling import coupling_update
+from fsn_jax import coupling
 
+coupling_update = jax.jit(coupling.coupling_update)
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 

@@ -112,6 +112,8 @@ class TrainingConfig:
       log_every: steps between rows of metrics.
       skipped_limit: steps with a NaN or infinite loss or gradient that may be skipped before the
         run stops.
+      parameters: ``replicated`` on every device, or ``sharded`` (divided among them, with Adam's
+        moments) to fit a larger model; the losses are the same but for rounding.
     """
 
     batch_size: int = 32
@@ -120,6 +122,7 @@ class TrainingConfig:
     accumulation_steps: int = 1
     log_every: int = 50
     skipped_limit: int = 0
+    parameters: Literal["replicated", "sharded"] = "replicated"
 
     def __post_init__(self) -> None:
         check_fields(self)

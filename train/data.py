@@ -14,6 +14,7 @@ Both give the same bytes.
 """
 
 import functools
+import importlib.util
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -109,12 +110,28 @@ def place_tokens(
     Raises:
       UserError: it has 2**31 bytes or more, beyond 32-bit offsets.
     """
-    if tokens.size >= INT32_LIMIT:
+    check_placement("resident", tokens.size)
+    if sharding is None:
+        return jax.device_put(tokens)
+    return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])
+
+
+def check_placement(placement: str, num_bytes: int) -> None:
+    """Judges whether a corpus of so many bytes can be placed so.
+
+    Raises:
+      UserError: it is too long for ``resident``, or ``host`` lacks Grain.
+    """
+    if placement == "host" and importlib.util.find_spec("grain") is None:
+        raise UserError(
+            "config.data.placement=host needs Grain, which is not installed: pip install grain, or "
+            "choose config.data.placement=resident"
+        )
+    if placement == "resident" and num_bytes >= INT32_LIMIT:
         raise UserError(
             f"config.data.placement=resident takes corpora below {INT32_LIMIT} bytes and this "
-            f"split has {tokens.size}: choose config.data.placement=host"
+            f"split has {num_bytes}: choose config.data.placement=host"
         )
-    return jax.device_put(tokens, sharding)
 
 
 def gather_windows(

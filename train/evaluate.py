@@ -67,7 +67,8 @@ def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> E
     experiment = trained.experiment
     stride = stride or experiment.evaluation_stride
     check_devices(experiment, trained.mesh.size)
-    evaluator = Evaluator(experiment, make_evaluate_rows(trained.model, mesh=trained.mesh))
+    rows = make_evaluate_rows(trained.model, mesh=trained.mesh)
+    evaluator = Evaluator(experiment, rows, trained.mesh)
     began = time.perf_counter()
     loss, count = evaluator(trained.params, tokens, stride=stride)
     num_bytes = trained.corpus.codec.num_bytes(tokens[1:])

@@ -18,6 +18,7 @@ _GROUP_OF_LEAF = {
     "modes_real": KERNELS,
     "modes_imag": KERNELS,
     "gate": GATES,
+    "quadrature": GATES,
     "log_beta": GATES,
     "kernel": MATRICES,
     "embedding": MATRICES,

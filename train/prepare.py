@@ -29,7 +29,7 @@ from train.datasets.files import (
 from train.datasets.pinned import ENWIK8_MEMBER, PINNED
 from train.datasets.python_files import SEPARATOR, select, split_of
 from train.errors import UserError
-from train.fetch import LocalFile, Progress, fetch
+from train.fetch import LocalFile, Progress, SourceFailure, fetch
 from train.program import Arguments, run_program
 from train.vocabulary import Tokens, Unit, code_points
 
@@ -113,6 +113,8 @@ def prepare_corpus(
             f"preparing a corpus needs tensorflow-datasets ({error}): pip install "
             "tensorflow-datasets importlib_resources, or carry a prepared cache to this machine"
         ) from error
+    except SourceFailure as error:
+        raise UserError(f"cannot prepare {name}: {error}; get its files anew") from error
     except OSError as error:
         raise UserError(
             f"cannot prepare {name} in {cache} ({error.strerror or error}): choose another folder "

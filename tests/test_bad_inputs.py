@@ -20,7 +20,7 @@ import jax
 import pytest
 from small_runs import run_to_the_end, text_of, write_corpus
 
-from train import evaluate, final_test, inspect, loop, main, prepare, sample
+from train import evaluate, export, final_test, inspect, loop, main, prepare, sample
 from train.corpus import read_corpus
 from train.program import run_program
 
@@ -625,6 +625,16 @@ CASES = [
         "--seed must be from 0 to 2**31 - 1; got 99999999999999999999",
     ),
     Case(
+        "exporting to a folder that is there",
+        "train.export run corpus",
+        "corpus is there already; remove it or name another folder",
+    ),
+    Case(
+        "preparing characters of a corpus of bytes",
+        "train.prepare --name=enwik8 --vocabulary=characters",
+        "--vocabulary=characters is for --name=text; got --name=enwik8",
+    ),
+    Case(
         "preparing an unknown corpus",
         "train.prepare --name=enwik9",
         "config.data.name=enwik9 is not known: choose one of enwik8, pycode, codeparrot, text",
@@ -644,6 +654,7 @@ CASES = [
 PROGRAMS = {
     "train": main.program,
     "train.evaluate": evaluate.program,
+    "train.export": export.program,
     "train.final_test": final_test.program,
     "train.inspect": inspect.program,
     "train.prepare": prepare.program,

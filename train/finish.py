@@ -80,7 +80,7 @@ def _sample(
     )
     prompt = corpus.decode(corpus.tokens("validation")[:64])
     chunks = sample_bytes(
-        trained,
+        trained.language_model,
         prompt=prompt,
         num_tokens=SAMPLE_LENGTH,
         seed=experiment.seed,

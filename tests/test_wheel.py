@@ -1,4 +1,4 @@
-"""The package as others get it: a wheel, installed beside its dependencies, away from the source."""
+"""The package as others get it: a wheel, installed beside what it needs, away from its source."""
 
 import subprocess
 import sys

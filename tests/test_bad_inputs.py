@@ -446,6 +446,12 @@ CASES = [
         "--config.run_dir=FOLDER",
     ),
     Case(
+        "a bucket in place of a run folder",
+        f"{TRAIN} --config.run_dir=gs://bucket/run",
+        "config.run_dir=gs://bucket/run is no folder of this machine: mount the bucket, or copy to "
+        "and from it (docs/cloud_tpu.md)",
+    ),
+    Case(
         "a run folder in use",
         TRAIN,
         "the run folder run is in use by process 4242 on elsewhere; wait for it, or "

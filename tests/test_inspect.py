@@ -90,6 +90,18 @@ def test_memory_is_that_of_the_compiled_step_and_no_run_is_begun(here, capsys):
     assert not (here / "run").exists()
 
 
+def test_divided_parameters_are_told_by_axis_and_size(here, capsys):
+    whole = seen(here, capsys, "--no_compile")
+    divided = seen(here, capsys, "--no_compile", "--config.training.parameters=sharded")
+    assert {p["sharding"] for p in whole["parameters"]} == {"replicated"}
+    shares = {
+        p["path"]: 8 if p["sharding"].endswith(": data") else 1 for p in divided["parameters"]
+    }
+    assert 8 in shares.values()
+    sizes = sum(p["size"] // shares[p["path"]] for p in divided["parameters"])
+    assert divided["memory"]["parameters"] == 4 * sizes < whole["memory"]["parameters"]
+
+
 def test_the_text_says_the_same(here, capsys):
     told = seen(here, capsys, "--no_compile")
     inspect.program(["inspect", f"--config={here / 'config.py'}", "--no_compile"])

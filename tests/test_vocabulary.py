@@ -173,7 +173,7 @@ def test_the_same_commands_train_resume_evaluate_and_sample_characters(
     # A run that has lost its second half ends as it did.
     rows = (once / "metrics.jsonl").read_text()
     shutil.rmtree(once / "checkpoints" / "20")
-    main.program([*settings, f"--config.run_dir={once}"])
+    main.program([*settings, f"--config.run_dir={once}", "--config.data.placement=host"])
     assert len(json.loads((once / "provenance.json").read_text())) == 2
     assert (once / "metrics.jsonl").read_text() == rows
 

@@ -259,6 +259,16 @@ class ExperimentConfig:
             raise UserError(str(error).replace("ExperimentConfig.", "config.")) from None
         if not 0 <= self.seed < 2**31:
             raise UserError(f"config.seed must be from 0 to 2**31 - 1; got {self.seed}")
+        for setting, path in (
+            ("run_dir", self.run_dir),
+            ("data.path", self.data.path),
+            ("data.cache_dir", self.data.cache_dir),
+        ):
+            if "://" in path:
+                raise UserError(
+                    f"config.{setting}={path} is no folder of this machine: mount the bucket, or "
+                    f"copy to and from it (docs/cloud_tpu.md)"
+                )
         if self.data.name in ("codeparrot", "text") and not self.data.path:
             raise UserError(
                 f"config.data.name={self.data.name} needs a file or folder of yours: give it with "

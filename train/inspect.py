@@ -198,7 +198,8 @@ def inspect(
     """
     model = build_model(experiment.model)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps)
-    state = abstract_state(model, optimizer, mesh=mesh)
+    layout = experiment.training.parameters
+    state = abstract_state(model, optimizer, mesh=mesh, layout=layout)
     inputs = _abstract_inputs(experiment, corpus, mesh)
     order = _order(experiment, corpus)
     memory = Memory(
@@ -215,6 +216,7 @@ def inspect(
             placement=experiment.data.placement,
             accumulation_steps=experiment.training.accumulation_steps,
             log_every=experiment.training.log_every,
+            layout=layout,
         )
         memory = _compiled_memory(steps, state, inputs, memory)
     parameters = _parameters(state.params)

@@ -339,13 +339,14 @@ def _batches(
             starts = order.starts_of_steps(end - per_dispatch, per_dispatch)
             yield end, (tokens, _placed(starts, by_step_and_row))
         return
-    # From the file: this process reads its own rows of each batch and nothing else.
+    # Bytes from the file: this process reads its own rows of each batch and nothing else.
+    of_bytes = corpus.unit == "bytes"
     batches = host_batches(
-        corpus.split("train"),
+        corpus.split("train") if of_bytes else corpus.tokens("train"),
         order,
         start_step=start,
         num_steps=training.num_steps - start,
-        table=corpus.table,
+        table=corpus.table if of_bytes else None,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

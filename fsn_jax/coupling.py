@@ -14,6 +14,8 @@ docs/model.md.
 ``unfold_sum`` are the same sum arranged so that one strictly causal attention does all of it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex64, Float

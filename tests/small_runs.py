@@ -178,11 +178,13 @@ def write_record(
     (folder / "sample.txt").write_text(sample)
     step = fact["characters"] // len(curve)
     rows = [
-        {"kind": kind, "characters": step * (i + 1), "bpc": bpc}
+        {"kind": kind, "step": i + 1, "characters": step * (i + 1), "bpc": bpc}
         for i, bpc in enumerate(curve)
         for kind in ("train", "validation")
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    timing = [{"step": i + 1, "seconds": 5.0 + seed} for i in range(len(curve))]
+    (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timing))
     if whole is not None:
         (folder / "evaluations.jsonl").write_text(json.dumps({"bpc": whole}) + "\n")
     return folder

@@ -15,7 +15,7 @@ import small_runs
 from train import finish, ladder
 from train import main as train_main
 from train.arms import read_run
-from train.errors import UserError
+from train.errors import TryAgain, UserError
 from train.metrics import read_rows
 from train.program import run_program
 
@@ -88,6 +88,18 @@ def test_a_failed_arm_is_reported_the_rest_run_on_and_a_finished_one_is_skipped(
         assert row["training_flops"] == summary["training_flops"]
     assert found["fits"] == {} and found["failed"] == {}
     assert Path("out.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(75, TryAgain), (130, KeyboardInterrupt), (-2, KeyboardInterrupt)]
+)
+def test_a_run_that_was_told_to_stop_stops_the_ladder(arms, monkeypatch, status, error):
+    """Not a failure of the arm: the others must not begin on a machine that is wanted back."""
+    begun = []
+    monkeypatch.setattr(ladder, "train_in_a_process", lambda job: begun.append(job.name) or status)
+    with pytest.raises(error):
+        ladder.program(["ladder", f"--config={arms}", "--output=out.json"])
+    assert begun == ["tiny_fsn"]
 
 
 def test_the_plan_states_sizes_and_budgets_and_trains_nothing(arms, in_process, capsys):

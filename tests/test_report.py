@@ -15,7 +15,7 @@ from small_runs import write_record
 
 from fsn_jax.readings import LayerState
 from train import ladder, report
-from train.arms import read_arms
+from train.arms import read_arms, read_run
 from train.copy_depth import BUCKETS, FAR, tabulate
 from train.errors import UserError
 from train.readings import read_layer
@@ -94,7 +94,10 @@ def test_its_data_are_those_of_the_records(made):
     assert fsn["seeds"] == [0, 1] and transformer["seeds"] == [0]
     assert fsn["bpc"] == pytest.approx(2.1) and fsn["deviation"] == pytest.approx(0.02**0.5)
     assert fsn["whole_split"] == pytest.approx(2.2) and transformer["whole_split"] is None
-    assert fsn["validation"][-1] == [999999, pytest.approx(2.1), 2.0, 2.2]
+    # Characters, losses, FLOPs, and seconds: three rows of 5 s for one seed, of 6 s for the other.
+    flops = pytest.approx(6e3 * 999999)
+    assert fsn["validation"][-1] == [999999, pytest.approx(2.1), 2.0, 2.2, flops, 16.5]
+    assert fsn["validation"][0][-1] == 5.5
     assert fsn["sample"] == SAMPLE
     assert [run["commit"] for run in data["runs"]] == ["c0ffee"] * 3
     assert len(data["copy_depth"]) == len(data["ladder"]) == len(data["readings"]) == 1
@@ -107,9 +110,16 @@ def test_a_long_curve_is_thinned_and_keeps_its_end(tmp_path):
     assert len(thinned) <= report.MOST_POINTS and thinned[-1][1] == pytest.approx(curve[-1])
 
 
+def test_seconds_between_two_rows_of_the_clock_are_in_proportion(tmp_path):
+    folder = write_record(tmp_path, "one", curve=(4.0, 3.0, 2.0, 1.0))
+    rows = [{"step": 2, "seconds": 8.0}, {"step": 4, "seconds": 2.0}]
+    (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(report.clock(read_run(folder)).values()) == [4.0, 8.0, 9.0, 10.0]
+
+
 def test_an_unfinished_run_has_a_page_too(tmp_path):
     folder = write_record(tmp_path, "early", curve=(3.0,))
-    for name in ("summary.json", "sample.txt", "metrics.jsonl"):
+    for name in ("summary.json", "sample.txt", "metrics.jsonl", "timing.jsonl"):
         (folder / name).unlink()
     report.program(["report", str(folder), f"--output={tmp_path / 'r.html'}"])
     assert '"bpc":null' in (tmp_path / "r.html").read_text()
@@ -227,8 +237,12 @@ def test_choices_change_what_is_drawn(made, tab):
     )
     assert set(BUCKETS) <= set(ticks)
     before = tab.run("document.querySelector('#loss-curves path.series').getAttribute('d')")
-    choose("loss-curves", 1, "log")
+    choose("loss-curves", 2, "log")
     assert tab.run("document.querySelector('#loss-curves path.series').getAttribute('d')") != before
+    for by, label in (("4", "training FLOPs"), ("5", "seconds of training"), ("0", "characters")):
+        choose("loss-curves", 1, by)
+        assert lines(tab, "loss-curves") == 2
+        assert label in tab.run("document.querySelector('#loss-curves svg').ariaLabel")
     choose("loss-curves", 0, "train")
     assert lines(tab, "loss-curves") == 2
     assert tab.run(path)

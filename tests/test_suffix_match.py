@@ -70,3 +70,11 @@ def test_windows_do_not_see_each_other():
 def test_refuses_windows_it_cannot_number(length):
     with pytest.raises(ValueError, match="must have 2 to"):
         match_suffixes(np.zeros((1, length), np.uint8))
+
+
+def test_tokens_wider_than_a_byte_are_told_apart():
+    """A vocabulary of characters may hold more than 256."""
+    narrow = np.random.default_rng(0).integers(3, size=(4, 30)).astype(np.uint8)
+    wide = narrow.astype(np.uint16) * 256
+    for one, other in zip(match_suffixes(narrow), match_suffixes(wide), strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -186,7 +186,7 @@ def spread_windows(num_bytes: int, length: int, count: int) -> npt.NDArray[np.in
 def bits_of_windows(
     model: nn.Module,
     params: Any,
-    windows: npt.NDArray[np.uint8],
+    windows: npt.NDArray[np.unsignedinteger[Any]],
     *,
     mesh: Mesh,
     batch_size: int = 64,

@@ -4,6 +4,7 @@ EXIT_FAILURE = 1  # a bug: with a traceback
 EXIT_USER_ERROR = 2
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, start it again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+EXIT_UNREAD = 141  # 128 + SIGPIPE: who read the output, as `head` does, has gone
 
 
 class UserError(Exception):

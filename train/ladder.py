@@ -9,6 +9,7 @@ FLOPs. The same command again does what is left. ``--config.FIELD=VALUE`` is pas
 import json
 import math
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 
 from train.arms import RunRecord, mean_and_deviation, read_arms
 from train.config import ExperimentConfig
-from train.errors import UserError
+from train.errors import EXIT_INTERRUPTED, EXIT_TRY_AGAIN, TryAgain, UserError
 from train.figures import style
 from train.main import parse_config
 from train.program import Arguments, run_program
@@ -105,6 +106,7 @@ def run_all(jobs: Sequence[Job]) -> dict[str, str]:
 
     Raises:
       KeyboardInterrupt: a run was interrupted by the user.
+      TryAgain: a run was told to stop, as when the machine is wanted back.
     """
     failed = {}
     for number, job in enumerate(jobs, 1):
@@ -114,8 +116,10 @@ def run_all(jobs: Sequence[Job]) -> dict[str, str]:
             continue
         print(f"{head}: python -m train {' '.join(job.arguments)}", flush=True)
         status = train_in_a_process(job)
-        if status in (130, -2):
+        if status in (EXIT_INTERRUPTED, -signal.SIGINT):
             raise KeyboardInterrupt
+        if status == EXIT_TRY_AGAIN:
+            raise TryAgain(f"{job.name} was stopped; the same command goes on", everywhere=False)
         if status:
             failed[job.name] = f"signal {-status}" if status < 0 else f"exit status {status}"
             print(f"{head}: failed ({failed[job.name]}); going on", flush=True)

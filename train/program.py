@@ -12,6 +12,7 @@ from train.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
     EXIT_TRY_AGAIN,
+    EXIT_UNREAD,
     EXIT_USER_ERROR,
     TryAgain,
     UserError,
@@ -34,10 +35,11 @@ def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -
 
     Returns:
       0 at the end, 2 for a user's mistake, 75 if the run was told to stop or lost a process (start
-      it again), 130 for Ctrl-C.
+      it again), 130 for Ctrl-C, 141 if nobody reads the output any more.
     """
     try:
         program(argv)
+        sys.stdout.flush()
     except UserError as error:
         return _end(f"error: {error}", EXIT_USER_ERROR, together=error.everywhere)
     except TryAgain as error:
@@ -45,7 +47,11 @@ def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -
     except KeyboardInterrupt:
         said = "\ninterrupted; the same command goes on from the last checkpoint"
         return _end(said, EXIT_INTERRUPTED, together=False)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and not _others_wait():
+            # Python would complain once more when it flushes at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_UNREAD
         if not _others_wait():
             raise
         return _end(traceback.format_exc(), EXIT_FAILURE, together=False)

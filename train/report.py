@@ -7,13 +7,17 @@ one arm. ``--add`` puts in what ``train.copy_depth``, ``train.ladder`` and ``tra
 import html
 import importlib.resources
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from train.arms import Arm, RunRecord, mean_and_deviation, read_arms
 from train.errors import UserError
+from train.metrics import read_rows
 from train.program import Arguments, run_program
 from train.run import flatten, write_atomically
 
@@ -48,15 +52,47 @@ def arm_data(arm: Arm) -> dict[str, Any]:
     }
 
 
-def points(arm: Arm, kind: str) -> list[list[float]]:
-    """``[characters, mean, lowest, highest]`` of a loss curve over the seeds, thinned out."""
+def points(arm: Arm, kind: str) -> list[list[float | None]]:
+    """A loss curve over the seeds, thinned out.
+
+    Returns:
+      ``[characters, mean, lowest, highest, training FLOPs, seconds of training]``; FLOPs are None
+      before the run has ended, seconds (the seeds' mean) where they were not logged.
+    """
     curve = arm.curve(kind)
     every = -(-len(curve) // MOST_POINTS) or 1
     thinned = curve[::-1][::every][::-1]  # the last point stays
+    summary = arm.runs[0].summary
+    flops = summary["training_flops"] / summary["characters"] if summary else None
+    clocks = [clock(run) for run in arm.runs]
+    seconds = {
+        seen: statistics.fmean(times[seen] for times in clocks)
+        for seen, _ in thinned
+        if all(seen in times for times in clocks)
+    }
     return [
-        [seen, *(round(v, 5) for v in (sum(bpc) / len(bpc), min(bpc), max(bpc)))]
+        [
+            seen,
+            *(round(v, 5) for v in (statistics.fmean(bpc), min(bpc), max(bpc))),
+            flops and seen * flops,
+            seconds.get(seen),
+        ]
         for seen, bpc in thinned
     ]
+
+
+def clock(run: RunRecord) -> dict[int, float]:
+    """Seconds spent in training steps by the time each number of characters had been seen."""
+    timing = read_rows(run.path / "timing.jsonl")
+    if not timing:
+        return {}
+    steps = [row["step"] for row in timing]
+    spent = np.cumsum([row["seconds"] for row in timing])
+    # An evaluation may fall between two rows of the clock.
+    return {
+        row["characters"]: round(float(np.interp(row["step"], [0, *steps], [0, *spent])), 3)
+        for row in run.rows
+    }
 
 
 def run_data(run: RunRecord) -> dict[str, Any]:

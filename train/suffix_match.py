@@ -6,7 +6,7 @@ ends at an earlier position u < t (the two may overlap). The *source* is the mos
 Where ``x[t]`` is new to the window the depth is 0: there is no source, and nothing to copy.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +28,11 @@ class SuffixMatch(NamedTuple):
     is_copy: npt.NDArray[np.bool_]
 
 
-def match_suffixes(windows: npt.NDArray[np.uint8]) -> SuffixMatch:
+def match_suffixes(windows: npt.NDArray[np.unsignedinteger[Any]]) -> SuffixMatch:
     """Matches every prefix of every window against what comes before it in the window.
 
     Args:
-      windows: uint8[W, L + 1], inputs and the last target; L below 2**15.
+      windows: unsigned[W, L + 1], inputs and the last target; L below 2**15.
 
     Raises:
       ValueError: a window has fewer than two characters, or 2**15 and more.
@@ -56,7 +56,9 @@ def match_suffixes(windows: npt.NDArray[np.uint8]) -> SuffixMatch:
 
 
 def _match_chunk(
-    x: npt.NDArray[np.uint8], depth: npt.NDArray[np.int32], source: npt.NDArray[np.int32]
+    x: npt.NDArray[np.unsignedinteger[Any]],
+    depth: npt.NDArray[np.int32],
+    source: npt.NDArray[np.int32],
 ) -> None:
     """Fills depth and source of some windows, ``[W, L]`` each.
 

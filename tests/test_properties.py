@@ -51,7 +51,7 @@ FEW = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-MANY = settings(FEW, max_examples=200, derandomize=False)
+MANY = settings(FEW, max_examples=60, derandomize=False)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,11 @@ def trains_or_is_refused(
     windows = corpus.tokens("train")[starts[..., None] + np.arange(context + 1)]
     state, report = train_steps(state, windows)
     assert int(state.step) == 1
-    assert np.isfinite(np.asarray(report.losses)).all(), changed
+    finite = bool(np.isfinite(np.asarray(report.losses)).all())
+    # Only numbers beyond all use overflow; the loop then stops in one line, with nothing moved.
+    assert finite or max(float(v) for v in changed.values() if isinstance(v, float)) > 1e20, changed
+    assert int(report.skipped) == (not finite)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     return ""
 
 

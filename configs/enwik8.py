@@ -5,6 +5,7 @@ see the same batches in the same order and have the same number of parameters wi
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -85,11 +86,11 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
         raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
     pocket = arm in POCKET
     model = POCKET[arm] if pocket else ONE_MILLION[arm]
-    batch_size, context = (32, 256) if pocket else (64, 512)
+    batch_size, context = (16, 256) if pocket else (64, 512)
     characters = 20_000_000 if pocket else 30 * CHARACTERS_PER_EPOCH
     steps_per_dispatch = 10 if pocket else 50
-    every = 120 if pocket else 2000
-    num_steps = round(characters / (batch_size * context) / every) * every
+    every = 250 if pocket else 2000
+    num_steps = math.ceil(characters / (batch_size * context) / every) * every
     return experiment(
         f"enwik8_{arm}",
         model=model,
@@ -99,7 +100,7 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
             batch_size=batch_size,
             num_steps=num_steps,
             steps_per_dispatch=steps_per_dispatch,
-            log_every=steps_per_dispatch * 4,
+            log_every=steps_per_dispatch * 5,
         ),
         evaluation=EvaluationConfig(every=every, num_bytes=1_000_000),
         checkpoints=CheckpointConfig(every=every),

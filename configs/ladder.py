@@ -62,7 +62,7 @@ class Rung:
     context: int = 512
 
 
-POCKET = Rung(200_000, 4, enwik8.FSN_POCKET.num_phases, enwik8.FSN_POCKET.num_heads, 32, 256)
+POCKET = Rung(200_000, 4, enwik8.FSN_POCKET.num_phases, enwik8.FSN_POCKET.num_heads, 16, 256)
 RUNGS = {
     "pocket": POCKET,
     "1m": Rung(1_000_000, 6, 112, 4),

@@ -278,28 +278,38 @@ class FrustratedAttention(_PhaseAttention):
     def _add_successor(self, value: Array, zh: Complex, kappa: Complex, position: Array) -> Array:
         """Gives the newest cached token the successor it was waiting for."""
         first = Complex(zh.re[:, :, :1], zh.im[:, :, :1])
-        late = jnp.concatenate([p for v in delayed_values(first, kappa) for p in v], axis=-1)
+        late = delayed_values(first, kappa)
         last = jnp.maximum(position - 1, 0)
         newest = jax.lax.dynamic_slice_in_dim(value, last, 1, axis=2)
         return _put(value, newest + jnp.where(position > 0, late, 0.0), last)
 
     def _kappa_by_head(self) -> Complex:
+        """The kernel by head, ``[T, M, H, J P]``, over the phases in the order of ``_coupled``."""
         c = self.config
         shape = (c.num_delays, c.num_harmonics, c.heads_per_phase, c.num_heads, c.phases_per_head)
+        block = np.arange(c.num_heads)
 
         def by_head(part: Array) -> Array:
-            return _by_head(list(jnp.moveaxis(part.reshape(shape), 2, 0)), axis=2)
+            part = part.reshape(shape)
+            if c.heads_per_phase < c.num_heads:
+                return _by_head(list(jnp.moveaxis(part, 2, 0)), axis=2)
+            rank = (block[:, None] - block) % c.num_heads  # of each head for each block
+            return part[:, :, rank, block[None]].reshape(*shape[:2], c.num_heads, -1)
 
         kappa = self.kappa()
         return Complex(by_head(kappa.re), by_head(kappa.im))
 
     def _coupled(self, z: Complex) -> Complex:
-        """The phases that each head couples, ``[B, H, L, J P]``."""
+        """The phases that each head couples, ``[B, H, L, J P]``; if J = H all, ``[B, 1, L, N]``."""
+        if self.config.heads_per_phase == self.config.num_heads:
+            return Complex(z.re[:, None], z.im[:, None])
         zh = self._heads(z)
         return Complex(*(_by_head([part] * self.config.heads_per_phase, axis=1) for part in zh))
 
     def _gather(self, update: Array) -> Array:
         """What all heads together ask of each phase, ``[B, L, N]``."""
+        if self.config.heads_per_phase == self.config.num_heads:
+            return update[:, 0]
         asked = jnp.split(update, self.config.heads_per_phase, axis=-1)
         by_block = [jnp.roll(part, -j, axis=1) for j, part in enumerate(asked)]
         return merge_heads(jnp.stack(by_block).sum(axis=0))

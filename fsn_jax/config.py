@@ -21,7 +21,7 @@ FeedForward = Literal["swiglu", "collective_modes", "none"]
 EmbeddingInit = Literal["normal", "uniform"]
 KernelInit = Literal["sawtooth", "first_harmonic"]
 DType = Literal["float32", "bfloat16"]
-Implementation = Literal["auto", "reference", "xla"]
+Implementation = Literal["auto", "reference", "xla", "pallas"]
 
 TRAINING_FLOPS_FACTOR = 3
 """Forward plus backward over forward: for each product the backward pass has two."""

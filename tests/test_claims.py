@@ -154,7 +154,9 @@ def test_the_pages_are_written_and_a_change_of_either_side_is_noticed(repository
     readme = repository / "README.md"
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
-    assert "at 2 of 2 evaluations" in text and text.count("not yet run") == 8
+    assert "at 2 of 2 evaluations" in text and text.count("**not yet run**") == 8
+    # What is missing beside what there is: the same claim at its own size.
+    assert ". Not yet run: no record of enwik8_fsn_1m |" in text
     page = (repository / "docs" / "evidence.md").read_text()
     assert "| `enwik8_transformer_pocket` | 2 | 1,000 | 1,000,000 | 2.5050 ± 0.0071" in page
     assert "+0.5000 ± 0.0071 (s.e.)" in page

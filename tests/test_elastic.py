@@ -73,7 +73,7 @@ def assert_as_good(folder: Path, state: Any, whole: tuple[Path, Any]) -> None:
 
 
 def test_a_run_goes_on_with_other_devices_and_another_layout(corpus, whole, tmp_path):
-    moves = [(1, "sharded"), (8, "sharded"), (2, "replicated"), (4, "sharded"), (8, "replicated")]
+    moves = [(1, "replicated"), (8, "sharded"), (2, "sharded"), (4, "replicated")]
     for num_devices, parameters in moves:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(TryAgain):
             terminate_in_dispatch(patch, 1)
@@ -81,7 +81,7 @@ def test_a_run_goes_on_with_other_devices_and_another_layout(corpus, whole, tmp_
     outcome = run_on(1, corpus, tmp_path / "run", "replicated")
     assert outcome.resumed_from == 5 * len(moves)
     starts = open_run(tmp_path / "run").read_provenance()
-    assert [start["step"] for start in starts] == [0, 5, 10, 15, 20, 25]
+    assert [start["step"] for start in starts] == [0, 5, 10, 15, 20]
     windows = (4000 - CONTEXT) // CONTEXT
     for row in rows_of(tmp_path / "run", "train"):  # the position in the data
         assert row["epoch"] == pytest.approx(row["step"] * BATCH / windows, abs=1e-6)

@@ -143,7 +143,9 @@ def test_a_power_law_is_found_and_two_rungs_are_too_few():
     assert found["scale"] == pytest.approx(5)
     assert found["standard_error"] == pytest.approx(0, abs=1e-9)
     assert ladder.fit(rows[:2], "parameters") is None
-    assert ladder.fit(rows[:2] * 2, "parameters") is None  # four runs of two sizes
+    assert ladder.fit(rows[:2] * 2, "parameters") is None
+    variant = {"parameters": 2.1e6, "bpc": 3.0}
+    assert ladder.fit([*rows, variant], "parameters") is None  # not a ladder: two of one size
 
     rng = np.random.default_rng(0)
     draws = []

@@ -21,31 +21,36 @@ from fsn_jax.readings import (
 from train import readings
 from train.errors import UserError
 
+frustration_of = cases.quick_jit(data_frustration, static_argnames="heads_per_phase")
+share_of = cases.quick_jit(repulsiveness)
+resultant_of = cases.quick_jit(resultant)
+
 
 def some_kernel(*shape, seed=0):
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=shape) + 1j * rng.normal(size=shape), jnp.complex64)
+    return (rng.normal(size=shape) + 1j * rng.normal(size=shape)).astype(np.complex64)
 
 
 def test_a_coefficient_is_the_push_it_names():
     """rho sin(m phi - alpha) with |alpha| at most a quarter turn, whatever the kernel entry."""
     kappa = some_kernel(2, 3, 5)
-    kappa = kappa.at[0, 0, :4].set(jnp.array([1, -1, 1j, -1j], jnp.complex64))
-    strength, angle = coefficients(kappa)
-    assert (jnp.abs(angle) <= np.pi / 2 + 1e-6).all()
-    assert (jnp.sign(strength) == jnp.where(kappa.real < 0, -1, 1)).all()
+    kappa[0, 0, :4] = [1, -1, 1j, -1j]
+    strength, angle = map(np.asarray, cases.quick_jit(coefficients)(jnp.asarray(kappa)))
+    assert (np.abs(angle) <= np.pi / 2 + 1e-6).all()
+    assert (np.sign(strength) == np.where(kappa.real < 0, -1, 1)).all()
     for phi in np.linspace(-3, 3, 7):
         for m in (1, 2, 3):
-            push = jnp.imag(kappa[:, m - 1] * np.exp(1j * m * phi))
-            named = strength[:, m - 1] * jnp.sin(m * phi - angle[:, m - 1])
+            push = np.imag(kappa[:, m - 1] * np.exp(1j * m * phi))
+            named = strength[:, m - 1] * np.sin(m * phi - angle[:, m - 1])
             np.testing.assert_allclose(named, push, atol=2e-6)
 
 
 def test_repulsiveness_is_the_share_of_strength_that_repels():
-    strength = jnp.array([[[1.0, -3.0], [2.0, 2.0]], [[-1.0, -1.0], [0.0, 0.0]]])
-    np.testing.assert_allclose(repulsiveness(strength), [[0.75, 0], [1, 0]])
-    by_head = jnp.stack([strength, strength], axis=2)
-    np.testing.assert_allclose(repulsiveness(by_head), [[0.75, 0], [1, 0]])
+    values = [[[1.0, -3.0], [2.0, 2.0]], [[-1.0, -1.0], [0.0, 0.0]]]
+    strength = np.array(values, np.float32)
+    np.testing.assert_allclose(share_of(jnp.asarray(strength)), [[0.75, 0], [1, 0]])
+    by_head = np.stack([strength, strength], axis=2)
+    np.testing.assert_allclose(share_of(jnp.asarray(by_head)), [[0.75, 0], [1, 0]])
 
 
 @pytest.fixture(scope="module")
@@ -106,36 +111,41 @@ def test_the_texts_transition_is_a_frustration_angle():
     """The delay identity, with angles of many turns; and weights summed as they are defined."""
     theta = cases.angles(2, 5, 6, turns=3.0)
     attention = cases.random_attention(2, 3, 5)
-    angle, weight = data_frustration(theta, attention, heads_per_phase=2)
-    assert (jnp.abs(angle) <= np.pi + 1e-6).all()
+    angle, weight = frustration_of(theta, attention, heads_per_phase=2)
+    assert (np.abs(angle) <= np.pi + 1e-6).all()
     receiver = 0.7
+    there = np.asarray(theta)
     np.testing.assert_allclose(
-        jnp.sin(theta[:, 1:] - receiver),
-        jnp.sin(theta[:, :-1] - receiver - angle),
+        np.sin(there[:, 1:] - receiver),
+        np.sin(there[:, :-1] - receiver - np.asarray(angle)),
         atol=1e-5,
     )
     for n in range(6):
         heads = [n // 2, (n // 2 + 1) % 3]
         for u in range(4):
-            later = np.asarray(attention)[:, heads, u + 1 :, u]
+            later = np.asarray(attention)[..., u][:, heads, u + 1 :]
             np.testing.assert_allclose(weight[:, u, n], later.sum(-1).mean(1), rtol=1e-5)
 
 
 def test_a_constant_frustration_has_a_resultant_of_one():
-    theta = jnp.broadcast_to(jnp.arange(6)[None, :, None] * jnp.array([0.5, -1.0]), (3, 6, 2))
-    angles = data_frustration(theta, cases.random_attention(3, 2, 6), heads_per_phase=1)
-    mean = resultant(angles)
-    np.testing.assert_allclose(jnp.abs(mean), 1, rtol=1e-5)
-    np.testing.assert_allclose(jnp.angle(mean), [-0.5, 1.0], rtol=1e-5)
-    opposed = angles._replace(angle=angles.angle.at[1:].set(0.0).at[0].set(np.pi))
+    steps = np.arange(6)[None, :, None] * np.array([0.5, -1.0])
+    theta = jnp.asarray(np.broadcast_to(steps, (3, 6, 2)), jnp.float32)
+    angles = frustration_of(theta, cases.random_attention(3, 2, 6), heads_per_phase=1)
+    mean = resultant_of(angles)
+    np.testing.assert_allclose(np.abs(mean), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.angle(mean), [-0.5, 1.0], rtol=1e-5)
+    other = np.zeros(angles.angle.shape, np.float32)
+    other[0] = np.pi
+    opposed = angles._replace(angle=jnp.asarray(other))
     weight = np.asarray(angles.weight).sum(1)
     expected = (weight[1:].sum(0) - weight[0]) / weight.sum(0)
-    np.testing.assert_allclose(resultant(opposed).real, expected, rtol=1e-4)
+    np.testing.assert_allclose(resultant_of(opposed).real, expected, rtol=1e-4)
 
 
 def test_entropy_of_even_and_of_single_weights():
-    rows = jnp.stack([jnp.full(8, 1 / 8), jnp.eye(8)[3]])
-    np.testing.assert_allclose(attention_entropy(rows), [np.log(8), 0], atol=1e-6)
+    rows = jnp.asarray(np.stack([np.full(8, 1 / 8), np.eye(8)[3]]), jnp.float32)
+    entropy = cases.quick_jit(attention_entropy)(rows)
+    np.testing.assert_allclose(entropy, [np.log(8), 0], atol=1e-6)
 
 
 def test_a_histogram_over_the_circle_shares_the_weight():

@@ -1,6 +1,7 @@
 """Disks that are full or read-only, clocks that go back, losses that jump, two equal runs."""
 
 import errno
+import os
 import shutil
 import subprocess
 import time
@@ -31,7 +32,7 @@ from train import data, loop, metrics
 from train.corpus import Corpus
 from train.data import WindowOrder
 from train.errors import EXIT_USER_ERROR, UserError
-from train.loop import DivergedError
+from train.run import RunFolder, cannot_write
 from train.spikes import Spikes
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -63,9 +64,16 @@ def test_two_runs_of_one_config_are_the_same_bits(corpus, whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
-def test_a_disk_that_takes_no_more_is_told_and_the_run_goes_on_later(
-    corpus, whole, tmp_path, number
-):
+def test_whoever_cannot_write_is_told_so_in_one_line(tmp_path, number):
+    line = f"cannot write to the run folder {tmp_path} ({os.strerror(number)}); make room"
+    said = f"RESOURCE_EXHAUSTED: Error writing\n  a file: {os.strerror(number)} [source locations]"
+    for error in (OSError(number, "in any language"), ValueError(said)):
+        assert str(cannot_write(RunFolder(tmp_path), error)).startswith(line)
+    assert cannot_write(RunFolder(tmp_path), OSError(errno.ENOENT, "no such file")) is None
+    assert cannot_write(RunFolder(tmp_path), ValueError("shapes differ")) is None
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_later(corpus, whole, tmp_path):
     experiment = tiny_experiment(corpus.folder, tmp_path / "run")
     write, written = metrics.RowLog.write, 0
 
@@ -73,7 +81,7 @@ def test_a_disk_that_takes_no_more_is_told_and_the_run_goes_on_later(
         nonlocal written
         written += 1
         if written > 4:  # train, timing, validation; train of step 20
-            raise OSError(number, "whatever the system calls it")
+            raise OSError(errno.ENOSPC, "No space left on device")
         write(self, row)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -225,23 +233,23 @@ def strange(tmp_path_factory) -> Corpus:
     )
 
 
-def test_a_gradient_that_is_not_finite_is_counted_and_stops_the_run(strange, tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_counted_and_leaves_no_trace(
+    strange, tmp_path, monkeypatch
+):
+    """Beyond the limit it stops the run, as a loss does: tests/test_loop.py."""
     monkeypatch.setattr(loop, "build_model", BadGradient)
-    strict = tiny_experiment(strange.folder, tmp_path / "run")
-    with pytest.raises(DivergedError, match="at step 13; the checkpoint of step 10 is good"):
-        run_to_the_end(strict, strange)
-    lenient = tiny_experiment(strange.folder, tmp_path / "run", training__skipped_limit=1)
-    outcome = run_to_the_end(lenient, strange)
-    assert outcome.resumed_from == 10
+    short = {"training__num_steps": 20, "training__skipped_limit": 1}
+    outcome = run_to_the_end(tiny_experiment(strange.folder, tmp_path / "run", **short), strange)
     rows = rows_of(tmp_path / "run", "train")
-    assert [row["skipped"] for row in rows] == [0, 1, 1]
+    assert [row["skipped"] for row in rows] == [0, 1]
+    assert int(outcome.state.tally.last_skipped) == BAD_STEP
     assert all(np.isfinite([row["loss"], row["grad_norm"]]).all() for row in rows)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome.state.params))
 
 
 def test_a_jump_of_the_loss_is_a_row_of_its_own(strange, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "build_model", Confident)
-    experiment = tiny_experiment(strange.folder, tmp_path / "run")
+    experiment = tiny_experiment(strange.folder, tmp_path / "run", training__num_steps=20)
     run_to_the_end(experiment, strange)
     [spike] = rows_of(tmp_path / "run", "spike")
     assert spike["step"] == BAD_STEP

@@ -62,6 +62,13 @@ def test_below_at_the_end_alone_is_not_throughout(arms_of):
     assert verdicts.below([late, early]).direction == "holds"
 
 
+def test_above_within_the_noise_is_undecided(arms_of):
+    wide, other = arms_of(wide=((3.0, 1.9), (3.6, 2.1)), other=((3.2, 2.49), (3.3, 2.51)))
+    found = verdicts.below_throughout([wide, other])
+    assert found.direction == "undecided" and "at 1 of 2" in found.measured
+    assert found.reason == "above at some, within the noise"
+
+
 def test_every_seed_is_compared_with_the_mean(arms_of):
     mixed, mean = arms_of(mixed=((3, 1.9), (3, 2.6)), mean=HIGH)
     assert verdicts.every_seed_below([mixed, mean]).direction == "fails"
@@ -199,5 +206,5 @@ def test_readings_must_be_of_every_coefficient():
     layer = {"coefficients": [{"strength": [0.1, -0.2]}, {"strength": [0.3, 0.4]}]}
     page = {"kernel_coefficients": 8, "layers": [layer, layer]}
     found = verdicts.readings(page)
-    assert found.direction == "holds" and "25% of them repulsive" in found.measured
+    assert found.direction == "holds" and "20% of their strength is repulsive" in found.measured
     assert verdicts.readings({**page, "kernel_coefficients": 9}).direction == "fails"

@@ -1,6 +1,6 @@
 """Train for a long time and tell whether memory, open files and threads stay flat.
 
-    python tools/soak.py --hours=2                       # of the quickstart's model, on the CPU
+    python tools/soak.py --hours=2                       # a small model on enwik8
     python tools/soak.py --minutes=5 --every=5
 
 Starts `python -m train` in a run folder of its own, samples the process from /proc (so on Linux),
@@ -25,8 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # Memory breathes with the allocator; a file or thread may be open at one sample and not the next.
 ALLOWED = {"rss_bytes": (0.02, 4e6), "open_files": (0.0, 2.0), "threads": (0.0, 2.0)}
 
-# Often saved and evaluated, so that two hours hold as many of both as weeks of a real run.
+# A small model, often saved and evaluated: two hours hold as many of both as weeks of a real run.
 SETTINGS = {
+    "model.num_layers": 1,
+    "model.num_phases": 32,
+    "model.feedforward_width": 32,
+    "data.context": 64,
+    "training.batch_size": 8,
     "training.num_steps": 10_000_000,
     "training.log_every": 50,
     "evaluation.every": 100,

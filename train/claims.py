@@ -159,6 +159,7 @@ def readme_block(rows: Sequence[Row]) -> str:
         by_claim.setdefault(row.claim["id"], []).append(row)
     for of_claim in by_claim.values():
         done = [row for row in of_claim if row.status != "not yet run"]
+        left = "; ".join(row.reason for row in of_claim if row.status == "not yet run")
         for index, row in enumerate(done or of_claim[:1]):
             claim = row.claim
             said = f"**{claim['id']}** {claim['says']} ({claim['published']})"
@@ -167,6 +168,8 @@ def readme_block(rows: Sequence[Row]) -> str:
                 said, expected = f"**{claim['id']}**, further evidence", ""
             measured = f"{row.measured} ({row.scale})" if row.measured else ""
             status = f"**{row.status}**" + (f": {row.reason}" if row.reason else "")
+            if left and done and row is done[-1]:
+                status += f". Not yet run: {left}"
             lines.append(f"| {said} | {expected} | {measured} | {status} |")
     return "\n".join([*lines, END])
 

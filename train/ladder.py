@@ -28,6 +28,8 @@ from train.run import default_folder, git_state, open_run, write_atomically
 
 LEAST_RUNGS = 3
 """Of one architecture, before a slope is fitted."""
+LEAST_STEP = 1.2
+"""From one rung to the next; arms closer than that are variants of one size, and no ladder."""
 
 
 class Job(NamedTuple):
@@ -164,13 +166,14 @@ def _device(run: RunRecord) -> str:
 
 
 def fit(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, float] | None:
-    """``bpc = scale * what ** exponent`` by least squares of logarithms; None for too few rungs.
+    """``bpc = scale * what ** exponent`` by least squares of logarithms; None without a ladder.
 
     Returns:
       ``scale``, ``exponent``, and ``standard_error`` of the exponent from the residuals.
     """
-    sizes = sorted({float(row[what]) for row in rows})
-    if len(sizes) < LEAST_RUNGS:
+    sizes = sorted(float(row[what]) for row in rows)
+    steps = [large / small for small, large in zip(sizes, sizes[1:], strict=False)]
+    if len(sizes) < LEAST_RUNGS or min(steps) < LEAST_STEP:
         return None
     x = np.log([row[what] for row in rows])
     y = np.log([row["bpc"] for row in rows])

@@ -45,58 +45,73 @@ BAND = (10, 50, 90)
 """Percentiles over phases that a coupling curve is told by."""
 
 
-def read_layer(state: LayerState) -> dict[str, Any]:
-    """The readings of one layer, as plain values."""
-    num_delays, num_harmonics, heard, _ = state.kappa.shape
-    strength, angle = (np.asarray(part) for part in coefficients(state.kappa))
-    repelling = np.asarray(repulsiveness(jnp.asarray(strength)))
-    curves = np.stack([coupling_function(state.kappa[:, :, j], POINTS) for j in range(heard)])
+@jax.jit
+def measure(state: LayerState) -> dict[str, Any]:
+    """Every reading of a layer that is computed from its kernel and states, as arrays."""
+    strength, angle = coefficients(state.kappa)
+    heard = range(state.kappa.shape[2])
     entropy = attention_entropy(state.attention)[:, :, 1:]
     most = jnp.log(jnp.arange(2, state.attention.shape[-1] + 1))[None, None]
-    frustration = data_frustration(state.before, state.attention, heard)
-    mean = np.asarray(resultant(frustration))
+    frustration = data_frustration(state.before, state.attention, len(heard))
+    mean = resultant(frustration)
+    states = {"before": state.before, "coupled": state.coupled, "after": state.after}
+    return {
+        "strength": strength,
+        "angle": angle,
+        "repulsiveness": repulsiveness(strength),
+        "curves": jnp.stack([coupling_function(state.kappa[:, :, j], POINTS) for j in heard]),
+        "entropy": entropy.mean(axis=(0, 2)),
+        "relative_entropy": (entropy / most).mean(axis=(0, 2)),
+        "order": {
+            place: {
+                "token": order_parameter(theta).mean(),
+                "coordinates": order_parameter(theta.reshape(-1, theta.shape[-1]).T),
+            }
+            for place, theta in states.items()
+        },
+        "frustration": frustration._asdict(),
+        "mean_length": jnp.abs(mean),
+        "mean_direction": jnp.angle(mean),
+    }
+
+
+def read_layer(state: LayerState) -> dict[str, Any]:
+    """The readings of one layer, as plain values."""
+    found = jax.device_get(measure(state))
+    num_delays, num_harmonics, heard, _ = state.kappa.shape
     return {
         "coefficients": [
             {
                 "delay": delay,
                 "harmonic": harmonic + 1,
                 "head": head,
-                "strength": _round(strength[delay, harmonic, head]),
-                "angle": _round(angle[delay, harmonic, head]),
+                "strength": _round(found["strength"][delay, harmonic, head]),
+                "angle": _round(found["angle"][delay, harmonic, head]),
             }
             for delay in range(num_delays)
             for harmonic in range(num_harmonics)
             for head in range(heard)
         ],
-        "repulsiveness": _round(repelling),
+        "repulsiveness": _round(found["repulsiveness"]),
         "coupling": [
             {"delay": delay, "head": head}
             | {
-                f"p{level}": _round(np.percentile(curves[head, delay], level, axis=0))
+                f"p{level}": _round(np.percentile(found["curves"][head, delay], level, axis=0))
                 for level in BAND
             }
             for delay in range(num_delays)
             for head in range(heard)
         ],
-        "attention_entropy": _round(entropy.mean(axis=(0, 2))),
-        "relative_entropy": _round((entropy / most).mean(axis=(0, 2))),
+        "attention_entropy": _round(found["entropy"]),
+        "relative_entropy": _round(found["relative_entropy"]),
         "order": {
-            place: {
-                "token": float(order_parameter(theta).mean()),
-                "coordinates": _round(order_parameter(theta.reshape(-1, theta.shape[-1]).T)),
-            }
-            for place, theta in (
-                ("before", state.before),
-                ("coupled", state.coupled),
-                ("after", state.after),
-            )
+            place: {name: _round(value) for name, value in order.items()}
+            for place, order in found["order"].items()
         },
         "data_frustration": {
-            "length": _round(np.abs(mean)),
-            "direction": _round(np.angle(mean)),
-            "histogram": _round(
-                circle_histogram(np.asarray(frustration.angle), np.asarray(frustration.weight))
-            ),
+            "length": _round(found["mean_length"]),
+            "direction": _round(found["mean_direction"]),
+            "histogram": _round(circle_histogram(**found["frustration"])),
         },
     }
 

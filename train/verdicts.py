@@ -172,18 +172,26 @@ def below(arms: Sequence[Arm]) -> Verdict:
 
 
 def below_throughout(arms: Sequence[Arm]) -> Verdict:
-    """The first arm is below the second at every evaluation that they share."""
+    """The first arm is below the second at every evaluation that they share.
+
+    One evaluation at which it is above, beyond the noise, is against it.
+    """
     one, other = arms
     ours, theirs = dict(one.curve()), dict(other.curve())
     shared = sorted(ours.keys() & theirs.keys())
     if not shared:
         raise NotComparableError("no evaluation at the same number of characters")
-    ahead = [mean_and_deviation(ours[c])[0] < mean_and_deviation(theirs[c])[0] for c in shared]
+    apart = [
+        difference(Loss(one.name, tuple(ours[c]), False), Loss(other.name, tuple(theirs[c]), False))
+        for c in shared
+    ]
+    ahead = sum(found < 0 for found, _ in apart)
     end = below(arms)
-    text = f"{end.measured}; below at {sum(ahead)} of {len(shared)} evaluations"
-    if not all(ahead):
-        # One evaluation on the wrong side is against it, if the seeds are enough to tell.
-        return Verdict("fails" if end.reason != "one seed" else "undecided", text, end.reason)
+    text = f"{end.measured}; below at {ahead} of {len(shared)} evaluations"
+    if any(decide(*found)[0] == "fails" for found in apart) or end.direction == "fails":
+        return Verdict("fails", text)
+    if ahead < len(shared):
+        return Verdict("undecided", text, end.reason or "above at some, within the noise")
     return Verdict(end.direction, text, end.reason)
 
 
@@ -300,17 +308,16 @@ def readings(page: Mapping[str, Any]) -> Verdict:
       page: what ``python -m train.readings`` wrote.
     """
     layers = page["layers"]
-    read = sum(
-        len(coefficient["strength"]) for layer in layers for coefficient in layer["coefficients"]
-    )
-    pushing = sum(
-        strength < 0
+    every = [
+        strength
         for layer in layers
         for coefficient in layer["coefficients"]
         for strength in coefficient["strength"]
-    )
+    ]
+    read, total = len(every), sum(map(abs, every))
+    repelling = sum(-strength for strength in every if strength < 0) / (total or 1.0)
     text = (
         f"{read} of {page['kernel_coefficients']} coefficients of {len(layers)} layers read; "
-        f"{pushing / max(read, 1):.0%} of them repulsive"
+        f"{repelling:.0%} of their strength is repulsive"
     )
     return Verdict("holds" if read == page["kernel_coefficients"] else "fails", text)

@@ -20,6 +20,7 @@ SEPARATOR = b"\0"  # after each document of a JSON-lines file, and after each of
 JSON_FIELDS = ("text", "content")
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 GLOB_CHARACTERS = "*?["
+SMALL_BYTES = 16 << 20
 MAX_EXPANSION = 250  # of a gzip file: text comes to some 3 to 20 times, the worst logs to 100
 
 
@@ -121,9 +122,10 @@ def unpacked(path: Path) -> Iterator[BinaryIO]:
     """What a gzip file holds, as a stream.
 
     Raises:
-      UserError: it is damaged, or holds more than MAX_EXPANSION times its size.
+      UserError: it is damaged, or holds more than MAX_EXPANSION times its size (or SMALL_BYTES,
+        which do no harm).
     """
-    limit = MAX_EXPANSION * path.stat().st_size
+    limit = max(SMALL_BYTES, MAX_EXPANSION * path.stat().st_size)
     try:
         with gzip.open(path, "rb") as inside, io.BufferedReader(Capped(inside, limit)) as stream:
             yield stream

@@ -5,7 +5,7 @@
 .PHONY: help setup train test test-all lint format types lock ci clean distclean
 
 PY := .venv/bin/python
-SOURCES := fsn_jax train configs tests benchmarks
+SOURCES := fsn_jax train configs tests benchmarks examples tools
 CONFIG ?= configs/quickstart.py
 ARGS ?=
 UV := uv==0.13.9

@@ -122,8 +122,8 @@ def data_frustration(
 def resultant(angles: WeightedAngles) -> Complex[Array, " N"]:
     """Weighted mean of ``exp(i angle)`` of each phase over the text.
 
-    Its argument is the mean angle; its length is 1 if the angle is always the same, 0 if it is
-    anything.
+    Its argument is the mean angle in radians; its length is 1 if the angle is always the same, 0
+    if it is anything.
     """
     z = phasor(angles.angle)
     total = angles.weight.sum(axis=(0, 1))

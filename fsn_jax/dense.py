@@ -49,7 +49,7 @@ class PhasorDense(nn.Module):
 
     @nn.compact
     def __call__(self, z: Complex) -> Float[Array, "*shape O"]:
-        """The reals in the compute dtype, from phasors ``[..., N]``."""
+        """The reals in the compute dtype, from phasors of any shape that ends in N."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
         if c.features == "phasor":

@@ -1,29 +1,65 @@
 """One change at a time to the pocket FSN: ``--config=configs/ablations.py:ARM``.
 
-Budget, data and optimizer are those of ``configs/enwik8.py:fsn_pocket``; parameters are not matched
-again, so that an arm differs in what it names and in nothing else.
+Budget, data and optimizer are those of ``configs/enwik8.py:fsn_pocket``, which is the reference of
+every arm; the base layer and the collective modes are its arms ``base_pocket`` and
+``modes_pocket``. An arm whose change takes or adds more than 1% of the parameters gets them back in
+the width of its feed-forward; ``no_feedforward`` has none and is smaller.
 """
+
+import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import enwik8
+from fsn_jax import FSNConfig
+from fsn_jax.config import match_parameters
 
-CHANGES: dict[str, dict[str, object]] = {
+REFERENCE = enwik8.FSN_POCKET
+SCORES = ("projected", "gated", "static", "none")
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+
+
+def score_changes(score: str) -> dict[str, Any]:
+    """Another score; only a projected one has a number of phases of its own."""
+    return {"score": score, **({} if score == "projected" else {"score_phases": 0})}
+
+
+CHANGES: dict[str, dict[str, Any]] = {
     "no_delay": {"delay": False},
     "no_angles": {"static_angles": False},
-    "one_head_per_phase": {"heads_per_phase": 1},
-    "two_heads_per_phase": {"heads_per_phase": 2},
-    "two_harmonics": {"num_harmonics": 2},
-    "three_harmonics": {"num_harmonics": 3},
-    "four_harmonics": {"num_harmonics": 4},
     "non_negative": {"signed_harmonics": False},
     "linear_values": {"values": "linear"},
+    "both_quadratures": {"features": "phasor"},
     "no_feedforward": {"feedforward": "none"},
-    "gated_score": {"score": "gated", "score_phases": 0},
-    "static_score": {"score": "static", "score_phases": 0},
-    "no_score": {"score": "none", "score_phases": 0},
+    **{
+        f"{word}_harmonic{'s' if number > 1 else ''}": {"num_harmonics": number}
+        for number, word in NUMBERS.items()
+        if number != REFERENCE.num_harmonics
+    },
+    **{
+        f"{word}_head{'s' if number > 1 else ''}_per_phase": {"heads_per_phase": number}
+        for number, word in NUMBERS.items()
+        if number != REFERENCE.heads_per_phase and number <= REFERENCE.num_heads
+    },
+    **{
+        f"{score.replace('none', 'no')}_score": score_changes(score)
+        for score in SCORES
+        if score != REFERENCE.score
+    },
 }
+"""What each arm changes in the reference, besides the width that keeps its size."""
+
 ARMS = tuple(CHANGES)
+
+
+def model_of(arm: str) -> FSNConfig:
+    """The reference with one change, of the same size within 1% where it can be."""
+    size = REFERENCE.num_params()
+    model = dataclasses.replace(REFERENCE, **CHANGES[arm])
+    if model.feedforward == "none" or abs(model.num_params() - size) <= 0.01 * size:
+        return model
+    return match_parameters(model, size)
 
 
 def get_config(arm: str = "no_delay") -> ConfigDict:
@@ -32,5 +68,5 @@ def get_config(arm: str = "no_delay") -> ConfigDict:
         raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
     config = enwik8.get_config("fsn_pocket")
     config.name = f"ablation_{arm}"
-    config.model.update(CHANGES[arm])
+    config.model.update(dataclasses.asdict(model_of(arm)))
     return config

@@ -5,10 +5,13 @@ see the same batches in the same order and have the same number of parameters wi
 """
 
 import dataclasses
+import math
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
+from fsn_jax.config import match_parameters
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -25,6 +28,12 @@ CHARACTERS_PER_EPOCH = 90_000_000
 FSN_OPTIMIZER = OptimizerConfig(peak_learning_rate=1e-2, angle_factor=4.0)
 TRANSFORMER_OPTIMIZER = OptimizerConfig(peak_learning_rate=1e-2)
 
+TRANSFORMER_POCKET = TransformerConfig(
+    vocab_size=VOCABULARY, num_layers=4, width=64, num_heads=4, feedforward_width=178
+)
+TRANSFORMER_1M = dataclasses.replace(
+    TRANSFORMER_POCKET, num_layers=6, width=112, feedforward_width=327
+)
 FSN_POCKET = FSNConfig(
     vocab_size=VOCABULARY,
     num_layers=4,
@@ -33,31 +42,40 @@ FSN_POCKET = FSNConfig(
     heads_per_phase=4,
     num_harmonics=1,
     score_phases=8,
-    feedforward_width=94,
+    features="quadrature",
+    feedforward_width=192,
 )
+FSN_1M = match_parameters(
+    dataclasses.replace(FSN_POCKET, num_layers=6, num_phases=112, score_phases=14),
+    TRANSFORMER_1M.num_params(),
+)
+
+BASE_LAYER: dict[str, Any] = {
+    "heads_per_phase": 1,
+    "num_harmonics": 1,
+    "delay": False,
+    "static_angles": False,
+    "signed_harmonics": False,
+}
+MODES: dict[str, Any] = {"feedforward": "collective_modes"}
+
+
+def variant(fsn: FSNConfig, changes: dict[str, Any]) -> FSNConfig:
+    """An FSN with some fields changed and as many parameters."""
+    return match_parameters(dataclasses.replace(fsn, **changes), fsn.num_params())
+
 
 POCKET: dict[str, ModelConfig] = {
     "fsn_pocket": FSN_POCKET,
-    "base_pocket": dataclasses.replace(
-        FSN_POCKET,
-        heads_per_phase=1,
-        delay=False,
-        static_angles=False,
-        signed_harmonics=False,
-        feedforward_width=97,
-    ),
-    "modes_pocket": dataclasses.replace(FSN_POCKET, feedforward="collective_modes", num_modes=118),
-    "transformer_pocket": TransformerConfig(
-        vocab_size=VOCABULARY, num_layers=4, width=64, num_heads=4, feedforward_width=178
-    ),
+    "base_pocket": variant(FSN_POCKET, BASE_LAYER),
+    "modes_pocket": variant(FSN_POCKET, MODES),
+    "transformer_pocket": TRANSFORMER_POCKET,
 }
 ONE_MILLION: dict[str, ModelConfig] = {
-    "fsn_1m": dataclasses.replace(
-        FSN_POCKET, num_layers=6, num_phases=112, score_phases=14, feedforward_width=186
-    ),
-    "transformer_1m": TransformerConfig(
-        vocab_size=VOCABULARY, num_layers=6, width=112, num_heads=4, feedforward_width=327
-    ),
+    "fsn_1m": FSN_1M,
+    "base_1m": variant(FSN_1M, BASE_LAYER),
+    "modes_1m": variant(FSN_1M, MODES),
+    "transformer_1m": TRANSFORMER_1M,
 }
 ARMS = (*POCKET, *ONE_MILLION)
 
@@ -68,11 +86,11 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
         raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
     pocket = arm in POCKET
     model = POCKET[arm] if pocket else ONE_MILLION[arm]
-    batch_size, context = (32, 256) if pocket else (64, 512)
+    batch_size, context = (16, 256) if pocket else (64, 512)
     characters = 20_000_000 if pocket else 30 * CHARACTERS_PER_EPOCH
     steps_per_dispatch = 10 if pocket else 50
-    every = 120 if pocket else 2000
-    num_steps = round(characters / (batch_size * context) / every) * every
+    every = 250 if pocket else 2000
+    num_steps = math.ceil(characters / (batch_size * context) / every) * every
     return experiment(
         f"enwik8_{arm}",
         model=model,
@@ -82,7 +100,7 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
             batch_size=batch_size,
             num_steps=num_steps,
             steps_per_dispatch=steps_per_dispatch,
-            log_every=steps_per_dispatch * 4,
+            log_every=steps_per_dispatch * 5,
         ),
         evaluation=EvaluationConfig(every=every, num_bytes=1_000_000),
         checkpoints=CheckpointConfig(every=every),

@@ -1,6 +1,7 @@
 """Your own text or code: ``--config=configs/text.py --config.data.path=FILE_OR_FOLDER``.
 
-The quickstart's model and budget on another corpus; the vocabulary is the byte values of the text.
+The quickstart's model and budget on another corpus; the vocabulary is the byte values of the text,
+or its Unicode characters with ``--config.data.vocabulary=characters``.
 """
 
 from ml_collections import ConfigDict

@@ -24,7 +24,8 @@ from fsn_jax.causal import (
 )
 from fsn_jax.config import FSNConfig
 from fsn_jax.coupling import coupling_update, delayed_values, fold_values, unfold_sum
-from fsn_jax.torus import Complex, features, multiply, phasor, rotary_phasor
+from fsn_jax.dense import PhasorDense
+from fsn_jax.torus import Complex, multiply, phasor, rotary_phasor
 
 
 @flax.struct.dataclass
@@ -62,6 +63,11 @@ def extend_sum(
     return total, cache
 
 
+def attention_entropy(weights: Float[Array, "*shape L"]) -> Float[Array, "*shape"]:
+    """Entropy of each row of attention weights, in nats."""
+    return -jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1)
+
+
 class PhaseScore(nn.Module):
     """Queries and keys whose inner product is the score of two tokens.
 
@@ -74,15 +80,14 @@ class PhaseScore(nn.Module):
     def setup(self) -> None:
         c = self.config
         pairs, heads = c.score_pairs, c.num_heads
-        dtype = jnp.dtype(c.dtype)
         if c.score == "projected":
             width = 2 * heads * pairs
-            self.query = nn.Dense(width, use_bias=False, dtype=dtype)
-            self.key = nn.Dense(width, use_bias=False, dtype=dtype)
+            self.query = PhasorDense(c, width, groups=heads)
+            self.key = PhasorDense(c, width, groups=heads)
         elif c.score == "gated":
             small = nn.initializers.normal(0.02)
-            self.query_gate = nn.Dense(c.num_phases, dtype=dtype, kernel_init=small)
-            self.key_gate = nn.Dense(c.num_phases, dtype=dtype, kernel_init=small)
+            self.query_gate = PhasorDense(c, c.num_phases, use_bias=True, kernel_init=small)
+            self.key_gate = PhasorDense(c, c.num_phases, use_bias=True, kernel_init=small)
         elif c.score == "static":
             self.gate = self.param("gate", nn.initializers.ones, (c.num_phases,))
         if c.score != "none":
@@ -104,8 +109,7 @@ class PhaseScore(nn.Module):
             empty = jnp.zeros((z.re.shape[0], c.num_heads, z.re.shape[1], 0), c.dtype)
             return empty, empty
         if c.score == "projected":
-            f = features(z)
-            query, key = self._as_pairs(self.query(f)), self._as_pairs(self.key(f))
+            query, key = self._as_pairs(self.query(z)), self._as_pairs(self.key(z))
         else:
             by_head = Complex(split_heads(z.re, c.num_heads), split_heads(z.im, c.num_heads))
             query, key = (Complex(by_head.re * gate, by_head.im * gate) for gate in self._gates(z))
@@ -125,10 +129,9 @@ class PhaseScore(nn.Module):
         if self.config.score == "static":
             gate = self.gate.reshape(1, heads, 1, -1)
             return gate, jnp.ones_like(gate)
-        f = features(z)
         return (
-            split_heads(1.0 + self.query_gate(f).astype(jnp.float32), heads),
-            split_heads(1.0 + self.key_gate(f).astype(jnp.float32), heads),
+            split_heads(1.0 + self.query_gate(z).astype(jnp.float32), heads),
+            split_heads(1.0 + self.key_gate(z).astype(jnp.float32), heads),
         )
 
     def _to_reals(self, x: Complex) -> Array:
@@ -163,9 +166,12 @@ class _PhaseAttention(nn.Module):
 
     def _sow_entropy(self, query: Array, key: Array) -> None:
         if self.is_mutable_collection("diagnostics") and not self.is_initializing():
-            weights = attention_weights(query, key)
-            entropy = -jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1)
+            entropy = attention_entropy(attention_weights(query, key))
             self.sow("diagnostics", "attention_entropy", entropy)
+
+    def weights(self, theta: Float[Array, "B L N"]) -> Float[Array, "B H L L"]:
+        """The attention ``A`` itself, which the layer's sum does not form."""
+        return attention_weights(*self.score(phasor(theta), self._rotary(theta.shape[1])))
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
         """A cache for ``capacity`` tokens of each of ``batch`` sequences."""
@@ -218,9 +224,8 @@ class FrustratedAttention(_PhaseAttention):
         c = self.config
         self.score = PhaseScore(c)
         if c.values == "linear":
-            dtype = jnp.dtype(c.dtype)
-            self.value = nn.Dense(c.num_phases, use_bias=False, dtype=dtype)
-            self.output = nn.Dense(c.num_phases, use_bias=False, dtype=dtype)
+            self.value = PhasorDense(c, c.num_phases)
+            self.output = nn.Dense(c.num_phases, use_bias=False, dtype=jnp.dtype(c.dtype))
             return
         start = kernel_start(c)
         real = start if c.signed_harmonics else _softplus_inverse(start)
@@ -241,7 +246,7 @@ class FrustratedAttention(_PhaseAttention):
         query, key = self.score(z, self._rotary(theta.shape[1]))
         self._sow_entropy(query, key)
         if c.values == "linear":
-            value = split_heads(self.value(features(z)), c.num_heads)
+            value = split_heads(self.value(z), c.num_heads)
             return self._linear_output(self._causal_sum(query, key, value, include_self=True))
         if c.implementation == "reference":
             return self._reference(theta, attention_weights(query, key))
@@ -259,7 +264,7 @@ class FrustratedAttention(_PhaseAttention):
         rotary = self._rotary_at(position, theta.shape[1], cache.key.shape[2])
         query, key = self.score(z, rotary)
         if c.values == "linear":
-            value = split_heads(self.value(features(z)), c.num_heads)
+            value = split_heads(self.value(z), c.num_heads)
             summed, cache = extend_sum(query, key, value, cache, position, include_self=True)
             return self._linear_output(summed), cache
         kappa, zh = self._kappa_by_head(), self._coupled(z)
@@ -273,28 +278,38 @@ class FrustratedAttention(_PhaseAttention):
     def _add_successor(self, value: Array, zh: Complex, kappa: Complex, position: Array) -> Array:
         """Gives the newest cached token the successor it was waiting for."""
         first = Complex(zh.re[:, :, :1], zh.im[:, :, :1])
-        late = jnp.concatenate([p for v in delayed_values(first, kappa) for p in v], axis=-1)
+        late = delayed_values(first, kappa)
         last = jnp.maximum(position - 1, 0)
         newest = jax.lax.dynamic_slice_in_dim(value, last, 1, axis=2)
         return _put(value, newest + jnp.where(position > 0, late, 0.0), last)
 
     def _kappa_by_head(self) -> Complex:
+        """The kernel by head, ``[T, M, H, J P]``, over the phases in the order of ``_coupled``."""
         c = self.config
         shape = (c.num_delays, c.num_harmonics, c.heads_per_phase, c.num_heads, c.phases_per_head)
+        block = np.arange(c.num_heads)
 
         def by_head(part: Array) -> Array:
-            return _by_head(list(jnp.moveaxis(part.reshape(shape), 2, 0)), axis=2)
+            part = part.reshape(shape)
+            if c.heads_per_phase < c.num_heads:
+                return _by_head(list(jnp.moveaxis(part, 2, 0)), axis=2)
+            rank = (block[:, None] - block) % c.num_heads  # of each head for each block
+            return part[:, :, rank, block[None]].reshape(*shape[:2], c.num_heads, -1)
 
         kappa = self.kappa()
         return Complex(by_head(kappa.re), by_head(kappa.im))
 
     def _coupled(self, z: Complex) -> Complex:
-        """The phases that each head couples, ``[B, H, L, J P]``."""
+        """The phases that each head couples, ``[B, H, L, J P]``; if J = H all, ``[B, 1, L, N]``."""
+        if self.config.heads_per_phase == self.config.num_heads:
+            return Complex(z.re[:, None], z.im[:, None])
         zh = self._heads(z)
         return Complex(*(_by_head([part] * self.config.heads_per_phase, axis=1) for part in zh))
 
     def _gather(self, update: Array) -> Array:
         """What all heads together ask of each phase, ``[B, L, N]``."""
+        if self.config.heads_per_phase == self.config.num_heads:
+            return update[:, 0]
         asked = jnp.split(update, self.config.heads_per_phase, axis=-1)
         by_block = [jnp.roll(part, -j, axis=1) for j, part in enumerate(asked)]
         return merge_heads(jnp.stack(by_block).sum(axis=0))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from fsn_jax import kernels
 from fsn_jax.config import Implementation
 
 _MASKED = -1e30  # finite: exp gives 0 without the NaN that minus infinity leaves in the gradient
@@ -119,15 +120,20 @@ def causal_sum(
       value: as ``query``.
       include_self: whether a token's own value is in its sum.
       implementation: ``reference`` goes through the whole matrix and has all derivatives; ``xla``
-        goes block by block; ``auto`` is the fastest for the backend.
+        goes block by block; ``pallas`` is a fused kernel for GPUs and TPUs (interpreted, slowly, on
+        a CPU); ``auto`` is the fastest that works on this machine.
     """
+    if implementation == "auto":
+        implementation = _fastest(query, value)
     if implementation == "reference":
         return _causal_sum_reference(query, key, value, include_self=include_self)
+    if implementation == "pallas":
+        return _causal_sum(query, key, value, include_self, True)
     length = query.shape[2]
     # Padded keys come after every real query and padded queries are cut off, so zeros will do.
     rows = ((0, 0), (0, 0), (0, -length % _block(length)), (0, 0))
     query, key, value = (jnp.pad(x, rows) for x in (query, key, value))
-    total, self_weight = _causal_sum(query, key, value, include_self)
+    total, self_weight = _causal_sum(query, key, value, include_self, False)
     return CausalSum(total[:, :, :length], self_weight[:, :, :length])
 
 
@@ -138,23 +144,26 @@ def _causal_sum_reference(
     return _weigh(attention_weights(query, key), value, own, include_self=include_self)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _causal_sum(query: Array, key: Array, value: Array, include_self: bool) -> CausalSum:
-    return _causal_sum_forward(query, key, value, include_self)[0]
+def _fastest(query: Array, value: Array) -> Implementation:
+    if jax.default_backend() not in ("gpu", "tpu"):
+        return "xla"
+    length, score_width = query.shape[2:]
+    works = kernels.works(length, score_width, value.shape[3], value.dtype.name)
+    return "pallas" if works else "xla"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _causal_sum(
+    query: Array, key: Array, value: Array, include_self: bool, fused: bool
+) -> CausalSum:
+    return _causal_sum_forward(query, key, value, include_self, fused)[0]
 
 
 def _causal_sum_forward(
-    query: Array, key: Array, value: Array, include_self: bool
+    query: Array, key: Array, value: Array, include_self: bool, fused: bool
 ) -> tuple[CausalSum, tuple[Array, ...]]:
-    own_score = _own_inner(query, key)
-    parts = []
-    for segment in _segments(query.shape[2]):
-        prefix = key[:, :, : segment.stop], value[:, :, : segment.stop]
-        work = functools.partial(_forward_block, *prefix)
-        parts.append(_over_blocks(work, segment, query, own_score))
-    total, self_weight, log_normaliser = (
-        jnp.concatenate(arrays, axis=2) for arrays in zip(*parts, strict=True)
-    )
+    strict = kernels.forward if fused else _strict_forward
+    total, self_weight, log_normaliser = strict(query, key, value)
     if include_self:
         total += self_weight[..., None] * value
     residuals = (query, key, value, total, self_weight, log_normaliser)
@@ -162,32 +171,60 @@ def _causal_sum_forward(
 
 
 def _causal_sum_backward(
-    include_self: bool, residuals: tuple[Array, ...], gradient: CausalSum
+    include_self: bool, fused: bool, residuals: tuple[Array, ...], gradient: CausalSum
 ) -> tuple[Array, Array, Array]:
     query, key, value, total, self_weight, log_normaliser = residuals
     d_total, d_self = gradient
     mean = jnp.sum(d_total * total, axis=-1) + d_self * self_weight
     d_own = d_self + _own_inner(d_total, value) if include_self else d_self
     d_own_score = (self_weight * (d_own - mean))[..., None]
-    d_query = []
-    d_key, d_value = d_own_score * query, jnp.zeros(value.shape, jnp.float32)
+    strict = kernels.backward if fused else _strict_backward
+    d_query, d_key, d_value = strict(
+        query, key, value, log_normaliser, d_total.astype(value.dtype), mean
+    )
+    d_query += d_own_score * key
+    d_key += d_own_score * query
     if include_self:
         d_value += self_weight[..., None] * d_total
-    d_total = d_total.astype(value.dtype)
+    return d_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype)
+
+
+_causal_sum.defvjp(_causal_sum_forward, _causal_sum_backward)
+
+
+def _strict_forward(query: Array, key: Array, value: Array) -> tuple[Array, ...]:
+    """As ``fsn_jax.kernels.forward``, block by block; the length is a multiple of the block.
+
+    Keys and values lie with the tokens along their rows, ``[B, H, E, L]``: on the CPU this is the
+    faster way round for every product here, by up to three times where they are narrow.
+    """
+    own_score = _own_inner(query, key)
+    key, value = key.swapaxes(2, 3), value.swapaxes(2, 3)
+    parts = []
     for segment in _segments(query.shape[2]):
-        prefix = key[:, :, : segment.stop], value[:, :, : segment.stop]
+        prefix = key[..., : segment.stop], value[..., : segment.stop]
+        work = functools.partial(_forward_block, *prefix)
+        parts.append(_over_blocks(work, segment, query, own_score))
+    return tuple(jnp.concatenate(arrays, axis=2) for arrays in zip(*parts, strict=True))
+
+
+def _strict_backward(
+    query: Array, key: Array, value: Array, log_normaliser: Array, d_total: Array, mean: Array
+) -> tuple[Array, Array, Array]:
+    """As ``fsn_jax.kernels.backward``, block by block."""
+    key, value = key.swapaxes(2, 3), value.swapaxes(2, 3)
+    d_query = []
+    d_key, d_value = (jnp.zeros(x.shape, jnp.float32) for x in (key, value))
+    for segment in _segments(query.shape[2]):
+        prefix = key[..., : segment.stop], value[..., : segment.stop]
         work = functools.partial(_backward_block, *prefix)
         arrays = (query, log_normaliser, d_total, mean)
         dq, dk, dv = _over_blocks(work, segment, *arrays, sums=2)
         d_query.append(dq)
-        rows = ((0, 0), (0, 0), (0, query.shape[2] - segment.stop), (0, 0))
-        d_key += jnp.pad(dk, rows)
-        d_value += jnp.pad(dv, rows)
-    full_query = jnp.concatenate(d_query, axis=2) + d_own_score * key
-    return full_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype)
-
-
-_causal_sum.defvjp(_causal_sum_forward, _causal_sum_backward)
+        later = ((0, 0), (0, 0), (0, 0), (0, query.shape[2] - segment.stop))
+        d_key += jnp.pad(dk, later)
+        d_value += jnp.pad(dv, later)
+    return jnp.concatenate(d_query, axis=2), d_key.swapaxes(2, 3), d_value.swapaxes(2, 3)
 
 
 def _forward_block(
@@ -195,12 +232,13 @@ def _forward_block(
 ) -> tuple[Array, Array, Array]:
     """The strict sum, self weights and log normalisers of the queries from ``start`` on."""
     past = _past(start, query, key)
-    scores = jnp.where(past, _inner(query, key), _MASKED)
+    scores = jnp.where(past, _product("bhte,bheu->bhtu", query, key), _MASKED)
     largest = jnp.maximum(scores.max(axis=-1), own_score)
     weights = jnp.exp(scores - largest[..., None])
     own_weight = jnp.exp(own_score - largest)
     normaliser = weights.sum(axis=-1) + own_weight
-    total = _combine(weights, value) / normaliser[..., None]
+    total = _product("bhtu,bhgu->bhtg", weights.astype(value.dtype), value)
+    total /= normaliser[..., None]
     return total, own_weight / normaliser, largest + jnp.log(normaliser)
 
 
@@ -215,19 +253,24 @@ def _backward_block(
 ) -> tuple[Array, Array, Array]:
     """Gradients by the strict sum: of these queries, and of all keys and values."""
     past = _past(start, query, key)
-    scores = jnp.where(past, _inner(query, key), _MASKED)
+    scores = jnp.where(past, _product("bhte,bheu->bhtu", query, key), _MASKED)
     weights = jnp.exp(scores - log_normaliser[..., None])
-    d_scores = weights * (_inner(d_total, value) - mean[..., None])
+    d_scores = weights * (_product("bhtg,bhgu->bhtu", d_total, value) - mean[..., None])
+    d_scores = d_scores.astype(query.dtype)
     return (
-        _combine(d_scores, key),
-        _combine(d_scores.swapaxes(2, 3), query),
-        _combine(weights.swapaxes(2, 3), d_total),
+        _product("bhtu,bheu->bhte", d_scores, key),
+        _product("bhte,bhtu->bheu", query, d_scores),
+        _product("bhtg,bhtu->bhgu", d_total, weights.astype(d_total.dtype)),
     )
+
+
+def _product(indices: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(indices, x, y, preferred_element_type=jnp.float32)
 
 
 def _past(start: Array, query: Array, key: Array) -> Array:
     time = start + jnp.arange(query.shape[2])[:, None]
-    return jnp.arange(key.shape[2])[None, :] < time
+    return jnp.arange(key.shape[3])[None, :] < time
 
 
 def _own_inner(x: Array, y: Array) -> Array:

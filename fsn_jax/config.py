@@ -16,11 +16,12 @@ from typing import Literal
 
 Score = Literal["projected", "gated", "static", "none"]
 Values = Literal["circular", "linear"]
+Features = Literal["phasor", "quadrature"]
 FeedForward = Literal["swiglu", "collective_modes", "none"]
 EmbeddingInit = Literal["normal", "uniform"]
 KernelInit = Literal["sawtooth", "first_harmonic"]
 DType = Literal["float32", "bfloat16"]
-Implementation = Literal["auto", "reference", "xla"]
+Implementation = Literal["auto", "reference", "xla", "pallas"]
 
 TRAINING_FLOPS_FACTOR = 3
 """Forward plus backward over forward: for each product the backward pass has two."""
@@ -108,6 +109,9 @@ class FSNConfig:
         score is then invariant under a global rotation), ``none`` (uniform mean field).
       score_phases: R, phase pairs per head of a projected score; 0 means N / H.
       values: ``circular`` (the coupling kernel) or ``linear`` (dense values, an ablation).
+      features: what the dense layers inside a block see of a phase: ``phasor`` (cosine and sine) or
+        ``quadrature`` (one learned combination of the two for each layer, for queries and keys for
+        each head), which halves their weights; see ``PhasorDense``.
       feedforward: ``swiglu``, ``collective_modes`` (no MLP) or ``none``.
       feedforward_width: F, of the SwiGLU.
       num_modes: K, of the collective modes.
@@ -135,6 +139,7 @@ class FSNConfig:
     score: Score = "projected"
     score_phases: int = 0
     values: Values = "circular"
+    features: Features = "phasor"
     feedforward: FeedForward = "swiglu"
     feedforward_width: int = 128
     num_modes: int = 32
@@ -194,23 +199,34 @@ class FSNConfig:
             return 0
         return self.score_phases or self.phases_per_head
 
+    @property
+    def _inputs(self) -> int:
+        """Reals that an output of a ``PhasorDense`` sees."""
+        return self.num_phases * (2 if self.features == "phasor" else 1)
+
+    def _phasor_dense(self, outputs: int, groups: int = 1) -> int:
+        """Parameters of a ``PhasorDense`` without bias."""
+        quadratures = 0 if self.features == "phasor" else 2 * groups * self.num_phases
+        return self._inputs * outputs + quadratures
+
     def num_params(self) -> int:
         """Number of learned scalars, equal to the size of the parameter tree."""
         n, h, v = self.num_phases, self.num_heads, self.vocab_size
         score = {
-            "projected": 2 * (2 * n) * (2 * h * self.score_pairs) + h,
-            "gated": 2 * (2 * n * n + n) + h,
+            "projected": 2 * self._phasor_dense(2 * h * self.score_pairs, groups=h) + h,
+            "gated": 2 * (self._phasor_dense(n) + n) + h,
             "static": n + h,
             "none": 0,
         }[self.score]
         parts = 2 if self.static_angles else 1
         coupling = {
             "circular": parts * self.num_delays * self.num_harmonics * h * self.phases_per_kernel,
-            "linear": 2 * n * n + n * n,
+            "linear": self._phasor_dense(n) + n * n,
         }[self.values]
+        width, modes = self.feedforward_width, self.num_modes
         feedforward = {
-            "swiglu": 5 * n * self.feedforward_width,
-            "collective_modes": (2 * n + 1) * self.num_modes + 2 * self.num_modes * n,
+            "swiglu": 2 * self._phasor_dense(width) + width * n,
+            "collective_modes": self._phasor_dense(modes) + modes + 2 * modes * n,
             "none": 0,
         }[self.feedforward]
         ends = v * n + 2 * n * v + v
@@ -222,22 +238,22 @@ class FSNConfig:
         Counts the multiplications and additions of matrix products, forward and backward, and of
         attention only the causal pairs; leaves out what is elementwise (sines, softmax, gates).
         """
-        n = self.num_phases
+        n, inputs = self.num_phases, self._inputs
         pairs = _mean_causal_pairs(context)
         score_dense = {
-            "projected": 2 * (2 * n) * (2 * self.num_heads * self.score_pairs),
-            "gated": 2 * (2 * n) * n,
+            "projected": 2 * inputs * (2 * self.num_heads * self.score_pairs),
+            "gated": 2 * inputs * n,
             "static": 0,
             "none": 0,
         }[self.score]
         scores = pairs * 2 * self.num_heads * self.score_pairs
         values = {
             "circular": pairs * 2 * self.num_harmonics * self.num_heads * self.phases_per_kernel,
-            "linear": pairs * n + 2 * n * n + n * n,
+            "linear": pairs * n + inputs * n + n * n,
         }[self.values]
         feedforward = {
-            "swiglu": 5 * n * self.feedforward_width,
-            "collective_modes": 2 * n * self.num_modes + 2 * self.num_modes * n,
+            "swiglu": (2 * inputs + n) * self.feedforward_width,
+            "collective_modes": (inputs + 2 * n) * self.num_modes,
             "none": 0,
         }[self.feedforward]
         layer = score_dense + scores + values + feedforward
@@ -302,3 +318,35 @@ class TransformerConfig:
         layer = 4 * d * d + attention + 3 * d * self.feedforward_width
         multiply_adds = self.num_layers * layer + d * self.vocab_size
         return float(TRAINING_FLOPS_FACTOR * 2 * multiply_adds)
+
+
+_Model = typing.TypeVar("_Model", FSNConfig, TransformerConfig)
+
+
+def match_parameters(config: _Model, num_params: int) -> _Model:
+    """The config with the width of its feed-forward for a size as near ``num_params`` as can be.
+
+    The width is F, or K of collective modes.
+
+    Raises:
+      ConfigError: there is no feed-forward, or even one of width 1 is too large.
+    """
+    field = "feedforward_width"
+    if isinstance(config, FSNConfig):
+        if config.feedforward == "none":
+            raise ConfigError("FSNConfig.feedforward is 'none': there is no width to match with")
+        if config.feedforward == "collective_modes":
+            field = "num_modes"
+
+    def with_width(width: int) -> _Model:
+        change: dict[str, typing.Any] = {field: width}
+        return dataclasses.replace(config, **change)
+
+    one, two = with_width(1).num_params(), with_width(2).num_params()
+    width = 1 + round((num_params - one) / (two - one))
+    if width < 1:
+        raise ConfigError(
+            f"{type(config).__name__}: {num_params} parameters are fewer than the {one} of the "
+            f"smallest feed-forward; lower the width or the depth"
+        )
+    return with_width(width)

@@ -14,11 +14,13 @@ docs/model.md.
 ``unfold_sum`` are the same sum arranged so that one strictly causal attention does all of it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex64, Float
 
-from fsn_jax.torus import Complex, multiply, powers
+from fsn_jax.torus import Complex, powers
 
 
 def coupling_update(
@@ -74,7 +76,8 @@ def fold_values(
     For ``u < t`` both delays share the weight ``A[t, u]``, so a single sum serves them.
 
     Args:
-      z: phasors of the phases that each head couples, ``[B, H, L, P]``.
+      z: phasors of the phases that each head couples, ``[B, H, L, P]``; one head stands for all if
+        they couple the same phases.
       kappa: the kernel by head, ``[T, M, H, P]``.
       successor: ``z_{u+1}`` where the caller knows better than the shift of ``z``. The last
         position has none, and a strictly causal sum never asks for it.
@@ -83,22 +86,17 @@ def fold_values(
       For each harmonic the real and then the imaginary parts, side by side.
     """
     num_delays, num_harmonics = kappa.re.shape[:2]
-    values = [multiply(_term(kappa, 0, m), zm) for m, zm in enumerate(powers(z, num_harmonics))]
+    wave = _wave(z, num_harmonics)
+    waves = [wave]
     if num_delays == 2:
-        later = _shift(z) if successor is None else successor
-        values = [
-            Complex(v.re + w.re, v.im + w.im)
-            for v, w in zip(values, delayed_values(later, kappa), strict=True)
-        ]
-    return jnp.concatenate([part for v in values for part in v], axis=-1)
+        waves.append(_shift(wave) if successor is None else _wave(successor, num_harmonics))
+    return _scale([part for wave in waves for part in wave], kappa)
 
 
-def delayed_values(successor: Complex, kappa: Complex) -> list[Complex]:
+def delayed_values(successor: Complex, kappa: Complex) -> Float[Array, "B H L twoMP"]:
     """``kappa[1, m] z_{u+1}**m`` for each harmonic, given the successors ``z_{u+1}``."""
-    num_harmonics = kappa.re.shape[1]
-    return [
-        multiply(_term(kappa, 1, m), zm) for m, zm in enumerate(powers(successor, num_harmonics))
-    ]
+    wave = _wave(successor, kappa.re.shape[1])
+    return _scale(list(wave), Complex(kappa.re[1:], kappa.im[1:]))
 
 
 def unfold_sum(
@@ -106,7 +104,7 @@ def unfold_sum(
     total: Float[Array, "B H L twoMP"],
     self_weight: Float[Array, "B H L"],
     kappa: Complex,
-) -> Float[Array, "B H L P"]:
+) -> Float[Array, "B h L P"]:
     """``Im(sum_m z_t**-m S[t, m]) + A[t, t] sum_m Im kappa[0, m]``.
 
     Args:
@@ -115,18 +113,91 @@ def unfold_sum(
       self_weight: ``A[t, t]``. A token meets itself at phase difference zero, where only the
         frustration angle pushes.
       kappa: the kernel by head, ``[T, M, H, P]``.
+
+    Returns:
+      The update of each head, or the sum of them all if one head of ``z`` stands for all.
     """
-    num_harmonics = kappa.re.shape[1]
-    parts = jnp.split(total, 2 * num_harmonics, axis=-1)
-    update = self_weight[..., None] * kappa.im[0].sum(axis=0)[None, :, None, :]
-    for m, zm in enumerate(powers(z, num_harmonics)):
-        update += zm.re * parts[2 * m + 1] - zm.im * parts[2 * m]
-    return update
+    num_harmonics, num_heads = kappa.re.shape[1:3]
+    at_rest = kappa.im[0].sum(axis=0)
+    if z.re.shape[1] == num_heads:
+        update = self_weight[..., None] * at_rest[None, :, None, :]
+    else:
+        total = functools.reduce(jnp.add, jnp.split(total, num_heads, axis=1))
+        update = jnp.einsum("bht,hp->btp", self_weight, at_rest)[:, None]
+    # Im(conj(z) S) is the inner product of S, as a pair of reals, with i z.
+    _, turned = _wave(z, num_harmonics)
+    return functools.reduce(jnp.add, jnp.split(turned * total, 2 * num_harmonics, axis=-1), update)
 
 
-def _term(kappa: Complex, tau: int, m: int) -> Complex:
-    """One delay and harmonic of the kernel, shaped to scale ``[B, H, L, P]``."""
-    return Complex(kappa.re[tau, m][None, :, None, :], kappa.im[tau, m][None, :, None, :])
+def _wave(z: Complex, num_harmonics: int) -> Complex:
+    """``z**m`` and ``i z**m``, each laid out as in ``fold_values``.
+
+    So written a complex product is two real ones over whole rows, and nothing is put together
+    after it, when there are H times as many numbers.
+    """
+    by_harmonic = powers(z, num_harmonics)
+    return Complex(
+        jnp.concatenate([part for zm in by_harmonic for part in zm], axis=-1),
+        jnp.concatenate([part for zm in by_harmonic for part in (-zm.im, zm.re)], axis=-1),
+    )
+
+
+def _factors(kappa: Complex) -> list[Array]:
+    """What scales the real and the imaginary wave, for each delay: ``[H, 2 M P]``."""
+
+    def over_wave(part: Array) -> Array:
+        num_harmonics, num_heads, phases = part.shape
+        pairs = jnp.broadcast_to(part[:, None], (num_harmonics, 2, num_heads, phases))
+        return jnp.moveaxis(pairs, 2, 0).reshape(num_heads, -1)
+
+    return [over_wave(part[tau]) for tau in range(len(kappa.re)) for part in kappa]
+
+
+def _scale(waves: list[Array], kappa: Complex) -> Array:
+    """The sum of the waves of each delay times the kernel.
+
+    Taken with the tokens along the rows, which is how the causal sum wants the values.
+    """
+    by_row = _scaled_sum([wave.swapaxes(2, 3) for wave in waves], _factors(kappa))
+    return by_row.swapaxes(2, 3)
+
+
+@jax.custom_vjp
+def _scaled_sum(waves: list[Array], factors: list[Array]) -> Array:
+    """``sum_i factors[i] waves[i]``: ``[H, G]`` times ``[B, H or 1, G, L]``."""
+    return functools.reduce(
+        jnp.add, (f[None, :, :, None] * wave for f, wave in zip(factors, waves, strict=True))
+    )
+
+
+def _scaled_sum_forward(
+    waves: list[Array], factors: list[Array]
+) -> tuple[Array, tuple[list[Array], list[Array]]]:
+    return _scaled_sum(waves, factors), (waves, factors)
+
+
+def _scaled_sum_backward(
+    residuals: tuple[list[Array], list[Array]], gradient: Array
+) -> tuple[list[Array], list[Array]]:
+    # Head by head: for a sum over an axis of heads, or over the tokens of all heads at once, XLA on
+    # the CPU first writes out every broadcast factor.
+    waves, factors = residuals
+    num_heads = gradient.shape[1]
+    d_waves, d_factors = [], []
+    for wave, factor in zip(waves, factors, strict=True):
+        if wave.shape[1] == num_heads:
+            d_waves.append(factor[None, :, :, None] * gradient)
+        else:
+            by_head = (factor[h][None, :, None] * gradient[:, h] for h in range(num_heads))
+            d_waves.append(functools.reduce(jnp.add, by_head)[:, None])
+        heard = [wave[:, h % wave.shape[1]] for h in range(num_heads)]
+        d_factors.append(
+            jnp.stack([(gradient[:, h] * heard[h]).sum(axis=(0, 2)) for h in range(num_heads)])
+        )
+    return d_waves, d_factors
+
+
+_scaled_sum.defvjp(_scaled_sum_forward, _scaled_sum_backward)
 
 
 def _shift(z: Complex) -> Complex:

@@ -5,10 +5,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from fsn_jax.config import DType, FSNConfig
-from fsn_jax.torus import features, phasor
+from fsn_jax.dense import PhasorDense
+from fsn_jax.torus import phasor
 
 
 class SwiGLU(nn.Module):
@@ -49,7 +51,7 @@ class CollectiveModes(nn.Module):
         """The update of the phases, in radians, float32."""
         c = self.config
         z = phasor(theta)
-        drive = nn.Dense(c.num_modes, name="weights", dtype=jnp.dtype(c.dtype))(features(z))
+        drive = PhasorDense(c, c.num_modes, use_bias=True, name="weights")(z)
         weight = jax.nn.silu(drive.astype(jnp.float32)).astype(c.dtype)
         start = nn.initializers.normal(c.num_modes**-0.5)
         shape = (c.num_modes, c.num_phases)
@@ -66,7 +68,10 @@ class CollectiveModes(nn.Module):
 
 
 class PhasorSwiGLU(nn.Module):
-    """A SwiGLU from a token's phasors to an update of its phases, in radians."""
+    """A SwiGLU from a token's phasors to an update of its phases, in radians.
+
+    With one quadrature a phase, the gate starts with cosines and the other factor with sines.
+    """
 
     config: FSNConfig
 
@@ -74,6 +79,8 @@ class PhasorSwiGLU(nn.Module):
     def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
         """The update of the phases, in radians, float32."""
         c = self.config
-        swiglu = SwiGLU(c.feedforward_width, c.num_phases, c.dtype)
-        nn.share_scope(self, swiglu)
-        return swiglu(features(phasor(theta)))
+        z = phasor(theta)
+        gate = PhasorDense(c, c.feedforward_width, angle=0.0, name="gate")(z)
+        up = PhasorDense(c, c.feedforward_width, angle=np.pi / 2, name="up")(z)
+        down = nn.Dense(c.num_phases, use_bias=False, dtype=jnp.dtype(c.dtype), name="down")
+        return down(jax.nn.silu(gate) * up).astype(jnp.float32)

@@ -3,8 +3,10 @@
 Warnings are errors and shapes are checked at run time, both set in pyproject.toml.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -31,15 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture(scope="module")
-def quick_compiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiles with less effort, and each program of the session once.
-
-    For tests of what is around a model, where compiling is nearly all of the time.
-    """
+@contextlib.contextmanager
+def _quick_compiles(cache: Path) -> Iterator[None]:
     settings = {
         "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_compilation_cache_dir": str(cache),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
@@ -51,3 +49,23 @@ def quick_compiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def quick_compiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiles with less effort, and each program of the session once.
+
+    For tests of what is around a model, where compiling is nearly all of the time.
+    """
+    with _quick_compiles(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished_arms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of finished runs by name: an FSN of two seeds and a transformer, on one corpus."""
+    import small_runs
+
+    base = tmp_path_factory.mktemp("arms")
+    with _quick_compiles(tmp_path_factory.getbasetemp() / "compiled"):
+        return small_runs.finish_arms(base)

@@ -114,6 +114,26 @@ def kernel(params: Params, config: Any) -> Array:
 # The score
 
 
+def dense(params: Params, angles: Array) -> Array:
+    """A dense layer inside a block: angles [N] of one token -> reals [O].
+
+    It sees cosines and sines, or, if it has quadratures [2, G, N], one mixture of the two for each
+    of G equal groups of outputs.
+    """
+    weights = params["kernel"]
+    outputs = np.zeros(weights.shape[1])
+    for o in range(outputs.size):
+        if "quadrature" in params:
+            cosine, sine = params["quadrature"]
+            group = o // (outputs.size // len(cosine))
+            for n, x in enumerate(angles):
+                seen = cosine[group, n] * math.cos(x) + sine[group, n] * math.sin(x)
+                outputs[o] += seen * weights[n, o]
+        else:
+            outputs[o] = features(angles) @ weights[:, o]
+    return outputs + params.get("bias", 0.0)
+
+
 def score_pairs(config: Any) -> int:
     """R: the width asked for in the projected score (0: none asked for), otherwise P."""
     return config.score_phases or config.num_phases // config.num_heads
@@ -124,10 +144,9 @@ def query_and_key(params: Params, angles: Array, config: Any) -> tuple[Array, Ar
     heads, pairs, phases = config.num_heads, score_pairs(config), config.num_phases
     query = np.zeros((heads, pairs), dtype=np.complex128)
     key = np.zeros((heads, pairs), dtype=np.complex128)
-    f = features(angles)
     if config.score == "projected":
-        q = f @ params["query"]["kernel"]
-        k = f @ params["key"]["kernel"]
+        q = dense(params["query"], angles)
+        k = dense(params["key"], angles)
         for h in range(heads):
             for p in range(pairs):
                 # Columns come as [head][real, imaginary][pair].
@@ -136,8 +155,8 @@ def query_and_key(params: Params, angles: Array, config: Any) -> tuple[Array, Ar
                 key[h, p] = complex(k[real], k[imag])
         return query, key
     if config.score == "gated":
-        a = 1.0 + f @ params["query_gate"]["kernel"] + params["query_gate"]["bias"]
-        b = 1.0 + f @ params["key_gate"]["kernel"] + params["key_gate"]["bias"]
+        a = 1.0 + dense(params["query_gate"], angles)
+        b = 1.0 + dense(params["key_gate"], angles)
     else:
         a, b = params["gate"], np.ones(phases)
     for h in range(heads):
@@ -197,7 +216,7 @@ def frustrated_attention(params: Params, theta: Array, config: Any) -> Array:
     batch, length, phases = theta.shape
     update = np.zeros(theta.shape)
     for b in range(batch):
-        values = [features(theta[b, u]) @ params["value"]["kernel"] for u in range(length)]
+        values = [dense(params["value"], theta[b, u]) for u in range(length)]
         for t in range(length):
             mixed = np.zeros(phases)
             for n in range(phases):
@@ -236,13 +255,12 @@ def feedforward(params: Params, theta: Array, config: Any) -> Array:
     batch, length, phases = theta.shape
     for b in range(batch):
         for t in range(length):
-            f = features(theta[b, t])
             if config.feedforward == "swiglu":
-                gate, up = f @ params["gate"]["kernel"], f @ params["up"]["kernel"]
+                gate, up = dense(params["gate"], theta[b, t]), dense(params["up"], theta[b, t])
                 hidden = np.array([silu(g) * x for g, x in zip(gate, up, strict=True)])
                 update[b, t] = hidden @ params["down"]["kernel"]
                 continue
-            drive = f @ params["weights"]["kernel"] + params["weights"]["bias"]
+            drive = dense(params["weights"], theta[b, t])
             for n in range(phases):
                 field = 0j
                 for k in range(config.num_modes):

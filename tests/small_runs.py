@@ -1,15 +1,18 @@
 """Small corpora, models and runs that the tests of the training half share."""
 
+import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
-from train import loop
+from train import finish, loop
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -22,11 +25,15 @@ from train.config import (
 from train.corpus import SPLITS, Corpus, SplitInfo, write_manifest
 from train.fetch import file_sha256
 from train.loop import Outcome
+from train.metrics import read_rows
 from train.run import create_or_resume
 from train.step import data_mesh
 
 ALPHABET = b"abcdefghijkl"
 CONTEXT, BATCH = 16, 16
+
+# Relative: float32 sums of some 10**4 terms in another order, over some steps of a small run.
+SAME_LOSS = 2e-6
 
 # Few parameters of few kinds: what is tested with them does not depend on the layers, and nearly
 # all of its time goes to compiling them.
@@ -95,6 +102,97 @@ def run_to_the_end(experiment: ExperimentConfig, corpus: Corpus) -> Outcome:
         return loop.train(experiment, corpus, run, show_progress=False)
     finally:
         run.close()
+
+
+def finish_arms(base: Path) -> dict[str, Path]:
+    """Train and finish an FSN with two seeds and a transformer; their folders by name.
+
+    Their samples are made up: to compile what draws them would take most of the time. The settings
+    are those of other tests, so that the rest is compiled once a session.
+    """
+    corpus = write_corpus(base / "corpus")
+    runs: dict[str, dict[str, Any]] = {
+        "fsn": {},
+        "fsn_seed1": {"seed": 1},
+        "transformer": {"model": TINY_TRANSFORMER},
+    }
+    for name, changes in runs.items():
+        config = tiny_experiment(corpus.folder, base / name, name=name, **changes)
+        run = create_or_resume(config, corpus)
+        try:
+            outcome = loop.train(config, corpus, run, show_progress=False)
+            with mock.patch.object(finish, "_sample", return_value=b"abcabc <b>&amp;</b>"):
+                finish.finish(config, corpus, run, outcome)
+        finally:
+            run.close()
+    return {name: base / name for name in runs}
+
+
+def write_record(
+    results: Path,
+    arm: str,
+    *,
+    seed: int = 0,
+    curve: Sequence[float] = (3.0, 2.0),
+    whole: float | None = None,
+    sample: str = "abc",
+    **facts: Any,
+) -> Path:
+    """A made-up record with the evaluations of `curve`; facts replace those of its summary."""
+    known = {"parameters": 1000, "characters": 10**6, "sha256": "da7a", "context": 8, "bytes": 99}
+    fact = {**known, **facts}
+    assert fact.keys() == known.keys()
+    folder = results / (f"{arm}_seed{seed}" if seed else arm)
+    folder.mkdir(parents=True)
+    architecture = "transformer" if "transformer" in arm else "fsn"
+    files: dict[str, Any] = {
+        "config.json": {
+            "name": folder.name,
+            "seed": seed,
+            "model": {"architecture": architecture, "width": len(arm)},
+            "data": {"name": "enwik8", "context": fact["context"]},
+        },
+        "summary.json": {
+            "parameters": fact["parameters"],
+            "characters": fact["characters"],
+            "training_flops": 6.0 * fact["parameters"] * fact["characters"],
+            "seconds": 10.0,
+            "characters_per_second": fact["characters"] // 10,
+            "data_sha256": fact["sha256"],
+            "validation": {
+                "bpc": curve[-1], "bytes": fact["bytes"], "stride": 8, "context": fact["context"],
+            },
+        },
+        "provenance.json": [
+            {
+                "command": ["python", "-m", "train"],
+                "git": {"commit": "c0ffee", "modified": False},
+                "packages": {"jax": "1.0"},
+                "device": "1 x abacus",
+                "data": {"name": "enwik8", "sha256": fact["sha256"]},
+            }
+        ],
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    (folder / "sample.txt").write_text(sample)
+    step = fact["characters"] // len(curve)
+    rows = [
+        {"kind": kind, "step": i + 1, "characters": step * (i + 1), "bpc": bpc}
+        for i, bpc in enumerate(curve)
+        for kind in ("train", "validation")
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    timing = [{"step": i + 1, "seconds": 5.0 + seed} for i in range(len(curve))]
+    (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timing))
+    if whole is not None:
+        (folder / "evaluations.jsonl").write_text(json.dumps({"bpc": whole}) + "\n")
+    return folder
+
+
+def rows_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The rows of one kind in a run's exact log."""
+    return [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == kind]
 
 
 def mesh_of(num_devices: int) -> jax.sharding.Mesh:

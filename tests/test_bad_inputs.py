@@ -20,7 +20,7 @@ import jax
 import pytest
 from small_runs import run_to_the_end, text_of, write_corpus
 
-from train import evaluate, final_test, loop, main, prepare, sample
+from train import evaluate, export, final_test, inspect, loop, main, prepare, sample
 from train.corpus import read_corpus
 from train.program import run_program
 
@@ -360,6 +360,25 @@ CASES = [
         "--config.data.path=FILE_OR_FOLDER",
     ),
     Case(
+        "characters of a corpus of bytes",
+        f"{FRESH} --config.data.name=enwik8 --config.data.vocabulary=characters",
+        "config.data.vocabulary=characters is for config.data.name=text; enwik8 is a corpus of "
+        "bytes",
+    ),
+    Case(
+        "characters of a corpus that was prepared as bytes",
+        f"{FRESH} --config.data.vocabulary=characters",
+        "config.data.path=corpus was prepared as bytes, not characters: say "
+        "config.data.vocabulary=bytes, or name the text itself",
+    ),
+    Case(
+        "characters of a text that is no UTF-8",
+        f"{FRESH} --config.data.path=latin.txt --config.data.vocabulary=characters",
+        "latin.txt is not UTF-8 at byte 3, as config.data.vocabulary=characters needs it: convert "
+        "it, or say config.data.vocabulary=bytes",
+        write("latin.txt", "Ilyén".encode("latin-1")),
+    ),
+    Case(
         "a text that is not there",
         f"{FRESH} --config.data.path=nowhere.txt",
         "config.data.path=nowhere.txt does not exist: name a file, a folder or a pattern",
@@ -427,6 +446,12 @@ CASES = [
         "--config.run_dir=FOLDER",
     ),
     Case(
+        "a bucket in place of a run folder",
+        f"{TRAIN} --config.run_dir=gs://bucket/run",
+        "config.run_dir=gs://bucket/run is no folder of this machine: mount the bucket, or copy to "
+        "and from it (docs/cloud_tpu.md)",
+    ),
+    Case(
         "a run folder in use",
         TRAIN,
         "the run folder run is in use by process 4242 on elsewhere; wait for it, or "
@@ -462,6 +487,47 @@ CASES = [
         "arrays differ); use the run's own config, or another folder with "
         "--config.run_dir=FOLDER",
         checkpoints_of_another_model,
+    ),
+    Case(
+        "a run whose only checkpoint is damaged",
+        TRAIN,
+        "no checkpoint of the run is whole: run/checkpoints/10 is damaged (state/manifest.ocdbt "
+        "is missing); restore one from a copy, or remove run to start again from the beginning",
+        damaged_checkpoint,
+    ),
+    Case(
+        "a run whose checkpoints are gone",
+        TRAIN,
+        "the run run has come to step 10 but run/checkpoints holds no checkpoint: restore it from "
+        "a copy, or remove run to start again from the beginning",
+        no_checkpoint,
+    ),
+    Case(
+        "one of the flags of many processes",
+        f"{FRESH} --num_processes=2",
+        "--coordinator=HOST:PORT, --num_processes=N and --process_id=I belong together; on Cloud "
+        "TPU and under SLURM leave out all three and give --distributed",
+    ),
+    Case(
+        "a process beyond their number",
+        f"{FRESH} --coordinator=host:1234 --num_processes=2 --process_id=2",
+        "--process_id must be from 0 to --num_processes - 1 (1); got 2",
+    ),
+    Case(
+        "a trace of steps beyond the last",
+        f"{FRESH} --profile=5:50",
+        "--profile=5:50: the first step must be before the last, and the last at most "
+        "config.training.num_steps (10)",
+    ),
+    Case(
+        "a trace of steps that are not two",
+        f"{FRESH} --profile=all",
+        "--profile takes FIRST:LAST, two steps such as 20:40; got 'all'",
+    ),
+    Case(
+        "inspecting without a config",
+        "train.inspect --json",
+        "--config=FILE is needed, for instance --config=configs/quickstart.py",
     ),
     Case(
         "evaluating what is no run",
@@ -565,6 +631,16 @@ CASES = [
         "--seed must be from 0 to 2**31 - 1; got 99999999999999999999",
     ),
     Case(
+        "exporting to a folder that is there",
+        "train.export run corpus",
+        "corpus is there already; remove it or name another folder",
+    ),
+    Case(
+        "preparing characters of a corpus of bytes",
+        "train.prepare --name=enwik8 --vocabulary=characters",
+        "--vocabulary=characters is for --name=text; got --name=enwik8",
+    ),
+    Case(
         "preparing an unknown corpus",
         "train.prepare --name=enwik9",
         "config.data.name=enwik9 is not known: choose one of enwik8, pycode, codeparrot, text",
@@ -584,7 +660,9 @@ CASES = [
 PROGRAMS = {
     "train": main.program,
     "train.evaluate": evaluate.program,
+    "train.export": export.program,
     "train.final_test": final_test.program,
+    "train.inspect": inspect.program,
     "train.prepare": prepare.program,
     "train.sample": sample.program,
 }
@@ -664,8 +742,8 @@ PROCESSES = [
     Case(
         "a damaged checkpoint",
         "train.evaluate run",
-        "the checkpoint run/checkpoints/10 is damaged (NOT_FOUND); remove it to go on from an "
-        "earlier one",
+        "the checkpoint run/checkpoints/10 is damaged (state/manifest.ocdbt is missing); name "
+        "another with --checkpoint=STEP, or go on training, from the newest whole one",
         damaged_checkpoint,
     ),
     *(

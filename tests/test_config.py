@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from fsn_jax import FSN, ConfigError, FSNConfig, Transformer, TransformerConfig
+from fsn_jax.config import match_parameters
 
 BAD_FSN = [
     ("vocab_size", 0),
@@ -105,6 +106,7 @@ def fsn_grid():
             values=values,
             feedforward=feedforward,
             heads_per_phase=(1, 2, 3)[i % 3],
+            features=("phasor", "quadrature")[i % 2],
             delay=i % 2 == 0,
             static_angles=i % 5 < 3,
             num_harmonics=1 + i % 3,
@@ -198,3 +200,28 @@ def test_flops_of_the_transformer_counted_by_hand():
     ]
     products = 2 * layer + [(CONTEXT, 12, 11)]
     assert config.flops_per_token(CONTEXT) == pytest.approx(training_flops(products), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (FSNConfig(), "feedforward_width"),
+        (FSNConfig(feedforward="collective_modes"), "num_modes"),
+        (TransformerConfig(tied_embedding=True), "feedforward_width"),
+    ],
+)
+def test_matching_finds_the_nearest_size_and_changes_the_width_alone(config, field):
+    for target in (200_000, 654_321):
+        matched = match_parameters(config, target)
+        width = getattr(matched, field)
+        assert dataclasses.replace(matched, **{field: getattr(config, field)}) == config
+        beside = [dataclasses.replace(config, **{field: w}) for w in (width - 1, width + 1)]
+        off = abs(matched.num_params() - target)
+        assert all(abs(other.num_params() - target) >= off for other in beside)
+
+
+def test_matching_refuses_what_has_no_width_or_is_too_large():
+    with pytest.raises(ConfigError, match="feedforward is 'none'"):
+        match_parameters(FSNConfig(feedforward="none"), 10**6)
+    with pytest.raises(ConfigError, match="fewer than the"):
+        match_parameters(TransformerConfig(), 1000)

@@ -12,6 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 from small_runs import mesh_of
 
+from configs import ablations, enwik8, ladder
 from train.config import ExperimentConfig
 from train.loop import check_devices
 from train.main import load_config
@@ -66,7 +67,9 @@ def steps_of(config: ExperimentConfig, context: int) -> tuple[Any, ...]:
 
 
 def test_there_are_configs():
-    assert {file.stem for file in FILES} >= {"quickstart", "enwik8", "pycode", "text", "ablations"}
+    assert {file.stem for file in FILES} >= {
+        "quickstart", "enwik8", "pycode", "text", "ablations", "ladder",
+    }  # fmt: skip
 
 
 @each_arm
@@ -82,6 +85,118 @@ def test_a_config_is_valid_and_knows_its_size(argument):
 def test_each_run_has_a_folder_of_its_own():
     names = [config_of(argument).name for argument in ARMS]
     assert len(set(names)) == len(names)
+
+
+def rungs() -> dict[str, tuple[ExperimentConfig, ExperimentConfig]]:
+    """The two arms of each rung of the ladder, FSN first."""
+    return {
+        name: (
+            experiment_of(f"{FOLDER}/ladder.py:fsn_{name}"),
+            experiment_of(f"{FOLDER}/ladder.py:transformer_{name}"),
+        )
+        for name in ladder.RUNGS
+    }
+
+
+@pytest.mark.parametrize("name", ladder.RUNGS)
+def test_a_rung_is_the_size_it_is_called_by_and_its_arms_are_matched(name):
+    fsn, transformer = rungs()[name]
+    assert fsn.model.num_params() == pytest.approx(transformer.model.num_params(), rel=0.01)
+    if name != "pocket":
+        size = float(name.removesuffix("m")) * 1e6
+        assert fsn.model.num_params() == pytest.approx(size, rel=0.01)
+    assert fsn.data == transformer.data
+    assert fsn.training == transformer.training
+    assert fsn.evaluation == transformer.evaluation
+    assert (fsn.seed, fsn.optimizer.peak_learning_rate) == (
+        transformer.seed,
+        transformer.optimizer.peak_learning_rate,
+    )
+
+
+@pytest.mark.parametrize("name", ladder.RUNGS)
+def test_the_page_of_the_ladder_states_each_budget(name):
+    """If the pocket design changed, write the new figures into the table of configs/ladder.py."""
+    row = next(r for r in ladder.__doc__.splitlines() if r.startswith(f"{name} "))
+    _, parameters, layers, characters, _, *flops = row.split()
+    both = rungs()[name]
+    for config, stated in zip(both, flops, strict=True):
+        seen = config.training.num_steps * config.characters_per_step
+        assert seen == pytest.approx(float(characters.removesuffix("M")) * 1e6, rel=0.02)
+        assert config.model.num_params() == pytest.approx(
+            float(parameters.removesuffix("M")) * 1e6, rel=0.02
+        )
+        assert config.model.num_layers == int(layers)
+        spent = seen * config.model.flops_per_token(config.data.context)
+        assert spent == pytest.approx(float(stated), rel=0.05)
+
+
+def test_the_rungs_keep_the_design_of_the_pocket_arm():
+    """A rung is wider and deeper; each switch is that of the tuned arm."""
+    sizes = {
+        "num_layers", "num_phases", "num_heads", "heads_per_phase", "score_phases",
+        "feedforward_width", "width",
+    }  # fmt: skip
+    for arm in ladder.ARMS:
+        kind, _ = arm.split("_")
+        assert changed(enwik8.POCKET[f"{kind}_pocket"], ladder.model_of(arm)) <= sizes
+
+
+def changed(one: Any, other: Any) -> set[str]:
+    """The fields in which two models differ."""
+    mine, others = dataclasses.asdict(one), dataclasses.asdict(other)
+    return {name for name in mine if mine[name] != others[name]}
+
+
+# What each arm is called by: the fields that may differ from the reference, and their value there.
+NAMED = {
+    "no_delay": ("delay", False),
+    "no_angles": ("static_angles", False),
+    "non_negative": ("signed_harmonics", False),
+    "linear_values": ("values", "linear"),
+    "both_quadratures": ("features", "phasor"),
+    "no_feedforward": ("feedforward", "none"),
+    "one_harmonic": ("num_harmonics", 1),
+    "two_harmonics": ("num_harmonics", 2),
+    "three_harmonics": ("num_harmonics", 3),
+    "four_harmonics": ("num_harmonics", 4),
+    "one_head_per_phase": ("heads_per_phase", 1),
+    "two_heads_per_phase": ("heads_per_phase", 2),
+    "three_heads_per_phase": ("heads_per_phase", 3),
+    "four_heads_per_phase": ("heads_per_phase", 4),
+    "projected_score": ("score", "projected"),
+    "gated_score": ("score", "gated"),
+    "static_score": ("score", "static"),
+    "no_score": ("score", "none"),
+}
+
+
+@pytest.mark.parametrize("arm", ablations.ARMS)
+def test_an_ablation_changes_what_it_is_called_and_nothing_else(arm):
+    field, value = NAMED[arm]
+    reference, model = ablations.REFERENCE, ablations.model_of(arm)
+    assert getattr(model, field) == value != getattr(reference, field)
+    # The width restores the size; the phases of a score belong to a projected one alone.
+    allowed = {field, "feedforward_width"} | ({"score_phases"} if field == "score" else set())
+    assert field in changed(reference, model) <= allowed
+    if arm != "no_feedforward":
+        assert model.num_params() == pytest.approx(reference.num_params(), rel=0.01)
+    there = config_of(f"{FOLDER}/ablations.py:{arm}").to_dict()
+    beside = config_of(f"{FOLDER}/enwik8.py:fsn_pocket").to_dict()
+    for config in (there, beside):
+        del config["name"], config["model"]
+    assert there == beside
+
+
+def test_every_value_of_a_switch_is_the_reference_or_an_arm():
+    arms = [*map(ablations.model_of, ablations.ARMS), ablations.REFERENCE]
+    assert {m.num_harmonics for m in arms} >= {1, 2, 3, 4}
+    assert {m.score for m in arms} == {"projected", "gated", "static", "none"}
+    for switch in ("delay", "static_angles", "signed_harmonics"):
+        assert {getattr(m, switch) for m in arms} == {True, False}
+    assert {m.values for m in arms} == {"circular", "linear"}
+    kinds = {m.feedforward for m in arms} | {enwik8.POCKET["modes_pocket"].feedforward}
+    assert kinds == {"swiglu", "collective_modes", "none"}
 
 
 # Arms that differ in no more than their depth and their corpus have the same step but for its size.

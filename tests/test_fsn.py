@@ -192,6 +192,7 @@ def small_configs(draw):
         score=score,
         score_phases=draw(st.integers(0, 3)) if score == "projected" else 0,
         values=draw(st.sampled_from(["circular", "linear"])),
+        features=draw(st.sampled_from(["phasor", "quadrature"])),
         feedforward=draw(st.sampled_from(["swiglu", "collective_modes", "none"])),
         feedforward_width=draw(st.integers(1, 4)),
         num_modes=draw(st.integers(1, 4)),

@@ -18,6 +18,7 @@ from small_runs import (
     TINY_FSN,
     assert_equal_trees,
     mesh_of,
+    rows_of,
     run_to_the_end,
     text_of,
     tiny_config,
@@ -50,10 +51,6 @@ def whole(corpus, tmp_path_factory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("whole") / "run"
     outcome = run_to_the_end(tiny_experiment(corpus.folder, folder), corpus)
     return folder, jax.device_get(outcome.state)
-
-
-def rows_of(folder: Path, kind: str) -> list[dict[str, Any]]:
-    return [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == kind]
 
 
 class Crash(Exception):
@@ -242,7 +239,7 @@ def test_evaluation_predicts_each_character_once(corpus, whole, tmp_path, stride
         one = tiny_experiment(
             corpus.folder, tmp_path, evaluation__stride=stride, evaluation__batch_size=batch_size
         )
-        evaluate = Evaluator(one, make_evaluate_rows(build_model(TINY_FSN), mesh=mesh))
+        evaluate = Evaluator(one, make_evaluate_rows(build_model(TINY_FSN), mesh=mesh), mesh)
         loss, count = evaluate(jax.device_put(params, replicated(mesh)), text)
         assert count == len(text) - 1
         found.append(loss)
@@ -254,7 +251,7 @@ def test_evaluation_predicts_each_character_once(corpus, whole, tmp_path, stride
 def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary(corpus, whole, tmp_path):
     params = {**whole[1].params, "readout": jax.tree.map(np.zeros_like, whole[1].params["readout"])}
     rows = make_evaluate_rows(build_model(TINY_FSN), mesh=mesh_of(8))
-    evaluate = Evaluator(tiny_experiment(corpus.folder, tmp_path), rows)
+    evaluate = Evaluator(tiny_experiment(corpus.folder, tmp_path), rows, mesh_of(8))
     loss, _ = evaluate(params, corpus.tokens("validation"))
     assert loss / math.log(2) == pytest.approx(math.log2(len(ALPHABET)), rel=1e-6)
 

@@ -1,10 +1,16 @@
 """What every program does around its work: errors, interruption, finding the devices."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import pytest
 
 from train.errors import UserError
 from train.program import run_program, start_jax
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_a_users_mistake_is_one_line_and_status_2(capsys):
@@ -21,6 +27,23 @@ def test_an_interruption_says_how_to_go_on(capsys):
 
     assert run_program(program, []) == 130
     assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_leaves_no_traceback():
+    code = (
+        "import sys; from train.program import run_program;"
+        "sys.exit(run_program(lambda argv: print('a line' * 10**6), []))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.read(6)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
 
 
 def test_a_bug_keeps_its_traceback():

@@ -67,3 +67,33 @@ def test_a_damaged_provenance_is_a_users_mistake(finished, tmp_path):
 def test_a_figure_is_a_png(finished, tmp_path):
     with pytest.raises(UserError, match="must end in .png"):
         figures.program(["figures", str(finished), f"--output={tmp_path / 'x.xyz'}"])
+
+
+def test_a_figure_draws_a_curve_an_arm_and_a_band_where_there_are_seeds(tmp_path, monkeypatch):
+    runs = [
+        small_runs.write_record(tmp_path, "fsn", curve=(3.0, 2.0)),
+        small_runs.write_record(tmp_path, "fsn", seed=1, curve=(4.0, 3.0)),
+        small_runs.write_record(tmp_path, "transformer", curve=(5.0, 4.0)),
+    ]
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", lambda figure: drawn.append(figure))
+    figures.loss_curve(runs, tmp_path / "curve.png")
+    (axes,) = drawn[0].axes
+    curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert curves["fsn, validation, 2 seeds"] == [3.5, 2.5]
+    assert curves["transformer, validation"] == [5.0, 4.0]
+    assert len(axes.collections) == 2  # the bands of training and validation, of one arm
+    heights = axes.collections[1].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (2.0, 4.0)
+    monkeypatch.undo()
+    figures.plt.close(drawn[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "folder"),
+    [("arm", 0, "arm"), ("arm", 2, "arm_seed2"), ("arm_seed2", 2, "arm_seed2")],
+)
+def test_seeds_have_records_of_their_own(finished, tmp_path, name, seed, folder):
+    config = json.loads((finished / "config.json").read_text())
+    (finished / "config.json").write_text(json.dumps({**config, "name": name, "seed": seed}))
+    assert record(finished, tmp_path / "results").name == folder

@@ -59,6 +59,15 @@ SWITCHES = {
         },
     ),
     ("feedforward", "none"): (SWIGLU, {}),
+    ("features", "quadrature"): (
+        (),
+        {
+            **{name: (N, 2 * N) for name in DENSE_SCORE},
+            **{name.replace("kernel", "quadrature"): (2, H, N) for name in DENSE_SCORE},
+            **{name: (N, F) for name in SWIGLU[:2]},
+            **{name.replace("kernel", "quadrature"): (2, 1, N) for name in SWIGLU[:2]},
+        },
+    ),
 }
 
 
@@ -177,6 +186,25 @@ def test_gates_without_content_are_static_gates():
         (gated, with_block(params, attention={**attention, "score": blind})),
         (build(score="static")[0], with_block(params, attention={**attention, "score": static})),
     )
+
+
+def test_quadratures_are_dense_layers_whose_two_halves_share_a_matrix():
+    tied, params = build(features="quadrature")
+
+    def untie(part):
+        cosine, sine = part["quadrature"]
+        by_group = part["kernel"].reshape(N, len(cosine), -1)
+        halves = [jnp.einsum("gn,ngo->ngo", x, by_group).reshape(N, -1) for x in (cosine, sine)]
+        return {"kernel": jnp.concatenate(halves)}
+
+    attention, feedforward = params[BLOCK]["attention"], params[BLOCK]["feedforward"]
+    score = {**attention["score"], **{x: untie(attention["score"][x]) for x in ("query", "key")}}
+    free = with_block(
+        params,
+        attention={**attention, "score": score},
+        feedforward={**feedforward, **{x: untie(feedforward[x]) for x in ("gate", "up")}},
+    )
+    assert_same((tied, params), (build()[0], free))
 
 
 @pytest.mark.parametrize(

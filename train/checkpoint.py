@@ -1,4 +1,10 @@
-"""Checkpoints of a run: asynchronous saves, the latest and the best kept, exact restoration."""
+"""Checkpoints of a run: asynchronous saves, the latest and the best kept, exact restoration.
+
+Each is sealed with the hashes of its files (``train.integrity``). Whatever is damaged when the
+folder is opened to go on is named, and moved aside to ``<run folder>/damaged_checkpoints``; the
+newest whole checkpoint is then the latest. Orbax restores arrays by the shapes that the config
+gives; nothing is unpickled.
+"""
 
 import contextlib
 import logging
@@ -18,9 +24,12 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from train.config import CheckpointConfig
 from train.errors import UserError
+from train.integrity import SealedPath, damage
+from train.processes import first_does
 from train.step import TrainState
 
 METRIC = "validation_loss"
+ASIDE = "damaged_checkpoints"
 _ITEM = "state"
 
 
@@ -35,13 +44,28 @@ class Checkpoints:
         # Orbax tells of each save and of files it may clean up; a run has its own progress line.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = folder.resolve()
-        self._manager = ocp.CheckpointManager(
+        if read_only:
+            self._damaged = self._find_damaged()
+        else:
+            self._damaged = {}
+            # In one process, before the others look at the folder.
+            first_does(self._set_damaged_aside)
+        try:
+            self._manager = self._open(config, read_only=read_only)
+        except Exception as error:  # Orbax and what it reads with have no common one
+            if not self._damaged:
+                raise
+            raise self._damage_error(max(self._damaged)) from error
+
+    def _open(self, config: CheckpointConfig, *, read_only: bool) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self.folder,
             # Named, or a manager that has saved nothing yet cannot tell what a checkpoint holds.
             item_handlers={_ITEM: ocp.StandardCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 create=not read_only,
                 read_only=read_only,
+                temporary_path_class=SealedPath,
                 best_fn=lambda metrics: metrics[METRIC],
                 best_mode="min",
                 preservation_policy=AnyPreservationPolicy(
@@ -97,16 +121,72 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint holds another model, or is damaged.
         """
+        if step in self._damaged:
+            raise self._damage_error(step)
         try:
             with _hushed_stragglers():
                 return self._restore(step, like)
         except UserError:
             raise
-        except Exception as error:  # Orbax and what it reads with have no common one
+        except Exception as error:
+            self._damaged[step] = str(error).split(":")[0][:80]
+            raise self._damage_error(step) from error
+
+    def restore_latest(self, like: TrainState) -> tuple[int, TrainState] | None:
+        """The newest checkpoint that can be read, with its step; None if there is none.
+
+        Raises:
+          UserError: the checkpoint holds another model, or none of them can be read.
+        """
+        while (step := self.latest()) is not None:
+            try:
+                return step, self.restore(step, like)
+            except UserError:
+                if step not in self._damaged or jax.process_count() > 1:
+                    raise
+            # Its files are those that were saved, or there is no telling, and yet unreadable.
+            self._set_damaged_aside()
+            self._manager.reload()
+        return None
+
+    def _find_damaged(self) -> dict[int, str]:
+        """What is wrong with each checkpoint that is not as it was saved."""
+        if not self.folder.is_dir():
+            return {}
+        steps = [int(entry.name) for entry in self.folder.iterdir() if entry.name.isdecimal()]
+        found = ((step, damage(self.folder / str(step))) for step in sorted(steps))
+        return {step: what for step, what in found if what is not None}
+
+    def _set_damaged_aside(self) -> None:
+        """Moves what is damaged out of the way of what is whole, and says so.
+
+        Raises:
+          UserError: nothing is whole.
+        """
+        damaged = self._damaged | self._find_damaged()
+        if not damaged:
+            return
+        told = {step: f"{self.folder / str(step)} is damaged ({damaged[step]})" for step in damaged}
+        whole = {int(e.name) for e in self.folder.iterdir() if e.name.isdecimal()} - damaged.keys()
+        if not whole:
             raise UserError(
-                f"the checkpoint {self.folder / str(step)} is damaged "
-                f"({str(error).split(':')[0][:80]}); remove it to go on from an earlier one"
-            ) from error
+                f"no checkpoint of the run is whole: {'; '.join(told.values())}; restore one from "
+                f"a copy, or remove {self.folder.parent} to start again from the beginning"
+            )
+        aside = self.folder.parent / ASIDE
+        aside.mkdir(exist_ok=True)
+        for step, what in told.items():
+            number = sum(entry.name.split("-")[0] == str(step) for entry in aside.iterdir())
+            target = aside / (f"{step}-{number}" if number else str(step))
+            (self.folder / str(step)).rename(target)
+            self._damaged.pop(step, None)
+            print(f"warning: the checkpoint {what}; it is moved to {target}", file=sys.stderr)
+
+    def _damage_error(self, step: int) -> UserError:
+        return UserError(
+            f"the checkpoint {self.folder / str(step)} is damaged ({self._damaged[step]}); name "
+            f"another with --checkpoint=STEP, or go on training, from the newest whole one"
+        )
 
     def _restore(self, step: int, like: TrainState) -> TrainState:
         saved = _shapes(self._manager.item_metadata(step)[_ITEM].tree["params"])

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from fsn_jax import FSNConfig, TransformerConfig
 from fsn_jax.config import ConfigError, check_at_least, check_fields, check_positive
 from train.errors import UserError
+from train.vocabulary import Unit
 
 ModelConfig = FSNConfig | TransformerConfig
 ARCHITECTURES: dict[str, type[FSNConfig] | type[TransformerConfig]] = {
@@ -34,18 +35,26 @@ class DataConfig:
       cache_dir: where prepared corpora live; empty means $FSN_JAX_CACHE or ~/.cache/fsn_jax.
       placement: ``resident`` keeps the corpus on the device and gathers windows inside the
         compiled step; ``host`` feeds them through Grain. The batches are the same bits.
-      context: L, characters a window.
+      vocabulary: what a token of ``text`` stands for: one of its bytes, or one of its Unicode
+        characters. Every other corpus is of bytes.
+      context: L, tokens a window.
     """
 
     name: Literal["enwik8", "pycode", "codeparrot", "text"] = "enwik8"
     path: str = ""
     cache_dir: str = ""
     placement: Literal["resident", "host"] = "resident"
+    vocabulary: Unit = "bytes"
     context: int = 256
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_at_least(self, 2, "context")
+        if self.vocabulary == "characters" and self.name != "text":
+            raise ConfigError(
+                f"DataConfig.vocabulary=characters is for DataConfig.name=text; {self.name} is a "
+                f"corpus of bytes"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +112,8 @@ class TrainingConfig:
       log_every: steps between rows of metrics.
       skipped_limit: steps with a NaN or infinite loss or gradient that may be skipped before the
         run stops.
+      parameters: ``replicated`` on every device, or ``sharded`` (divided among them, with Adam's
+        moments) to fit a larger model; the losses are the same but for rounding.
     """
 
     batch_size: int = 32
@@ -111,6 +122,7 @@ class TrainingConfig:
     accumulation_steps: int = 1
     log_every: int = 50
     skipped_limit: int = 0
+    parameters: Literal["replicated", "sharded"] = "replicated"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -247,6 +259,16 @@ class ExperimentConfig:
             raise UserError(str(error).replace("ExperimentConfig.", "config.")) from None
         if not 0 <= self.seed < 2**31:
             raise UserError(f"config.seed must be from 0 to 2**31 - 1; got {self.seed}")
+        for setting, path in (
+            ("run_dir", self.run_dir),
+            ("data.path", self.data.path),
+            ("data.cache_dir", self.data.cache_dir),
+        ):
+            if "://" in path:
+                raise UserError(
+                    f"config.{setting}={path} is no folder of this machine: mount the bucket, or "
+                    f"copy to and from it (docs/cloud_tpu.md)"
+                )
         if self.data.name in ("codeparrot", "text") and not self.data.path:
             raise UserError(
                 f"config.data.name={self.data.name} needs a file or folder of yours: give it with "
@@ -280,9 +302,10 @@ class ExperimentConfig:
           UserError: the config names another size.
         """
         if not self.vocabulary_from_corpus and self.model.vocab_size != vocab_size:
+            kind = "byte values" if self.data.vocabulary == "bytes" else "characters"
             raise UserError(
                 f"config.model.vocab_size is {self.model.vocab_size}, but the corpus "
-                f"{self.data.name!r} has {vocab_size} byte values; set it to 0 to take the corpus's"
+                f"{self.data.name!r} has {vocab_size} {kind}; set it to 0 to take the corpus's"
             )
         model = dataclasses.replace(self.model, vocab_size=vocab_size)
         return dataclasses.replace(self, model=model, vocabulary_from_corpus=False)

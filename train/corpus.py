@@ -8,12 +8,13 @@ into that machine's cache or anywhere else (`data.path` may name it). The manife
 
     format        FORMAT, an int
     name          enwik8, pycode, codeparrot or text
-    splits        {split: {"bytes": int, "sha256": hex}}
-    vocabulary    the byte values that occur in any split, ascending, as hex
+    splits        {split: {"bytes": int, "sha256": hex}}, and "characters": int if that is the unit
+    unit          "characters", or left out for bytes: what a token stands for
+    vocabulary    the byte values that occur in any split, ascending, as hex; or the characters
     source        {"description": str, "sha256": hex} of what the corpus was made from
     rule          how the source became the splits, in words
 
-A token is the rank of its byte in the vocabulary.
+A token is the rank of its byte, or character, in the vocabulary.
 """
 
 import dataclasses
@@ -30,22 +31,27 @@ import numpy.typing as npt
 from train.datasets.pinned import PINNED
 from train.errors import UserError
 from train.fetch import Progress, file_sha256
+from train.vocabulary import Bytes, Tokens, Unit, Vocabulary
 
 NAMES = ("enwik8", "pycode", "codeparrot", "text")
 SPLITS = ("train", "validation", "test")
 FORMAT = 1
 MANIFEST = "manifest.json"
-NOT_A_TOKEN = 255  # in the table of tokens, unless all 256 byte values are in the vocabulary
-
-Bytes = npt.NDArray[np.uint8]
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitInfo:
-    """Length and SHA-256 of a split's file."""
+    """Length and SHA-256 of a split's file.
+
+    Attributes:
+      num_bytes: of the file.
+      sha256: of the file, in hexadecimal.
+      num_characters: that its UTF-8 holds; 0 in a corpus of bytes, which need not be UTF-8.
+    """
 
     num_bytes: int
     sha256: str
+    num_characters: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,26 +61,31 @@ class Corpus:
     Attributes:
       name: enwik8, pycode, codeparrot or text.
       folder: where its files are.
-      vocabulary: uint8[V], the byte values that occur in it, ascending.
+      vocabulary: uint8[V], the byte values that occur in it, ascending; or uint32[V], the code
+        points of its characters.
       splits: length and hash of each of SPLITS.
       source: what it was made from, in words.
+      unit: what a token stands for.
     """
 
     name: str
     folder: Path
-    vocabulary: Bytes
+    vocabulary: Tokens
     splits: Mapping[str, SplitInfo]
     source: str
+    unit: Unit = "bytes"
 
     @property
     def sha256(self) -> str:
         """The identity of the corpus, equal wherever and however it was prepared.
 
         SHA-256 of the ASCII lines "<split> <bytes> <sha256>" of train, validation and test, then
-        "vocabulary <hex of the byte values>", each ended by a newline.
+        "vocabulary <hex of the byte values>", or "characters <hex of their UTF-8>", each ended
+        by a newline.
         """
         lines = [f"{name} {info.num_bytes} {info.sha256}" for name, info in self._ordered_splits()]
-        lines.append(f"vocabulary {self.vocabulary.tobytes().hex()}")
+        kind = "vocabulary" if self.unit == "bytes" else self.unit
+        lines.append(f"{kind} {self.decode(range(self.vocab_size)).hex()}")
         return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
     @property
@@ -83,11 +94,19 @@ class Corpus:
         return int(self.vocabulary.size)
 
     @property
+    def codec(self) -> Vocabulary:
+        """Between text and tokens."""
+        return Vocabulary(self.vocabulary, self.unit)
+
+    @property
     def table(self) -> Bytes:
-        """uint8[256]: the token of each byte value (NOT_A_TOKEN for bytes outside)."""
-        table = np.full(256, NOT_A_TOKEN, np.uint8)
-        table[self.vocabulary] = np.arange(self.vocab_size, dtype=np.uint8)
-        return table
+        """See ``Vocabulary.table``."""
+        return self.codec.table
+
+    def num_tokens(self, name: str) -> int:
+        """Length of a split in tokens."""
+        info = self.splits[name]
+        return info.num_bytes if self.unit == "bytes" else info.num_characters
 
     def split(self, name: str, *, allow_test: bool = False) -> Bytes:
         """The raw bytes of a split, uint8[n], mapped from its file, read-only.
@@ -109,36 +128,17 @@ class Corpus:
             _check_hash(self, name)
         return np.memmap(self.path(name), dtype=np.uint8, mode="r")
 
-    def tokens(self, name: str, *, allow_test: bool = False) -> Bytes:
-        """The tokens of a split, uint8[n], in memory: the rank of each byte in the vocabulary."""
-        return self.table[self.split(name, allow_test=allow_test)]
+    def tokens(self, name: str, *, allow_test: bool = False) -> Tokens:
+        """The tokens of a split, uint8[n] (wider from 257 characters on), in memory."""
+        return self.codec.tokens(self.split(name, allow_test=allow_test))
 
     def encode(self, text: bytes) -> npt.NDArray[np.int32]:
-        """The tokens of some text, int32[n].
-
-        Raises:
-          UserError: a byte of the text does not occur in the corpus.
-        """
-        data = np.frombuffer(text, np.uint8)
-        unknown = np.flatnonzero(~np.isin(data, self.vocabulary))
-        if unknown.size:
-            first = int(unknown[0])
-            raise UserError(
-                f"the text holds byte 0x{data[first]:02x} at position {first}, which does not "
-                f"occur in {self.name}, so the model has no token for it: remove it"
-            )
-        return self.table[data].astype(np.int32)
+        """The tokens of some text, int32[n]; see ``Vocabulary.encode``."""
+        return self.codec.encode(text, source=self.name)
 
     def decode(self, tokens: npt.ArrayLike) -> bytes:
-        """The bytes of some tokens, the inverse of `encode`.
-
-        Raises:
-          ValueError: a number is no token.
-        """
-        ranks = np.asarray(tokens, dtype=np.int64)
-        if ranks.size and (ranks.min() < 0 or ranks.max() >= self.vocab_size):
-            raise ValueError(f"tokens must be in [0, {self.vocab_size})")
-        return self.vocabulary[ranks].tobytes()
+        """The text of some tokens, the inverse of `encode`; see ``Vocabulary.decode``."""
+        return self.codec.decode(tokens)
 
     def path(self, name: str) -> Path:
         """The file of a split."""
@@ -153,6 +153,7 @@ def open_corpus(
     name: str,
     path: str = "",
     cache_dir: str = "",
+    unit: Unit = "bytes",
     verify: bool = True,
     progress: Progress = print,
 ) -> Corpus:
@@ -164,6 +165,7 @@ def open_corpus(
         file itself or a zip or gzip archive of it, for pycode the folder of its wheels, both
         optional; or, for any of them, the folder of a prepared corpus.
       cache_dir: the cache; "" means `default_cache()`.
+      unit: what a token stands for; "characters" is for text.
       verify: check the hashes of train and validation (test is checked when it is read).
       progress: called with one line at a time while a corpus is prepared.
 
@@ -179,13 +181,18 @@ def open_corpus(
         from train.prepare import corpus_folder, prepare_corpus
 
         cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
-        folder = corpus_folder(name, path, cache)
+        folder = corpus_folder(name, path, cache, unit)
         if not folder.exists():
-            prepare_corpus(name, path, cache, progress=progress)
+            prepare_corpus(name, path, cache, unit=unit, progress=progress)
     corpus = read_corpus(folder, verify=verify)
     if corpus.name != name:
         raise UserError(
             f"config.data.path={path} holds the corpus {corpus.name}, not config.data.name={name}"
+        )
+    if corpus.unit != unit:
+        raise UserError(
+            f"config.data.path={path} was prepared as {corpus.unit}, not {unit}: say "
+            f"config.data.vocabulary={corpus.unit}, or name the text itself"
         )
     return corpus
 
@@ -212,15 +219,19 @@ def read_corpus(folder: Path, *, verify: bool = True) -> Corpus:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise _damaged(manifest, f"is not of format {FORMAT}", folder)
     try:
+        vocabulary = Vocabulary.from_text(fields["vocabulary"], fields.get("unit", "bytes"))
         corpus = Corpus(
             name=str(fields["name"]),
             folder=folder,
-            vocabulary=np.frombuffer(bytes.fromhex(fields["vocabulary"]), np.uint8),
+            vocabulary=vocabulary.values,
             splits={
-                split: SplitInfo(int(info["bytes"]), str(info["sha256"]))
+                split: SplitInfo(
+                    int(info["bytes"]), str(info["sha256"]), int(info.get("characters", 0))
+                )
                 for split, info in ((split, fields["splits"][split]) for split in SPLITS)
             },
             source=str(fields["source"]["description"]),
+            unit=vocabulary.unit,
         )
     except (LookupError, TypeError, ValueError) as error:
         raise _damaged(manifest, f"is not understood ({error!r})", folder) from error
@@ -240,14 +251,17 @@ def read_corpus(folder: Path, *, verify: bool = True) -> Corpus:
 
 def write_manifest(corpus: Corpus, source_sha256: str, rule: str) -> None:
     """Write the manifest of a corpus into its folder."""
+    of_characters = corpus.unit == "characters"
     fields: dict[str, Any] = {
         "format": FORMAT,
         "name": corpus.name,
         "splits": {
             split: {"bytes": info.num_bytes, "sha256": info.sha256}
+            | ({"characters": info.num_characters} if of_characters else {})
             for split, info in corpus.splits.items()
         },
-        "vocabulary": corpus.vocabulary.tobytes().hex(),
+        **({"unit": corpus.unit} if of_characters else {}),
+        "vocabulary": corpus.codec.to_text(),
         "source": {"description": corpus.source, "sha256": source_sha256},
         "rule": rule,
     }

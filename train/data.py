@@ -14,6 +14,7 @@ Both give the same bytes.
 """
 
 import functools
+import importlib.util
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,9 +22,10 @@ import jax
 import numpy as np
 import numpy.typing as npt
 from jax import lax
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, UInt
 
 from train.errors import UserError
+from train.vocabulary import Tokens
 
 Offsets = npt.NDArray[np.signedinteger[Any]]  # int32; int64 from INT32_LIMIT bytes on
 
@@ -101,31 +103,47 @@ def _offset_dtype(num_bytes: int) -> np.dtype[np.signedinteger[Any]]:
 
 
 def place_tokens(
-    tokens: npt.NDArray[np.uint8], sharding: jax.sharding.Sharding | None = None
-) -> UInt8[Array, " n"]:
-    """Put a whole corpus on the devices, uint8[n], replicated or as `sharding` says.
+    tokens: Tokens, sharding: jax.sharding.Sharding | None = None
+) -> UInt[Array, " n"]:
+    """Put a whole corpus on the devices, unsigned[n], replicated or as `sharding` says.
 
     Raises:
       UserError: it has 2**31 bytes or more, beyond 32-bit offsets.
     """
-    if tokens.size >= INT32_LIMIT:
+    check_placement("resident", tokens.size)
+    if sharding is None:
+        return jax.device_put(tokens)
+    return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])
+
+
+def check_placement(placement: str, num_bytes: int) -> None:
+    """Judges whether a corpus of so many bytes can be placed so.
+
+    Raises:
+      UserError: it is too long for ``resident``, or ``host`` lacks Grain.
+    """
+    if placement == "host" and importlib.util.find_spec("grain") is None:
+        raise UserError(
+            "config.data.placement=host needs Grain, which is not installed: pip install grain, or "
+            "choose config.data.placement=resident"
+        )
+    if placement == "resident" and num_bytes >= INT32_LIMIT:
         raise UserError(
             f"config.data.placement=resident takes corpora below {INT32_LIMIT} bytes and this "
-            f"split has {tokens.size}: choose config.data.placement=host"
+            f"split has {num_bytes}: choose config.data.placement=host"
         )
-    return jax.device_put(tokens, sharding)
 
 
 def gather_windows(
-    tokens: UInt8[Array, " n"], starts: Int[Array, " B"], context: int
-) -> UInt8[Array, "B {context}+1"]:
+    tokens: UInt[Array, " n"], starts: Int[Array, " B"], context: int
+) -> UInt[Array, "B {context}+1"]:
     """The windows of a resident corpus: row r is `tokens[starts[r] : starts[r] + context + 1]`.
 
     For use inside a jitted step; it reads only the windows. Offsets must leave room for a whole
     window: JAX moves the others back without a word.
     """
 
-    def window(start: Int[Array, ""]) -> UInt8[Array, " {context}+1"]:
+    def window(start: Int[Array, ""]) -> UInt[Array, " {context}+1"]:
         return lax.dynamic_slice(tokens, (start,), (context + 1,))
 
     return jax.vmap(window)(starts)
@@ -149,7 +167,7 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> sli
 
 
 def host_batches(
-    data: npt.NDArray[np.uint8],
+    data: Tokens,
     order: WindowOrder,
     *,
     start_step: int,
@@ -158,11 +176,11 @@ def host_batches(
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 16,
-) -> Iterator[npt.NDArray[np.uint8]]:
+) -> Iterator[Tokens]:
     """The batches of steps start_step to start_step + num_steps, read from the host's memory.
 
     Args:
-      data: uint8[n], the tokens; or the bytes mapped from the file, together with `table`.
+      data: unsigned[n], the tokens; or the bytes mapped from the file, together with `table`.
       order: the order of the windows; its `num_bytes` is n.
       start_step: the first step; no earlier one is read.
       num_steps: how many batches.
@@ -172,7 +190,7 @@ def host_batches(
       prefetch: batches read ahead.
 
     Returns:
-      An iterator over uint8[batch_size / process_count, L + 1]. The thread pool that reads ahead
+      An iterator over unsigned[batch_size / process_count, L + 1]. The thread pool that reads ahead
       starts with the first batch.
 
     Raises:
@@ -191,7 +209,7 @@ def host_batches(
 
     columns = np.arange(order.context + 1)
 
-    def batch(step: int) -> npt.NDArray[np.uint8]:
+    def batch(step: int) -> Tokens:
         read = data[order.starts(step)[rows, None] + columns]
         return np.asarray(read if table is None else table[read])
 

@@ -1,12 +1,36 @@
-"""The one exception that a user of the programs is meant to see."""
+"""What a user of the programs is meant to see instead of a traceback, and the exit statuses."""
+
+EXIT_FAILURE = 1  # a bug: with a traceback
+EXIT_USER_ERROR = 2
+EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, start it again
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+EXIT_UNREAD = 141  # 128 + SIGPIPE: who read the output, as `head` does, has gone
 
 
 class UserError(Exception):
     """A mistake that the user can mend; the message is one line naming the setting and the fix.
 
     The programs print it as `error: ...` and exit with status 2, without a traceback.
+
+    Attributes:
+      everywhere: whether every process of the run raises it, so that they can end together.
     """
+
+    everywhere = False
 
     def __init__(self, message: str):
         """Join `message` into one line, whatever the texts quoted in it contain."""
         super().__init__(" ".join(message.split()))
+
+
+class TryAgain(Exception):
+    """The run stopped for a reason outside it; the same command goes on (exit status 75).
+
+    Attributes:
+      everywhere: as of `UserError`.
+    """
+
+    def __init__(self, message: str, *, everywhere: bool):
+        """The message is one line."""
+        super().__init__(" ".join(message.split()))
+        self.everywhere = everywhere

@@ -29,8 +29,9 @@ class Evaluation:
 
     Attributes:
       step: of the checkpoint.
-      bpc: bits per character.
-      num_bytes: characters predicted: all of the split but its first.
+      bpc: bits per character, that is per token.
+      bits_per_byte: the same unless the tokens are Unicode characters.
+      num_bytes: of the text predicted: all of the split but its first token.
       context: most characters the model saw before a prediction.
       stride: new characters a window predicts.
       seconds: it took.
@@ -38,15 +39,17 @@ class Evaluation:
 
     step: int
     bpc: float
+    bits_per_byte: float
     num_bytes: int
     context: int
     stride: int
     seconds: float
 
     def __str__(self) -> str:
+        by_byte = "" if self.bits_per_byte == self.bpc else f" ({self.bits_per_byte:.4f} a byte)"
         return (
-            f"{self.bpc:.4f} BPC on {self.num_bytes:,} bytes (context {self.context}, stride "
-            f"{self.stride}, step {self.step}, {self.seconds:.0f} s)"
+            f"{self.bpc:.4f} BPC{by_byte} on {self.num_bytes:,} bytes (context {self.context}, "
+            f"stride {self.stride}, step {self.step}, {self.seconds:.0f} s)"
         )
 
 
@@ -55,7 +58,7 @@ def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> E
 
     Args:
       trained: the model.
-      tokens: uint8[n].
+      tokens: unsigned[n].
       stride: new characters a window predicts; 0 takes the run's own.
 
     Raises:
@@ -64,13 +67,17 @@ def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> E
     experiment = trained.experiment
     stride = stride or experiment.evaluation_stride
     check_devices(experiment, trained.mesh.size)
-    evaluator = Evaluator(experiment, make_evaluate_rows(trained.model, mesh=trained.mesh))
+    rows = make_evaluate_rows(trained.model, mesh=trained.mesh)
+    evaluator = Evaluator(experiment, rows, trained.mesh)
     began = time.perf_counter()
     loss, count = evaluator(trained.params, tokens, stride=stride)
+    num_bytes = trained.corpus.codec.num_bytes(tokens[1:])
+    bpc = bits_per_character(loss)
     return Evaluation(
         step=trained.step,
-        bpc=bits_per_character(loss),
-        num_bytes=count,
+        bpc=bpc,
+        bits_per_byte=bpc if num_bytes == count else bpc * count / num_bytes,
+        num_bytes=num_bytes,
         context=experiment.data.context,
         stride=stride,
         seconds=round(time.perf_counter() - began, 1),

@@ -75,7 +75,7 @@ class LocalFile:
 
     def write(self, target: Path, limit: int, progress: Progress) -> None:
         """Copy the file, or what the archive holds."""
-        with _archive_errors():
+        with archive_errors():
             with self.path.open("rb") as stream:
                 magic = stream.read(4)
             if self.member is not None and magic == b"PK\x03\x04":
@@ -290,7 +290,7 @@ def copy_member(archive: Path, member: str, target: Path, limit: int) -> None:
       SourceFailure: not an archive, damaged, no regular member of exactly that name, or more than
         `limit` bytes in it.
     """
-    with _archive_errors():
+    with archive_errors():
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as pack:
                 if member not in pack.namelist():
@@ -300,7 +300,7 @@ def copy_member(archive: Path, member: str, target: Path, limit: int) -> None:
             return
         with (
             gzip.open(archive) as unpacked,
-            tarfile.open(fileobj=_Capped(unpacked, limit + MAX_ARCHIVE_OVERHEAD), mode="r|") as tar,
+            tarfile.open(fileobj=Capped(unpacked, limit + MAX_ARCHIVE_OVERHEAD), mode="r|") as tar,
         ):
             for entry in tar:
                 if entry.name == member and entry.isreg():
@@ -325,7 +325,7 @@ class _Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-class _Capped(io.RawIOBase):
+class Capped(io.RawIOBase):
     """A stream that fails once more than `limit` bytes have been read from the one inside it."""
 
     def __init__(self, stream: _Readable, limit: int):
@@ -334,9 +334,15 @@ class _Capped(io.RawIOBase):
         self._left = limit
 
     def readable(self) -> bool:
+        """True."""
         return True
 
     def readinto(self, buffer: Any, /) -> int:
+        """Reads as ``io.RawIOBase`` does.
+
+        Raises:
+          SourceFailure: beyond the limit.
+        """
         data = self._stream.read(min(len(buffer), self._left + 1))
         self._left -= len(data)
         if self._left < 0:
@@ -356,7 +362,7 @@ def _copy(stream: _Readable, target: Path, limit: int) -> None:
 
 
 @contextmanager
-def _archive_errors() -> Iterator[None]:
+def archive_errors() -> Iterator[None]:
     """Turn whatever the archive readers raise on bad bytes into a SourceFailure."""
     damaged = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError)
     # RuntimeError: an encrypted zip member; NotImplementedError: an unknown compression method.

@@ -1,6 +1,7 @@
 """What a run leaves when it ends: a summary, the loss curve, a sample of text."""
 
 import json
+from typing import Any
 
 from train.config import ExperimentConfig
 from train.corpus import Corpus
@@ -10,13 +11,19 @@ from train.loop import Outcome
 from train.metrics import read_rows
 from train.run import RunFolder, write_atomically
 from train.sample import sample_bytes
-from train.step import build_model, data_mesh
+from train.step import build_model, data_mesh, on_host
 
 SAMPLE_LENGTH = 400
 
 
 def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome: Outcome) -> None:
-    """Writes ``summary.json``, ``loss.png`` and ``sample.txt`` and tells where they are."""
+    """Writes ``summary.json``, ``loss.png`` and ``sample.txt`` and tells where they are.
+
+    Every process of the run calls it; the one that writes does all of it.
+    """
+    params = on_host(outcome.state.params)
+    if not run.writes:
+        return
     validation = [row for row in read_rows(run.metrics) if row["kind"] == "validation"]
     last = validation[-1]
     best = min(validation, key=lambda row: row["loss"])
@@ -43,7 +50,7 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
     }
     write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     loss_curve([run.path], run.path / "loss.png")
-    text = _sample(experiment, corpus, run, outcome)
+    text = _sample(experiment, corpus, run, params, outcome.step)
     (run.path / "sample.txt").write_bytes(text)
 
     print(
@@ -60,20 +67,20 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
 
 
 def _sample(
-    experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome: Outcome
+    experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, params: Any, step: int
 ) -> bytes:
     trained = TrainedModel(
         run=run,
         experiment=experiment,
         corpus=corpus,
         model=build_model(experiment.model),
-        params=outcome.state.params,
-        step=outcome.step,
+        params=params,
+        step=step,
         mesh=data_mesh(),
     )
-    prompt = bytes(corpus.split("validation")[:64])
+    prompt = corpus.decode(corpus.tokens("validation")[:64])
     chunks = sample_bytes(
-        trained,
+        trained.language_model,
         prompt=prompt,
         num_tokens=SAMPLE_LENGTH,
         seed=experiment.seed,

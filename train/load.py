@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
+import numpy.typing as npt
 from jax.sharding import Mesh
 
 from train.checkpoint import Checkpoints
@@ -14,6 +16,30 @@ from train.errors import UserError
 from train.optimizer import make_optimizer
 from train.run import RunFolder, open_run, refuse_other_data
 from train.step import abstract_state, build_model, data_mesh
+from train.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """What it takes to continue a text.
+
+    Attributes:
+      model: the Flax module.
+      params: its parameters.
+      vocabulary: what its tokens stand for.
+      context: the longest window it was trained on, in tokens.
+      corpus_name: of the text that the vocabulary is of.
+    """
+
+    model: nn.Module
+    params: Any
+    vocabulary: Vocabulary
+    context: int
+    corpus_name: str
+
+    def encode(self, text: bytes) -> npt.NDArray[np.int32]:
+        """The tokens of a text; see ``Vocabulary.encode``."""
+        return self.vocabulary.encode(text, source=self.corpus_name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +64,24 @@ class TrainedModel:
     step: int
     mesh: Mesh
 
+    @property
+    def language_model(self) -> LanguageModel:
+        """Without the run and its data."""
+        return LanguageModel(
+            model=self.model,
+            params=self.params,
+            vocabulary=self.corpus.codec,
+            context=self.experiment.data.context,
+            corpus_name=self.corpus.name,
+        )
+
 
 def open_experiment_corpus(experiment: ExperimentConfig) -> Corpus:
     """The corpus of an experiment, prepared if need be."""
     data = experiment.data
-    return open_corpus(name=data.name, path=data.path, cache_dir=data.cache_dir)
+    return open_corpus(
+        name=data.name, path=data.path, cache_dir=data.cache_dir, unit=data.vocabulary
+    )
 
 
 def load(run_dir: str | Path, *, which: str = "best") -> TrainedModel:

@@ -1,4 +1,8 @@
-"""The training loop: dispatch, log, evaluate, save; resumes where the newest checkpoint stands."""
+"""The training loop: dispatch, log, evaluate, save; resumes where the newest checkpoint stands.
+
+Every process of a run goes through it in step; the one that opened the run's folder to write
+(``run.writes``) keeps its records.
+"""
 
 import dataclasses
 import time
@@ -13,14 +17,29 @@ from jax.sharding import PartitionSpec as P
 from train.checkpoint import Checkpoints
 from train.config import ExperimentConfig
 from train.corpus import Corpus
-from train.data import WindowOrder, evaluation_windows, host_batches, place_tokens
-from train.errors import UserError
-from train.metrics import Metrics
+from train.data import (
+    WindowOrder,
+    check_placement,
+    evaluation_windows,
+    host_batches,
+    place_tokens,
+)
+from train.errors import TryAgain, UserError
+from train.metrics import Metrics, Unwritten
 from train.optimizer import learning_rate, make_optimizer
-from train.run import RunFolder, write_parameter_table, write_provenance
+from train.preemption import Preemption
+from train.processes import first_does
+from train.profiling import Profiler, Span
+from train.run import (
+    RunFolder,
+    cannot_write,
+    refuse_lost_checkpoints,
+    write_parameter_table,
+    write_provenance,
+)
 from train.step import (
     DATA_AXIS,
-    Tally,
+    Report,
     TrainState,
     abstract_state,
     build_model,
@@ -34,6 +53,8 @@ from train.step import (
 
 class DivergedError(UserError):
     """More steps than allowed had a loss or gradient that was not finite."""
+
+    everywhere = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +99,17 @@ def check_experiment(experiment: ExperimentConfig, corpus: Corpus, num_devices: 
     """Judges the settings beside the corpus and the devices, before anything is written.
 
     Raises:
-      UserError: a batch does not divide, or a split is too short for a window.
+      UserError: a batch does not divide, a split is too short for a window, or the corpus cannot
+        be placed as asked.
     """
     check_devices(experiment, num_devices)
     context, evaluation = experiment.data.context, experiment.evaluation
+    check_placement(experiment.data.placement, corpus.splits["train"].num_bytes)
     WindowOrder(
-        corpus.splits["train"].num_bytes, context, experiment.training.batch_size, experiment.seed
+        corpus.num_tokens("train"), context, experiment.training.batch_size, experiment.seed
     )
     evaluation_windows(
-        corpus.splits["validation"].num_bytes,
+        corpus.num_tokens("validation"),
         context,
         experiment.evaluation_stride,
         evaluation.batch_size,
@@ -97,10 +120,13 @@ def check_experiment(experiment: ExperimentConfig, corpus: Corpus, num_devices: 
 class Evaluator:
     """Cross entropy over a split, each character after the first predicted once."""
 
-    def __init__(self, experiment: ExperimentConfig, rows: Callable[..., Any]):
-        """``rows`` is the compiled ``make_evaluate_rows`` of the model."""
+    def __init__(
+        self, experiment: ExperimentConfig, rows: Callable[..., Any], mesh: jax.sharding.Mesh
+    ):
+        """``rows`` is the compiled ``make_evaluate_rows`` of the model on the mesh."""
         self._experiment = experiment
         self._rows = rows
+        self._mesh = mesh
 
     def __call__(
         self, params: Any, tokens: np.ndarray, *, stride: int | None = None
@@ -114,9 +140,16 @@ class Evaluator:
             self._experiment.evaluation.batch_size,
         )
         offsets = np.arange(context + 1)
+        by_row = NamedSharding(self._mesh, P(DATA_AXIS))
         sums, count = [], 0
         for starts, scored in batches:
-            sums.append(self._rows(params, tokens[starts[:, None] + offsets], scored))
+            # Each process gathers the rows of its own devices.
+            def gathered(index: Any, starts: np.ndarray = starts) -> np.ndarray:
+                return tokens[starts[index[0], None] + offsets]
+
+            shape = (len(starts), context + 1)
+            windows = jax.make_array_from_callback(shape, by_row, gathered)
+            sums.append(self._rows(params, windows, _placed(scored, by_row)))
             count += int(scored.sum())
         # float64 on the host, in the order of the text: the sum does not depend on the devices.
         total = sum(np.asarray(rows, np.float64).sum() for rows in sums)
@@ -129,20 +162,55 @@ def train(
     run: RunFolder,
     *,
     show_progress: bool = True,
+    mesh: jax.sharding.Mesh | None = None,
+    profile: Span | None = None,
 ) -> Outcome:
-    """Trains, or goes on training, the run in ``run``.
+    """Trains, or goes on training, the run in ``run``, on ``mesh`` (of all devices if None).
+
+    Args:
+      experiment: its settings.
+      corpus: its data.
+      run: its open folder.
+      show_progress: whether to draw the bar.
+      mesh: of the devices to train on.
+      profile: steps to trace.
 
     Raises:
-      UserError: the settings do not suit the corpus or the devices, or the checkpoint is of
-        another model.
+      UserError: the settings do not suit the corpus or the devices, the checkpoint is of another
+        model, or none is whole, or the run's folder cannot be written any more.
       DivergedError: the loss or gradient stopped being finite.
+      TryAgain: SIGTERM came; what was done is saved.
     """
+    try:
+        with Preemption() as preemption:
+            return _train(
+                experiment, corpus, run, preemption, mesh or data_mesh(), show_progress, profile
+            )
+    except Exception as error:
+        refused = cannot_write(run, error)
+        if refused is None:
+            raise
+        raise refused from error
+
+
+def _train(
+    experiment: ExperimentConfig,
+    corpus: Corpus,
+    run: RunFolder,
+    preemption: Preemption,
+    mesh: jax.sharding.Mesh,
+    show_progress: bool,
+    profile: Span | None,
+) -> Outcome:
     training = experiment.training
-    mesh = data_mesh()
     check_experiment(experiment, corpus, mesh.size)
-    tokens = corpus.tokens("train")
     validation = _validation_slice(experiment, corpus)
-    order = WindowOrder(len(tokens), experiment.data.context, training.batch_size, experiment.seed)
+    order = WindowOrder(
+        corpus.num_tokens("train"),
+        experiment.data.context,
+        training.batch_size,
+        experiment.seed,
+    )
     model = build_model(experiment.model)
     optimizer = make_optimizer(experiment.optimizer, training.num_steps)
     rate = learning_rate(experiment.optimizer, training.num_steps)
@@ -154,16 +222,19 @@ def train(
         placement=experiment.data.placement,
         accumulation_steps=training.accumulation_steps,
         log_every=training.log_every,
+        layout=training.parameters,
     )
-    evaluate = Evaluator(experiment, make_evaluate_rows(model, mesh=mesh))
+    validation_bytes = corpus.codec.num_bytes(validation[1:])
+    evaluate = Evaluator(experiment, make_evaluate_rows(model, mesh=mesh), mesh)
 
+    first_does(lambda: refuse_lost_checkpoints(run, experiment))
     with Checkpoints(run.checkpoints, experiment.checkpoints) as checkpoints:
-        start = checkpoints.latest() or 0
-        if start:
-            like = abstract_state(model, optimizer, mesh=mesh)
-            state = checkpoints.restore(start, like)
+        placed: dict[str, Any] = {"mesh": mesh, "layout": training.parameters}
+        restored = checkpoints.restore_latest(abstract_state(model, optimizer, **placed))
+        if restored:
+            start, state = restored
         else:
-            state = init_state(model, optimizer, seed=experiment.seed, mesh=mesh)
+            start, state = 0, init_state(model, optimizer, seed=experiment.seed, **placed)
             write_parameter_table(run, state.params)
         if start == training.num_steps:
             return Outcome(
@@ -175,16 +246,19 @@ def train(
                 resumed_from=start,
             )
         write_provenance(run, corpus, resume_step=start)
-        metrics = Metrics(
-            run.path,
-            resume_step=start,
-            num_steps=training.num_steps,
-            characters_per_step=experiment.characters_per_step,
-            show_progress=show_progress,
-        )
+        metrics: Metrics = Unwritten()
+        if run.writes:
+            metrics = Metrics(
+                run.path,
+                resume_step=start,
+                num_steps=training.num_steps,
+                characters_per_step=experiment.characters_per_step,
+                show_progress=show_progress,
+            )
         if start:
             metrics.say(f"going on from the checkpoint of step {start}")
-        pending: tuple[int, Tally] | None = None
+        profiler = Profiler(run.path, profile)
+        pending: tuple[int, Report] | None = None
         validation_loss = None
         began = time.perf_counter()
 
@@ -195,29 +269,41 @@ def train(
                 pending = None
 
         try:
-            for step, batch in _batches(experiment, mesh, tokens, order, start):
+            for step, batch in _batches(experiment, corpus, mesh, order, start):
                 # The order below is fixed: a checkpoint must come after every row of its step is
                 # written, so that a resumed run finds them all and repeats none.
-                state, tally = train_steps(state, *batch)
+                with profiler.dispatch(step):
+                    state, report = train_steps(state, *batch)
+                if trace := profiler.after(step, report):
+                    metrics.say(f"trace of the steps up to {step} in {trace}")
                 flush()
-                pending = (step, tally)
+                pending = (step, report)
                 last = step == training.num_steps
+                stopping = preemption.reached(step - training.steps_per_dispatch, step)
                 evaluating = last or step % experiment.evaluation.every == 0
-                saving = last or step % experiment.checkpoints.every == 0
+                saving = last or stopping or step % experiment.checkpoints.every == 0
                 if evaluating or saving:
                     flush()
                 paused = time.perf_counter()
                 fresh_loss = None
                 if evaluating:
-                    validation_loss, count = evaluate(state.params, validation)
+                    validation_loss, _ = evaluate(state.params, validation)
                     fresh_loss = validation_loss
-                    metrics.validation(step, loss=validation_loss, num_bytes=count)
+                    metrics.validation(step, loss=validation_loss, num_bytes=validation_bytes)
                 if saving:
                     checkpoints.save(state, step, fresh_loss)
                 if evaluating or saving:
                     metrics.leave_out(time.perf_counter() - paused)
+                if stopping and not last:
+                    checkpoints.wait()
+                    raise TryAgain(
+                        f"stopped by SIGTERM after step {step}, which is saved; the same command "
+                        f"goes on from there",
+                        everywhere=True,
+                    )
             checkpoints.wait()
         finally:
+            profiler.close()
             metrics.close()
         return Outcome(
             state=state,
@@ -237,8 +323,8 @@ def _validation_slice(experiment: ExperimentConfig, corpus: Corpus) -> np.ndarra
 
 def _batches(
     experiment: ExperimentConfig,
+    corpus: Corpus,
     mesh: jax.sharding.Mesh,
-    tokens: np.ndarray,
     order: WindowOrder,
     start: int,
 ) -> Iterator[tuple[int, tuple[Any, ...]]]:
@@ -248,15 +334,31 @@ def _batches(
     ends = range(start + per_dispatch, training.num_steps + 1, per_dispatch)
     by_step_and_row = NamedSharding(mesh, P(None, DATA_AXIS))
     if experiment.data.placement == "resident":
-        corpus = place_tokens(tokens, replicated(mesh))
+        tokens = place_tokens(corpus.tokens("train"), replicated(mesh))
         for end in ends:
             starts = order.starts_of_steps(end - per_dispatch, per_dispatch)
-            yield end, (corpus, jax.device_put(starts, by_step_and_row))
+            yield end, (tokens, _placed(starts, by_step_and_row))
         return
-    batches = host_batches(tokens, order, start_step=start, num_steps=training.num_steps - start)
+    # Bytes from the file: this process reads its own rows of each batch and nothing else.
+    of_bytes = corpus.unit == "bytes"
+    batches = host_batches(
+        corpus.split("train") if of_bytes else corpus.tokens("train"),
+        order,
+        start_step=start,
+        num_steps=training.num_steps - start,
+        table=corpus.table if of_bytes else None,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    whole = (per_dispatch, training.batch_size, experiment.data.context + 1)
     for end in ends:
-        windows = np.stack([next(batches) for _ in range(per_dispatch)])
-        yield end, (jax.device_put(windows, by_step_and_row),)
+        rows = np.stack([next(batches) for _ in range(per_dispatch)])
+        yield end, (jax.make_array_from_process_local_data(by_step_and_row, rows, whole),)
+
+
+def _placed(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has whole, of which each device takes its part."""
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def _record(
@@ -266,7 +368,7 @@ def _record(
     rate: Callable[[int], Any],
     checkpoints: Checkpoints,
     step: int,
-    tally: Tally,
+    tally: Report,
 ) -> None:
     skipped = int(tally.skipped)
     if skipped > experiment.training.skipped_limit:
@@ -281,6 +383,7 @@ def _record(
             f"--config.run_dir, or go on past such steps with a higher "
             f"config.training.skipped_limit"
         )
+    metrics.losses(step - len(tally.losses), np.asarray(tally.losses))
     if step % experiment.training.log_every:
         return
     steps = max(int(tally.steps), 1)

@@ -1,6 +1,7 @@
 """``python -m train --config=configs/quickstart.py``: trains, or goes on training, a run."""
 
 import difflib
+import json
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -16,12 +17,23 @@ from train.errors import UserError
 from train.finish import finish
 from train.load import open_experiment_corpus
 from train.loop import check_experiment, train
-from train.program import run_program, start_jax
+from train.processes import Joining, agree, first_does, loss_of_a_process, together
+from train.profiling import Span
+from train.program import Arguments, run_program, start_jax
 from train.run import create_or_resume, default_folder, flatten
 
-HELP = """Any setting of the file can be changed: --config.training.num_steps=500, for instance.
+HELP = """--profile=FIRST:LAST writes a trace of these steps to the run's folder.
+
+Any setting of the file can be changed: --config.training.num_steps=500, for instance.
 train/config.py and fsn_jax/config.py tell what each one means. The same command goes on with a run
-that was interrupted."""
+that was interrupted.
+
+Many processes train as one when each starts the same command with --distributed (on a Cloud TPU
+slice, under SLURM or Open MPI, which tell JAX the rest), or anywhere with --coordinator=HOST:PORT
+--num_processes=N --process_id=0 to N-1. The run folder must be one that all of them see.
+
+The exit status is 0 at the end, 2 for a mistake (one line says which), 75 when the run was told to
+stop or lost a process: start it again."""
 
 _KINDS: dict[type, tuple[Callable[..., Any], str]] = {
     bool: (flags.DEFINE_boolean, "True or False"),
@@ -70,6 +82,28 @@ def parse_config(argv: Sequence[str]) -> ExperimentConfig:
     return ExperimentConfig.from_config_dict(config)
 
 
+def parse_options(argv: Sequence[str]) -> tuple[Joining, str, list[str]]:
+    """What a start is told beside the settings of the run.
+
+    Returns:
+      How the processes of a run find each other; the steps to trace as written; the arguments left.
+
+    Raises:
+      UserError: a flag is wrong.
+    """
+    p = Arguments(prog="python -m train", add_help=False, allow_abbrev=False)
+    p.add_argument("--distributed", action="store_true")
+    p.add_argument("--coordinator", metavar="HOST:PORT", default="")
+    p.add_argument("--num_processes", type=int, default=-1)
+    p.add_argument("--process_id", type=int, default=-1)
+    p.add_argument("--profile", metavar="FIRST:LAST", default="")
+    options, rest = p.parse_known_args(argv[1:])
+    joining = Joining(
+        options.distributed, options.coordinator, options.num_processes, options.process_id
+    )
+    return joining, options.profile, [argv[0], *rest]
+
+
 def load_config(argument: str) -> ConfigDict:
     """What the function ``get_config`` of ``FILE[:ARGUMENT]`` returns.
 
@@ -102,16 +136,36 @@ def program(argv: Sequence[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\n{HELP}")
         return
+    joining, profile, argv = parse_options(argv)
     experiment = parse_config(argv)
-    corpus = open_experiment_corpus(experiment)
+    span = Span.parse(profile, experiment.training.num_steps) if profile else None
+    start_jax(joining)
+    try:
+        _train(experiment, span)
+    except Exception as error:
+        lost = loss_of_a_process(error)
+        if lost is None:
+            raise
+        raise lost from error
+
+
+def _train(experiment: ExperimentConfig, profile: Span | None) -> None:
+    # Process 0 first, so that not all of them prepare the same corpus in the same cache.
+    first = first_does(lambda: open_experiment_corpus(experiment))
+    corpus = together(lambda: first or open_experiment_corpus(experiment))
     experiment = experiment.with_vocabulary(len(corpus.vocabulary))
-    start_jax()
+    agree(
+        settings=json.dumps(experiment.to_dict()), corpus=corpus.sha256, JAX_version=jax.__version__
+    )
     check_experiment(experiment, corpus, jax.device_count())
     run = create_or_resume(experiment, corpus)
     try:
-        print(f"run folder {default_folder(experiment)} · {jax.device_count()} device(s)")
-        outcome = train(experiment, corpus, run)
-        if outcome.resumed_from == outcome.step:
+        if run.writes:
+            shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+            devices = f"{jax.device_count()} device(s){shared}"
+            print(f"run folder {default_folder(experiment)} · {devices}")
+        outcome = train(experiment, corpus, run, show_progress=run.writes, profile=profile)
+        if run.writes and outcome.resumed_from == outcome.step:
             print(f"finished before: all {outcome.step} steps are done, nothing is left to train")
         finish(experiment, corpus, run, outcome)
     finally:

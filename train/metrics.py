@@ -11,10 +11,15 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
+
+from train.spikes import Spikes
+
+METRICS = "metrics.jsonl"
 
 
 def bits_per_character(nats: float) -> float:
@@ -74,8 +79,10 @@ class Metrics:
         show_progress: bool,
     ):
         """Opens the logs of a run that starts, or goes on, at ``resume_step``."""
-        self._rows = RowLog(folder / "metrics.jsonl", resume_step=resume_step)
+        self._rows = RowLog(folder / METRICS, resume_step=resume_step)
         self._timing = RowLog(folder / "timing.jsonl", resume_step=resume_step)
+        trained = [row["loss"] for row in read_rows(folder / METRICS) if row["kind"] == "train"]
+        self._spikes = Spikes(trained[-1] if trained else None)
         self._events = EventFileWriter(str(folder / "tensorboard"))
         self._characters_per_step = characters_per_step
         self._clock = time.perf_counter()
@@ -114,6 +121,7 @@ class Metrics:
             "skipped": skipped,
         }
         self._record(row)
+        self._spikes.expected = loss
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         speed = (step - self._clocked_step) * self._characters_per_step / max(seconds, 1e-9)
@@ -135,6 +143,13 @@ class Metrics:
         }
         self._record(row)
         self._show(step, validation=f"{bpc:.3f}")
+
+    def losses(self, before: int, losses: np.ndarray) -> None:
+        """Records which of the steps after ``before`` have a loss far above the last row's."""
+        for step, loss in self._spikes.find(before, losses):
+            expected = self._spikes.expected
+            self._rows.write({"kind": "spike", "step": step, "loss": loss, "expected": expected})
+            self.say(f"step {step}: the loss is {loss:.3f} nats after a mean of {expected:.3f}")
 
     def say(self, message: str) -> None:
         """Prints a line without disturbing the progress bar."""
@@ -165,3 +180,28 @@ class Metrics:
         self._shown |= shown
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update(step - self._bar.n)
+
+
+class Unwritten(Metrics):
+    """What a process that does not write has in place of its run's metrics."""
+
+    def __init__(self) -> None:
+        """Opens nothing."""
+
+    def train(self, step: int, **row: float) -> None:
+        """Nothing."""
+
+    def losses(self, before: int, losses: np.ndarray) -> None:
+        """Nothing."""
+
+    def validation(self, step: int, *, loss: float, num_bytes: int) -> None:
+        """Nothing."""
+
+    def say(self, message: str) -> None:
+        """Nothing."""
+
+    def leave_out(self, seconds: float) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""

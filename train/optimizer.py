@@ -18,6 +18,7 @@ _GROUP_OF_LEAF = {
     "modes_real": KERNELS,
     "modes_imag": KERNELS,
     "gate": GATES,
+    "quadrature": GATES,
     "log_beta": GATES,
     "kernel": MATRICES,
     "embedding": MATRICES,
@@ -46,6 +47,17 @@ def groups(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: group_of(path), params)
 
 
+def learning_rate_factors(config: OptimizerConfig) -> dict[str, float]:
+    """Each group's learning rate over that of the matrices."""
+    return {
+        ANGLES: config.angle_factor,
+        KERNELS: config.kernel_factor,
+        GATES: config.gate_factor,
+        MATRICES: 1.0,
+        VECTORS: 1.0,
+    }
+
+
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Linear warm-up, then a cosine to ``final_fraction`` of the peak at the last step."""
     return optax.warmup_cosine_decay_schedule(
@@ -59,13 +71,7 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """The optimizer of a run: clip, Adam, decay of matrices, group factors, schedule."""
-    factors = {
-        ANGLES: config.angle_factor,
-        KERNELS: config.kernel_factor,
-        GATES: config.gate_factor,
-        MATRICES: 1.0,
-        VECTORS: 1.0,
-    }
+    factors = learning_rate_factors(config)
     decayed: Callable[[Any], Any] = lambda params: jax.tree.map(  # noqa: E731
         lambda group: group == MATRICES, groups(params)
     )

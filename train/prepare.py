@@ -9,20 +9,29 @@ import dataclasses
 import hashlib
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from train import corpus as corpora
 from train.corpus import NAMES, SPLITS, Corpus, SplitInfo
-from train.datasets.files import find_files, fingerprint, plan_splits, without_duplicates
+from train.datasets.files import (
+    UserFile,
+    contents,
+    find_files,
+    fingerprint,
+    plan_splits,
+    without_duplicates,
+)
 from train.datasets.pinned import ENWIK8_MEMBER, PINNED
 from train.datasets.python_files import SEPARATOR, select, split_of
 from train.errors import UserError
-from train.fetch import LocalFile, Progress, fetch
+from train.fetch import LocalFile, Progress, SourceFailure, fetch
 from train.program import Arguments, run_program
+from train.vocabulary import Tokens, Unit, code_points
 
 MIN_SPLIT_BYTES = 2048  # of every split: some windows
 MIN_BYTES = 20 * MIN_SPLIT_BYTES
@@ -49,7 +58,7 @@ class Recipe:
     rule: str
 
 
-def corpus_folder(name: str, path: str, cache: Path) -> Path:
+def corpus_folder(name: str, path: str, cache: Path, unit: Unit = "bytes") -> Path:
     """Where the cache keeps a corpus; the user's own is told apart by its files' fingerprint.
 
     Raises:
@@ -65,32 +74,37 @@ def corpus_folder(name: str, path: str, cache: Path) -> Path:
             "train) or --path=FILE_OR_FOLDER (of train.prepare)"
         )
     suffix = SHARD_SUFFIX if name == "codeparrot" else ""
-    return cache / f"{name}-{fingerprint(find_files(path, suffix))[:8]}"
+    kind = "" if unit == "bytes" else f"-{unit}"
+    return cache / f"{name}-{fingerprint(find_files(path, suffix))[:8]}{kind}"
 
 
-def prepare_corpus(name: str, path: str, cache: Path, *, progress: Progress = print) -> Path:
+def prepare_corpus(
+    name: str, path: str, cache: Path, *, unit: Unit = "bytes", progress: Progress = print
+) -> Path:
     """Prepare a corpus in the cache and return its folder.
 
     Args:
       name: one of `corpus.NAMES`.
       path: the user's file, folder or pattern; see `corpus.open_corpus`.
       cache: the cache's folder, made if it is not there.
+      unit: what a token stands for; "characters" is for text.
       progress: called with one line at a time.
 
     Raises:
       UserError: the files cannot be had, are not the expected ones, or hold too little; the cache
         cannot be written; tensorflow-datasets is not installed.
     """
-    folder = corpus_folder(name, path, cache)
+    folder = corpus_folder(name, path, cache, unit)
     progress(f"preparing {name} in {folder}")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as scratch_name:
             scratch = Path(scratch_name)
-            recipe = RECIPES[name](path, scratch, progress)
+            make = RECIPES[name] if unit == "bytes" else _characters
+            recipe = make(path, scratch, progress)
             made = scratch / "corpus"
             made.mkdir()
-            corpus = _write_splits(name, recipe, scratch / "records", made)
+            corpus = _write_splits(name, recipe, scratch / "records", made, unit)
             _check_pins(corpus)
             corpora.write_manifest(corpus, recipe.sha256, recipe.rule)
             _move_into_place(made, folder)
@@ -99,6 +113,8 @@ def prepare_corpus(name: str, path: str, cache: Path, *, progress: Progress = pr
             f"preparing a corpus needs tensorflow-datasets ({error}): pip install "
             "tensorflow-datasets importlib_resources, or carry a prepared cache to this machine"
         ) from error
+    except SourceFailure as error:
+        raise UserError(f"cannot prepare {name}: {error}; get its files anew") from error
     except OSError as error:
         raise UserError(
             f"cannot prepare {name} in {cache} ({error.strerror or error}): choose another folder "
@@ -186,16 +202,31 @@ def _codeparrot(path: str, scratch: Path, progress: Progress) -> Recipe:
 
 
 def _text(path: str, scratch: Path, progress: Progress) -> Recipe:
-    from train.datasets.records import builder_options
-    from train.datasets.text import Text, separated
-
     del scratch
+    return _own_text(path, progress, "bytes")
+
+
+def _characters(path: str, scratch: Path, progress: Progress) -> Recipe:
+    """Text that must be UTF-8, no character of which is cut."""
+    del scratch
+    return _own_text(path, progress, "characters")
+
+
+def _own_text(path: str, progress: Progress, unit: Unit) -> Recipe:
+    from train.datasets.records import builder_options
+    from train.datasets.text import Text, between_characters, separated
+
     found = find_files(path)
     files = without_duplicates(found)
+    if unit == "characters":
+        for file in files:
+            _check_utf8(file)
     sizes = [sum(map(len, separated(file, several=len(files) > 1))) for file in files]
     if sum(sizes) < MIN_BYTES:
         raise _too_small(path, sum(sizes))
     rule, spans = plan_splits(sizes, [file.sha256 for file in files], MIN_SPLIT_BYTES)
+    if unit == "characters":
+        spans = between_characters(files, spans)
     progress(f"files: {len(files)}, of {sum(sizes)} bytes together, split {rule}")
     return Recipe(
         lambda folder: Text(files=files, spans=spans, **builder_options(folder)),
@@ -213,24 +244,47 @@ RECIPES: dict[str, Callable[[str, Path, Progress], Recipe]] = {
 }
 
 
-def _write_splits(name: str, recipe: Recipe, records: Path, folder: Path) -> Corpus:
+def _check_utf8(file: UserFile) -> None:
+    try:
+        for _ in code_points(contents(file.path)):
+            pass
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file.path} is not UTF-8 at byte {error.start}, as config.data.vocabulary=characters "
+            "needs it: convert it, or say config.data.vocabulary=bytes"
+        ) from None
+
+
+def _write_splits(name: str, recipe: Recipe, records: Path, folder: Path, unit: Unit) -> Corpus:
     """Build the records and write them out flat, noting what is in them."""
     from train.datasets.records import build, read_texts
 
     builder = recipe.builder(records)
     build(builder)
-    splits, seen = {}, np.zeros(256, bool)
+    of_characters = unit == "characters"
+    splits, seen = {}, np.zeros(sys.maxunicode + 1 if of_characters else 256, bool)
+
+    def written(split: str, out: IO[bytes], digest: Any) -> Iterator[bytes]:
+        for text in read_texts(builder, split):
+            out.write(text)
+            digest.update(text)
+            yield text
+
     for split in SPLITS:
-        digest, size = hashlib.sha256(), 0
+        digest, count = hashlib.sha256(), 0
         with (folder / f"{split}.bin").open("wb") as out:
-            for text in read_texts(builder, split):
-                out.write(text)
-                digest.update(text)
-                size += len(text)
-                seen[np.frombuffer(text, np.uint8)] = True
-        splits[split] = SplitInfo(size, digest.hexdigest())
-    vocabulary = np.flatnonzero(seen).astype(np.uint8)
-    return Corpus(name, folder, vocabulary, splits, recipe.source)
+            texts = written(split, out, digest)
+            for values in code_points(texts) if of_characters else map(_bytes_of, texts):
+                seen[values] = True
+                count += values.size
+            size = out.tell()
+        splits[split] = SplitInfo(size, digest.hexdigest(), count if of_characters else 0)
+    vocabulary: Tokens = np.flatnonzero(seen).astype(np.uint32 if of_characters else np.uint8)
+    return Corpus(name, folder, vocabulary, splits, recipe.source, unit)
+
+
+def _bytes_of(text: bytes) -> Any:
+    return np.frombuffer(text, np.uint8)
 
 
 def _check_pins(corpus: Corpus) -> None:
@@ -268,14 +322,27 @@ def program(argv: Sequence[str]) -> None:
     parser.add_argument("--name", default="enwik8", help=f"one of {', '.join(NAMES)}")
     parser.add_argument("--path", default="", help="your own file, folder or pattern")
     parser.add_argument("--cache_dir", default="", help=f"default: {corpora.default_cache()}")
+    parser.add_argument(
+        "--vocabulary",
+        default="bytes",
+        choices=typing.get_args(Unit),
+        help="what a token of text stands for",
+    )
     options = parser.parse_args(argv[1:])
+    if options.vocabulary == "characters" and options.name != "text":
+        raise UserError(f"--vocabulary=characters is for --name=text; got --name={options.name}")
     corpus = corpora.open_corpus(
-        name=options.name, path=options.path, cache_dir=options.cache_dir, progress=_say
+        name=options.name,
+        path=options.path,
+        cache_dir=options.cache_dir,
+        unit=options.vocabulary,
+        progress=_say,
     )
     _say(f"{corpus.name}: {corpus.source}")
     for split, info in corpus.splits.items():
         _say(f"  {split:10} {info.num_bytes:>12,} bytes  sha256 {info.sha256}")
-    _say(f"  vocabulary {corpus.vocab_size} byte values; identity {corpus.sha256}")
+    kind = "byte values" if corpus.unit == "bytes" else "characters"
+    _say(f"  vocabulary {corpus.vocab_size} {kind}; identity {corpus.sha256}")
     _say(f"  in {corpus.folder}")
 
 

@@ -3,13 +3,23 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from train.errors import UserError
+from train.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_TRY_AGAIN,
+    EXIT_UNREAD,
+    EXIT_USER_ERROR,
+    TryAgain,
+    UserError,
+)
 
-EXIT_USER_ERROR = 2
+if TYPE_CHECKING:
+    from train.processes import Joining
 
 
 class Arguments(argparse.ArgumentParser):
@@ -21,27 +31,66 @@ class Arguments(argparse.ArgumentParser):
 
 
 def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    """Runs a program; a user's mistake becomes one line on stderr and exit status 2."""
+    """Runs a program; whatever stops it on purpose becomes one line on stderr and a status.
+
+    Returns:
+      0 at the end, 2 for a user's mistake, 75 if the run was told to stop or lost a process (start
+      it again), 130 for Ctrl-C, 141 if nobody reads the output any more.
+    """
     try:
         program(argv)
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _end(f"error: {error}", EXIT_USER_ERROR, together=error.everywhere)
+    except TryAgain as error:
+        return _end(str(error), EXIT_TRY_AGAIN, together=error.everywhere)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        said = "\ninterrupted; the same command goes on from the last checkpoint"
+        return _end(said, EXIT_INTERRUPTED, together=False)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and not _others_wait():
+            # Python would complain once more when it flushes at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_UNREAD
+        if not _others_wait():
+            raise
+        return _end(traceback.format_exc(), EXIT_FAILURE, together=False)
     return 0
 
 
-def start_jax() -> None:
-    """Finds the devices and keeps compiled programs between runs.
+def _end(line: str, status: int, *, together: bool) -> int:
+    print(line, file=sys.stderr, flush=True)
+    if not together and _others_wait():
+        # Python would end JAX first, which waits for the other processes, which wait for this one
+        # in a collective. Once its connections close they end as well.
+        sys.stdout.flush()
+        os._exit(status)
+    return status
+
+
+def _others_wait() -> bool:
+    """Whether this is one of many processes of a run."""
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return bool(jax.distributed.is_initialized() and jax.process_count() > 1)
+
+
+def start_jax(joining: "Joining | None" = None) -> None:
+    """Joins the other processes, finds the devices, and keeps compiled programs between runs.
 
     The programs are kept in $JAX_COMPILATION_CACHE_DIR, or under ~/.cache/fsn_jax.
 
     Raises:
-      UserError: JAX finds no device.
+      UserError: JAX finds no device, or the other processes of the run cannot be joined.
     """
     import jax  # here, since to prepare or open a corpus takes none of it
+
+    if joining is not None:
+        from train.processes import join
+
+        join(joining)
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = Path("~/.cache/fsn_jax/compiled").expanduser()
@@ -55,3 +104,8 @@ def start_jax() -> None:
             f"JAX finds no device for {platforms} ({reason}); correct or unset "
             f"JAX_PLATFORMS, or install the package's cuda or tpu extra"
         ) from None
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise UserError(
+            f"this is one of {jax.process_count()} processes of a slice: start the same command in "
+            f"each of them with --distributed"
+        )

@@ -28,6 +28,8 @@ IF_THERE = ("evaluations.jsonl", "test_reads.jsonl")
 def record(run_dir: Path, results: Path, *, allow_modified: bool = False) -> Path:
     """Copies one run's evidence to ``results/<name>`` and returns that folder.
 
+    Seeds other than 0 get a ``_seed<n>`` after the name, unless it ends so already.
+
     Raises:
       UserError: the run is not finished, is recorded already, or ran on code that no commit holds.
     """
@@ -41,7 +43,10 @@ def record(run_dir: Path, results: Path, *, allow_modified: bool = False) -> Pat
                 f"the run {run.path} started on code that differs from any commit; run it again "
                 f"from a clean tree, or say --allow_modified"
             )
-    target = results / run.read_config().name
+    experiment = run.read_config()
+    suffix = f"_seed{experiment.seed}"
+    named = experiment.seed == 0 or experiment.name.endswith(suffix)
+    target = results / (experiment.name if named else experiment.name + suffix)
     if target.exists():
         raise UserError(f"{target} is there already; remove it to record the run anew")
     target.mkdir(parents=True)

@@ -12,6 +12,7 @@
 """
 
 import datetime
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -31,6 +32,8 @@ import numpy as np
 from train.config import ExperimentConfig
 from train.corpus import Corpus
 from train.errors import UserError
+from train.metrics import read_rows
+from train.processes import first_does, together
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -39,6 +42,7 @@ _FREE = {
     "data.cache_dir",
     "data.path",
     "data.placement",
+    "training.parameters",
     "training.skipped_limit",
     "checkpoints.keep",
 }
@@ -52,6 +56,11 @@ class RunFolder:
         """Use ``create_or_resume`` to train and ``open_run`` to read."""
         self.path = path
         self._lock = lock
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes the run."""
+        return self._lock is not None
 
     @property
     def checkpoints(self) -> Path:
@@ -107,6 +116,21 @@ def create_or_resume(experiment: ExperimentConfig, corpus: Corpus) -> RunFolder:
         other data.
     """
     path = default_folder(experiment)
+    # Process 0 writes; the others come when the folder is there, and find it if all share it.
+    run = first_does(lambda: _open_to_write(path, experiment, corpus))
+    return together(lambda: run or _open_beside(path))
+
+
+def _open_beside(path: Path) -> RunFolder:
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"the run folder {path} of process 0 is not here: name one that all processes share, "
+            f"with --config.run_dir=FOLDER"
+        )
+    return RunFolder(path)
+
+
+def _open_to_write(path: Path, experiment: ExperimentConfig, corpus: Corpus) -> RunFolder:
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / "lock").open("a+")
@@ -125,7 +149,14 @@ def create_or_resume(experiment: ExperimentConfig, corpus: Corpus) -> RunFolder:
         except UserError:
             run.close()
             raise
-    write_atomically(config_file, json.dumps(experiment.to_dict(), indent=2) + "\n")
+    try:
+        write_atomically(config_file, json.dumps(experiment.to_dict(), indent=2) + "\n")
+    except OSError as error:
+        run.close()
+        raise UserError(
+            f"cannot write to the run folder {path} ({error.strerror}); choose another with "
+            f"--config.run_dir=FOLDER"
+        ) from None
     return run
 
 
@@ -195,32 +226,84 @@ def refuse_other_data(run: RunFolder, corpus: Corpus) -> None:
         )
 
 
+def refuse_lost_checkpoints(run: RunFolder, experiment: ExperimentConfig) -> None:
+    """Raises UserError if a run without any checkpoint had one: it does not begin anew in silence.
+
+    To be called before the checkpoints are opened, which makes their folder. That comes before the
+    first row: rows without the folder tell that it was removed. The row of a step is written before
+    its checkpoint, and a checkpoint waits for the one before: rows beyond the second save tell that
+    the first was complete.
+    """
+    folder, first = run.checkpoints, experiment.checkpoints.every
+    if folder.is_dir() and any(entry.name.isdecimal() for entry in folder.iterdir()):
+        return
+    reached = max((row["step"] for row in read_rows(run.metrics)), default=0)
+    starts = run.read_provenance() if (run.path / "provenance.json").exists() else []
+    removed = reached and not folder.is_dir()
+    if removed or reached > 2 * first or any(start["step"] for start in starts):
+        raise UserError(
+            f"the run {run.path} has come to step {reached} but {run.checkpoints} holds no "
+            f"checkpoint: restore it from a copy, or remove {run.path} to start again from the "
+            f"beginning"
+        )
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNWRITABLE = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+
+
+def cannot_write(run: RunFolder, error: BaseException) -> UserError | None:
+    """What to say if ``error`` means that the run's folder takes no more; None if it does not.
+
+    Orbax hands on what its storage said as text.
+    """
+    if isinstance(error, UserError):
+        return None
+    reasons = [os.strerror(number) for number in _UNWRITABLE]
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        reason = os.strerror(error.errno)
+    else:
+        reason = next((reason for reason in reasons if reason in str(error)), "")
+    if not reason:
+        return None
+    return UserError(
+        f"cannot write to the run folder {run.path} ({reason}); make room or mend it and give the "
+        f"same command again: the run goes on from its last checkpoint"
+    )
+
+
 def write_provenance(run: RunFolder, corpus: Corpus, *, resume_step: int) -> None:
     """Adds an entry for this start: what runs, on what, with which data."""
+    if not run.writes:
+        return
     file = run.path / "provenance.json"
     starts = run.read_provenance() if file.exists() else []
-    starts.append(
-        {
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "step": resume_step,
-            "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
-            "git": git_state(),
-            "python": platform.python_version(),
-            "packages": package_versions(),
-            "device": device_description(),
-            "data": {
-                "name": corpus.name,
-                "sha256": corpus.sha256,
-                "vocabulary": len(corpus.vocabulary),
-            },
-        }
-    )
+    starts.append({"step": resume_step, **provenance(corpus)})
     write_atomically(file, json.dumps(starts, indent=2) + "\n")
+
+
+def provenance(corpus: Corpus) -> dict[str, Any]:
+    """What runs now, on what, with which data."""
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
+        "git": git_state(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "device": device_description(),
+        "processes": jax.process_count(),
+        "data": {
+            "name": corpus.name,
+            "sha256": corpus.sha256,
+            "vocabulary": len(corpus.vocabulary),
+        },
+    }
 
 
 def write_parameter_table(run: RunFolder, params: Any) -> None:
     """Writes path, shape, size of every parameter, and the total."""
-    write_atomically(run.path / "parameters.txt", parameter_table(params))
+    if run.writes:
+        write_atomically(run.path / "parameters.txt", parameter_table(params))
 
 
 def parameter_table(params: Any) -> str:

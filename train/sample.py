@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from fsn_jax.config import ConfigError
 from fsn_jax.generate import check_sampling, stream
 from train.errors import UserError
-from train.load import TrainedModel, load
+from train.exchange import is_exported, read_model
+from train.load import LanguageModel, load
 from train.program import Arguments, run_program, start_jax
 
 
 def sample_bytes(
-    trained: TrainedModel,
+    trained: LanguageModel,
     *,
     prompt: bytes,
     num_tokens: int,
@@ -33,20 +34,20 @@ def sample_bytes(
     Raises:
       UserError: the prompt or ``stop`` has a byte that the corpus has not.
     """
-    tokens = jnp.asarray(trained.corpus.encode(prompt))[None]
+    tokens = jnp.asarray(trained.encode(prompt))[None]
     for chunk in stream(
         trained.model,
         {"params": trained.params},
         tokens,
         num_tokens=num_tokens,
         key=jax.random.key(seed),
-        context=trained.experiment.data.context,
+        context=trained.context,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        stop=[trained.corpus.encode(text).tolist() for text in stop],
+        stop=[trained.encode(text).tolist() for text in stop],
     ):
-        yield trained.corpus.decode(jax.device_get(chunk[0]))
+        yield trained.vocabulary.decode(jax.device_get(chunk[0]))
 
 
 # What would move a terminal's cursor or change its colours becomes the mark of an unknown
@@ -87,7 +88,7 @@ def write_as_it_comes(chunks: Iterable[bytes], out: TextIO) -> None:
 def parser() -> Arguments:
     """The command line."""
     p = Arguments(prog="python -m train.sample", description=__doc__)
-    p.add_argument("run", help="a run's folder, for instance runs/quickstart")
+    p.add_argument("run", help="the folder of a run, or of an exported model")
     p.add_argument("--prompt", default="The ", help="what the text begins with")
     p.add_argument(
         "--num_tokens",
@@ -106,7 +107,7 @@ def parser() -> Arguments:
         help="end after this text; may be given again; $'\\n' is the end of a line",
     )
     p.add_argument("--seed", type=int, default=0, help="same seed, same text")
-    p.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    p.add_argument("--checkpoint", default="best", help="of a run: best, latest or a step")
     return p
 
 
@@ -129,17 +130,21 @@ def program(argv: Sequence[str]) -> None:
     if "" in options.stop:
         raise UserError("--stop must not be empty: name the text that ends the sample")
     start_jax()
-    trained = load(options.run, which=options.checkpoint)
+    if is_exported(options.run):
+        trained = read_model(options.run)
+    else:
+        trained = load(options.run, which=options.checkpoint).language_model
     prompt, *stop = map(os.fsencode, (options.prompt, *options.stop))
     for option, text in (("--prompt", prompt), *(("--stop", text) for text in stop)):
         try:
-            trained.corpus.encode(text)
+            trained.encode(text)
         except UserError as error:
             raise UserError(f"{option}: {error}") from None
-    context = trained.experiment.data.context
-    if len(prompt) >= context:
+    context = trained.context
+    length = len(trained.encode(prompt))
+    if length >= context:
         print(
-            f"note: the prompt has {len(prompt)} bytes; the model sees the last "
+            f"note: the prompt has {length} {trained.vocabulary.unit}; the model sees the last "
             f"{context // 2} (context {context})",
             file=sys.stderr,
         )

@@ -1,16 +1,25 @@
-"""The train step: data parallel over a mesh, several steps to a dispatch, one all-reduce each."""
+"""The train step: data parallel over a mesh, several steps to a dispatch, one all-reduce each.
+
+The parameters, with the optimizer's moments, are on every device (``replicated``) or divided among
+them (``sharded``, as in fully sharded data parallelism): then each step gathers the parameters,
+and the gradients are summed and divided by one reduce-scatter an array. The losses are the same
+but for the order of sums.
+"""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt
 
 from fsn_jax import FSN, FSNConfig, Transformer
 from train.config import ModelConfig
@@ -41,6 +50,17 @@ class Tally:
 
 
 @flax.struct.dataclass
+class Report(Tally):
+    """What a dispatch tells: the tally after it, and each of its steps.
+
+    Attributes:
+      losses: float32[K], nats, of every step of the dispatch, also those that were skipped.
+    """
+
+    losses: Array
+
+
+@flax.struct.dataclass
 class TrainState:
     """Everything that a step reads and writes.
 
@@ -62,10 +82,15 @@ def build_model(config: ModelConfig) -> nn.Module:
     return FSN(config) if isinstance(config, FSNConfig) else Transformer(config)
 
 
+Layout = Literal["replicated", "sharded"]
+
+
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with one axis, ``data``, over all devices."""
+    """A mesh with one axis, ``data``, over all devices, those of a process side by side."""
     devices = devices or jax.devices()
-    return jax.make_mesh((len(devices),), (DATA_AXIS,), (AxisType.Auto,), devices=devices)
+    # By process, which jax.make_mesh does not promise: so each one's rows of a batch are one slice.
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.asarray(ordered), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -73,13 +98,47 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def divided_axis(shape: tuple[int, ...], num_devices: int, layout: Layout) -> int | None:
+    """Along which axis an array of the state is divided: its longest that divides evenly, or none.
+
+    A function of the shape, so that the moments of Adam lie where their parameters do.
+    """
+    if layout == "replicated" or num_devices == 1:
+        return None
+    even = [axis for axis, size in enumerate(shape) if size and size % num_devices == 0]
+    return max(even, key=lambda axis: shape[axis], default=None)
+
+
+def _spec(leaf: Any, mesh: Mesh, layout: Layout) -> P:
+    axis = divided_axis(leaf.shape, mesh.size, layout)
+    return P() if axis is None else P(*[None] * axis, DATA_AXIS)
+
+
+def _shardings(tree: Any, mesh: Mesh, layout: Layout) -> Any:
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf, mesh, layout)), tree)
+
+
 def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, *, seed: int, mesh: Mesh
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    mesh: Mesh,
+    layout: Layout = "replicated",
 ) -> TrainState:
     """The state before the first step, born on the mesh."""
+    init = _state_maker(model, optimizer)
+    shapes = jax.eval_shape(init, np.uint32(seed))
+    return jax.jit(init, out_shardings=_shardings(shapes, mesh, layout))(np.uint32(seed))
 
-    def init(key: Array) -> TrainState:
-        params = model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+def _state_maker(
+    model: nn.Module, optimizer: optax.GradientTransformation
+) -> Callable[[Any], TrainState]:
+    """A function from the seed to the state before the first step."""
+
+    def init(seed: Array) -> TrainState:
+        params = model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
         tally = Tally(
             loss=jnp.zeros((), jnp.float32),
             grad_norm=jnp.zeros((), jnp.float32),
@@ -89,22 +148,41 @@ def init_state(
         )
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), tally)
 
-    return jax.jit(init, out_shardings=replicated(mesh))(jax.random.key(seed))
+    return init
 
 
 def abstract_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, *, mesh: Mesh
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    layout: Layout = "replicated",
 ) -> TrainState:
     """Shapes, types and placement of the state, without computing it."""
-    shapes = jax.eval_shape(functools.partial(init_state, model, optimizer, seed=0, mesh=mesh))
-    everywhere = replicated(mesh)
+    shapes = jax.eval_shape(_state_maker(model, optimizer), np.uint32(0))
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        _shardings(shapes, mesh, layout),
     )
 
 
+def on_host(tree: Any) -> Any:
+    """Whole copies of arrays that may be divided among devices of several processes.
+
+    Every process must call it.
+    """
+
+    def copy(leaf: Array) -> np.ndarray:
+        if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(copy, tree)
+
+
 def window_loss(
-    model: nn.Module, params: Any, windows: Int[Array, "B L1"] | UInt8[Array, "B L1"]
+    model: nn.Module, params: Any, windows: Int[Array, "B L1"] | UInt[Array, "B L1"]
 ) -> Float[Array, "B L"]:
     """Cross entropy in nats of each character after a window's first, float32."""
     tokens = windows.astype(jnp.int32)
@@ -141,26 +219,39 @@ def make_train_steps(
     placement: Literal["resident", "host"],
     accumulation_steps: int = 1,
     log_every: int,
+    layout: Layout = "replicated",
 ) -> jax.stages.Wrapped:
     """Compiles K steps into one call that consumes the state it is given.
 
     Returns:
-      For ``resident``: ``(state, corpus uint8[n], starts int32[K, B]) -> (state, tally)``; windows
-      are gathered inside. For ``host``: ``(state, windows uint8[K, B, L + 1]) -> (state, tally)``.
-      The tally is a copy that outlives the state it is a part of.
+      For ``resident``: ``(state, corpus unsigned[n], starts int32[K, B]) -> (state, report)``;
+      windows are gathered inside. For ``host``: ``(state, windows unsigned[K, B, L + 1]) -> (state,
+      report)``. The report, a ``Report``, is a copy that outlives the state that its tally is a
+      part of.
     """
 
-    def local(params: Any, windows: Array) -> tuple[Array, Any]:
-        mean = _mean_gradient(model, params, windows, accumulation_steps)
-        return jax.lax.pmean(mean, DATA_AXIS)
+    def divided(leaf: Array) -> int | None:
+        return divided_axis(leaf.shape, mesh.size, layout)
 
-    # Each device differentiates its own share and one all-reduce of the whole tree follows, also
-    # with accumulation, where the compiler's own partitioning would reduce once a part.
-    loss_and_gradient = jax.shard_map(
-        local, mesh=mesh, in_specs=(P(), P(DATA_AXIS)), out_specs=P(), check_vma=False
-    )
+    def loss_and_gradient(params: Any, windows: Array) -> tuple[Array, Any]:
+        # Each device differentiates its own share and one all-reduce of the whole tree follows,
+        # also with accumulation, where the compiler's own partitioning would reduce once a part.
+        axes = [divided(leaf) for leaf in jax.tree.leaves(params)]
+        specs = jax.tree.map(lambda leaf: _spec(leaf, mesh, layout), params)
 
-    def one_step(state: TrainState, windows: Array) -> TrainState:
+        def local(params: Any, windows: Array) -> tuple[Array, Any]:
+            mean = _mean_gradient(model, _gathered(params, axes), windows, accumulation_steps)
+            return _averaged(mean, [None, *axes])
+
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(specs, P(DATA_AXIS)),
+            out_specs=(P(), specs),
+            check_vma=False,
+        )(params, windows)
+
+    def one_step(state: TrainState, windows: Array) -> tuple[TrainState, Array]:
         loss, gradient = loss_and_gradient(state.params, windows)
         grad_norm = optax.tree.norm(gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -180,38 +271,85 @@ def make_train_steps(
             skipped=state.tally.skipped + ~finite,
             last_skipped=jnp.where(finite, state.tally.last_skipped, state.step + 1),
         )
-        return TrainState(state.step + 1, params, opt_state, tally)
+        return TrainState(state.step + 1, params, opt_state, tally), loss
+
+    def report(state: TrainState, losses: Array) -> tuple[TrainState, Report]:
+        return state, Report(**vars(state.tally), losses=losses)
 
     everywhere, by_step_and_row = replicated(mesh), NamedSharding(mesh, P(None, DATA_AXIS))
+    of_state = everywhere
+    if layout == "sharded":
+        like = abstract_state(model, optimizer, mesh=mesh, layout=layout)
+        of_state = jax.tree.map(lambda leaf: leaf.sharding, like)
 
     if placement == "resident":
 
         def resident_steps(state: TrainState, corpus: Array, starts: Array) -> Any:
-            def body(state: TrainState, starts: Array) -> tuple[TrainState, None]:
-                return one_step(state, gather_windows(corpus, starts, context)), None
+            def body(state: TrainState, starts: Array) -> tuple[TrainState, Array]:
+                return one_step(state, gather_windows(corpus, starts, context))
 
-            state, _ = jax.lax.scan(body, state, starts)
-            return state, state.tally
+            return report(*jax.lax.scan(body, state, starts))
 
-        shardings = (everywhere, everywhere, by_step_and_row)
         return jax.jit(
-            resident_steps, in_shardings=shardings, out_shardings=everywhere, donate_argnums=0
+            resident_steps,
+            in_shardings=(of_state, everywhere, by_step_and_row),
+            out_shardings=(of_state, everywhere),
+            donate_argnums=0,
         )
 
     def host_steps(state: TrainState, windows: Array) -> Any:
-        state, _ = jax.lax.scan(lambda s, w: (one_step(s, w), None), state, windows)
-        return state, state.tally
+        return report(*jax.lax.scan(one_step, state, windows))
 
     return jax.jit(
         host_steps,
-        in_shardings=(everywhere, by_step_and_row),
-        out_shardings=everywhere,
+        in_shardings=(of_state, by_step_and_row),
+        out_shardings=(of_state, everywhere),
         donate_argnums=0,
     )
 
 
+def _gathered(params: Any, axes: list[int | None]) -> Any:
+    """Inside the mesh: the whole parameters, of each device's share of them."""
+    leaves, structure = jax.tree.flatten(params)
+    whole = [
+        leaf if axis is None else jax.lax.all_gather(leaf, DATA_AXIS, axis=axis, tiled=True)
+        for leaf, axis in zip(leaves, axes, strict=True)
+    ]
+    return jax.tree.unflatten(structure, whole)
+
+
+def _averaged(mean: Any, axes: list[int | None]) -> Any:
+    """Inside the mesh: the mean over the devices, of divided arrays each device's share of it."""
+    leaves, structure = jax.tree.flatten(mean)
+    # One all-reduce takes all the undivided arrays.
+    undivided = iter(
+        jax.lax.pmean([x for x, a in zip(leaves, axes, strict=True) if a is None], DATA_AXIS)
+    )
+    devices = jax.lax.axis_size(DATA_AXIS)
+    averaged = [
+        next(undivided)
+        if axis is None
+        else jax.lax.psum_scatter(leaf, DATA_AXIS, scatter_dimension=axis, tiled=True) / devices
+        for leaf, axis in zip(leaves, axes, strict=True)
+    ]
+    return jax.tree.unflatten(structure, averaged)
+
+
+def make_window_losses(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
+    """Compiles ``(params, windows unsigned[B, L + 1]) -> float32[B, L]``: nats a character."""
+    losses = jax.shard_map(
+        functools.partial(window_loss, model),
+        mesh=mesh,
+        in_specs=(P(), P(DATA_AXIS)),
+        out_specs=P(DATA_AXIS),
+        check_vma=False,
+    )
+    by_row = NamedSharding(mesh, P(DATA_AXIS))
+    return jax.jit(losses, in_shardings=(None, by_row), out_shardings=replicated(mesh))
+
+
 def make_evaluate_rows(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
-    """Compiles ``(params, windows uint8[B, L + 1], scored bool[B, L]) -> float32[B]``.
+    """Compiles ``(params, windows unsigned[B, L + 1], scored bool[B, L]) -> float32[B]``.
 
     The result is each window's cross entropy in nats, summed over its scored characters.
     """
@@ -229,6 +367,6 @@ def make_evaluate_rows(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
     by_row = NamedSharding(mesh, P(DATA_AXIS))
     return jax.jit(
         rows,
-        in_shardings=(replicated(mesh), by_row, by_row),
+        in_shardings=(None, by_row, by_row),  # the parameters as they lie
         out_shardings=replicated(mesh),
     )

@@ -1,12 +1,11 @@
 """codeparrot: local shards of the codeparrot-clean collection of Python files, split by file."""
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.datasets.files import unpacked
 from train.datasets.python_files import SEPARATOR, select, split_of
 from train.datasets.records import CorpusBuilder
 from train.errors import UserError
@@ -40,12 +39,9 @@ def shard_sources(shards: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
       UserError: a shard is no gzip file, or a line of it no object with a text "content".
     """
     for shard in shards:
-        try:
-            with gzip.open(shard, "rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    yield _source(line, f"{shard}, line {number}")
-        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise UserError(f"{shard} is not a sound gzip file: {error}") from error
+        with unpacked(shard) as lines:
+            for number, line in enumerate(lines, start=1):
+                yield _source(line, f"{shard}, line {number}")
 
 
 def _source(line: bytes, place: str) -> tuple[str, bytes]:
@@ -54,7 +50,7 @@ def _source(line: bytes, place: str) -> tuple[str, bytes]:
         content, path = fields["content"], fields.get("path") or ""
         # A lone surrogate is legal in JSON and has no UTF-8; it is kept as three bytes.
         return str(path), content.encode("utf-8", "surrogatepass")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f'{place}: expected a JSON object with a text field "content", as in codeparrot-clean'
         ) from error

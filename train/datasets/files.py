@@ -1,21 +1,27 @@
 """The files that a user's path names, what they hold, and how they are split."""
 
+import contextlib
 import dataclasses
 import glob
 import gzip
 import hashlib
+import io
 import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from train.errors import UserError
-from train.fetch import CHUNK_BYTES, file_sha256
+from train.fetch import CHUNK_BYTES, Capped, SourceFailure, file_sha256
 
 SEPARATOR = b"\0"  # after each document of a JSON-lines file, and after each of several files
 JSON_FIELDS = ("text", "content")
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 GLOB_CHARACTERS = "*?["
+SMALL_BYTES = 16 << 20
+MAX_EXPANSION = 250  # of a gzip file: text comes to some 3 to 20 times, the worst logs to 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +53,15 @@ def find_files(path: str, suffix: str = "") -> list[UserFile]:
 
     `path` is a file; or a folder, which stands for every regular file below it; or a pattern such
     as `folder/**/*.md`. Files and folders whose names begin with a dot are passed over, and links
-    to folders are not followed.
+    to folders are not followed; a link to a file must not lead out of the folder.
 
     Args:
       path: as above; `~` is understood.
       suffix: if not empty, files of a folder that do not end so are passed over.
 
     Raises:
-      UserError: there is nothing at `path`, or no file below it, or a file cannot be read.
+      UserError: there is nothing at `path`, or no file below it, a file cannot be read, or a
+        link leads out of the folder.
     """
     named = Path(path).expanduser()
     if named.is_file():
@@ -100,18 +107,35 @@ def contents(path: Path) -> Iterator[bytes]:
       UserError: the file is not what its name says.
     """
     name = path.name.lower()
-    opened = gzip.open if name.endswith(".gz") else open
+    with unpacked(path) if name.endswith(".gz") else path.open("rb") as stream:
+        if name.removesuffix(".gz").endswith(".jsonl"):
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield _document(line, f"{path}, line {number}") + SEPARATOR
+        else:
+            while chunk := stream.read(CHUNK_BYTES):
+                yield chunk
+
+
+@contextlib.contextmanager
+def unpacked(path: Path) -> Iterator[BinaryIO]:
+    """What a gzip file holds, as a stream.
+
+    Raises:
+      UserError: it is damaged, or holds more than MAX_EXPANSION times its size (or SMALL_BYTES,
+        which do no harm).
+    """
+    limit = max(SMALL_BYTES, MAX_EXPANSION * path.stat().st_size)
     try:
-        with opened(path, "rb") as stream:
-            if name.removesuffix(".gz").endswith(".jsonl"):
-                for number, line in enumerate(stream, start=1):
-                    if line.strip():
-                        yield _document(line, f"{path}, line {number}") + SEPARATOR
-            else:
-                while chunk := stream.read(CHUNK_BYTES):
-                    yield chunk
+        with gzip.open(path, "rb") as inside, io.BufferedReader(Capped(inside, limit)) as stream:
+            yield stream
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path} is not a sound gzip file: {error}") from error
+    except SourceFailure as error:
+        raise UserError(
+            f"{path} expands to more than {MAX_EXPANSION} times its size, as no text does: unpack "
+            f"it yourself if it is sound"
+        ) from error
 
 
 def without_duplicates(files: Sequence[UserFile]) -> list[UserFile]:
@@ -180,6 +204,11 @@ def _walk(folder: Path) -> Iterator[Path]:
         for name in names:
             file = Path(parent, name)
             if not name.startswith(".") and file.is_file():
+                if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
+                    raise UserError(
+                        f"config.data.path={folder} holds {file.relative_to(folder)}, a link to "
+                        f"{file.resolve()} outside it: remove it, or put the file in its place"
+                    )
                 yield file
 
 
@@ -189,7 +218,7 @@ def _document(line: bytes, place: str) -> bytes:
         document = next(fields[name] for name in JSON_FIELDS if name in fields)
         # A lone surrogate is legal in JSON and has no UTF-8; it is kept as three bytes.
         encoded: bytes = document.encode("utf-8", "surrogatepass")
-    except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
+    except (*_UNREADABLE, StopIteration) as error:
         raise UserError(
             f'{place}: expected a JSON object with a text field "text" or "content"'
         ) from error

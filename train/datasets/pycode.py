@@ -7,7 +7,7 @@ from typing import Any
 
 from train.datasets.python_files import SEPARATOR, select, split_of
 from train.datasets.records import CorpusBuilder
-from train.fetch import SourceFailure
+from train.fetch import SourceFailure, archive_errors
 
 MAX_FILE_BYTES = 16 << 20  # a single source file; the longest in the pinned wheels is under 1 MiB
 
@@ -42,10 +42,10 @@ def wheel_sources(wheels: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     """Yield (path in the wheel, content) of every `.py` file, wheel by wheel, paths sorted.
 
     Raises:
-      SourceFailure: a file expands beyond MAX_FILE_BYTES.
+      SourceFailure: a file expands beyond MAX_FILE_BYTES, or a wheel is damaged.
     """
     for wheel in wheels:
-        with zipfile.ZipFile(wheel) as pack:
+        with archive_errors(), zipfile.ZipFile(wheel) as pack:
             for path in sorted(set(pack.namelist())):
                 if not path.endswith(".py"):
                     continue

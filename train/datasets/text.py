@@ -1,5 +1,6 @@
 """text: the user's own file or folder."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,3 +47,38 @@ def separated(file: UserFile, *, several: bool) -> Iterator[bytes]:
         yield piece
     if several and last != SEPARATOR:
         yield SEPARATOR
+
+
+def between_characters(
+    files: Sequence[UserFile], spans: Mapping[str, Sequence[Span]]
+) -> dict[str, list[Span]]:
+    """The same spans of UTF-8 files, with each cut moved back to where a character begins."""
+    cuts = {(span.file, span.start) for parts in spans.values() for span in parts if span.start}
+    moved = {
+        (index, cut): _character_start(separated(files[index], several=len(files) > 1), cut)
+        for index, cut in cuts
+    }
+    return {
+        split: [
+            dataclasses.replace(
+                span,
+                start=moved.get((span.file, span.start), span.start),
+                stop=moved.get((span.file, span.stop), span.stop),
+            )
+            for span in parts
+        ]
+        for split, parts in spans.items()
+    }
+
+
+def _character_start(pieces: Iterator[bytes], offset: int) -> int:
+    """Where the character begins that the byte at ``offset`` belongs to."""
+    before, tail = 0, b""
+    for piece in pieces:
+        if before + len(piece) > offset:
+            near = (tail + piece[: offset - before + 1])[-4:]  # no character is longer
+            start = next(i for i in reversed(range(len(near))) if near[i] & 0xC0 != 0x80)
+            return offset - (len(near) - 1 - start)
+        before += len(piece)
+        tail = (tail + piece)[-3:]
+    raise ValueError(f"there is no byte {offset}")

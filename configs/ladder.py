@@ -1,0 +1,134 @@
+"""The scale ladder on enwik8: ``python -m train.ladder --config=configs/ladder.py``.
+
+One rung is one ARM after the colon, too: ``python -m train --config=configs/ladder.py:fsn_4m``.
+Both arms of a rung have the same number of parameters within 1%, the same batches and the same
+budget: about 100 characters a parameter.
+
+======  ==========  ======  ===================  =================  =================
+rung    parameters  layers  characters (epochs)  FLOPs, FSN         FLOPs, transformer
+======  ==========  ======  ===================  =================  =================
+pocket  0.23M       4       20M (0.2)            5.9e13             3.3e13
+1m      1.0M        6       98M (1.1)            1.5e15             7.8e14
+2m      2.0M        8       203M (2.3)           5.4e15             3.1e15
+4m      4.0M        8       400M (4.4)           2.2e16             1.1e16
+8m      8.0M        10      800M (8.9)           7.6e16             4.4e16
+16m     16.0M       12      1599M (18)           2.7e17             1.7e17
+======  ==========  ======  ===================  =================  =================
+
+FLOPs are of the whole training, forward and backward, counted by ``flops_per_token``. The pocket
+arms are those of ``configs/enwik8.py``, the others the same design wider and deeper; the width of
+the feed-forward gives a rung its size. Learning rates are those tuned at the pocket rung times
+(width of the pocket rung / width), for both arms alike, and not tuned again.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs import enwik8
+from fsn_jax import FSNConfig, TransformerConfig
+from fsn_jax.config import match_parameters
+from train.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    TrainingConfig,
+    experiment,
+)
+
+CHARACTERS_PER_PARAMETER = 100
+EVALUATIONS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """A size that both arms have.
+
+    Attributes:
+      num_params: aimed at.
+      num_layers: blocks.
+      width: N of the FSN and D of the transformer.
+      num_heads: H.
+      batch_size: B.
+      context: L.
+    """
+
+    num_params: int
+    num_layers: int
+    width: int
+    num_heads: int
+    batch_size: int = 64
+    context: int = 512
+
+
+POCKET = Rung(200_000, 4, enwik8.FSN_POCKET.num_phases, enwik8.FSN_POCKET.num_heads, 16, 256)
+RUNGS = {
+    "pocket": POCKET,
+    "1m": Rung(1_000_000, 6, 112, 4),
+    "2m": Rung(2_000_000, 8, 136, 4),
+    "4m": Rung(4_000_000, 8, 192, 6),
+    "8m": Rung(8_000_000, 10, 240, 6),
+    "16m": Rung(16_000_000, 12, 312, 6),
+}
+ARMS = tuple(f"{kind}_{rung}" for rung in RUNGS for kind in ("fsn", "transformer"))
+
+
+def model_of(arm: str) -> ModelConfig:
+    """The model of an arm: the pocket one, or the same design at the rung's size."""
+    kind, name = arm.split("_")
+    pocket = enwik8.POCKET[f"{kind}_pocket"]
+    if name == "pocket":
+        return pocket
+    rung = RUNGS[name]
+    if isinstance(pocket, TransformerConfig):
+        wide = dataclasses.replace(
+            pocket, num_layers=rung.num_layers, width=rung.width, num_heads=rung.num_heads
+        )
+        return match_parameters(wide, rung.num_params)
+    growth = rung.width / rung.num_heads / pocket.phases_per_head
+    return match_parameters(
+        dataclasses.replace(
+            pocket,
+            num_layers=rung.num_layers,
+            num_phases=rung.width,
+            num_heads=rung.num_heads,
+            heads_per_phase=heads_heard(pocket, rung.num_heads),
+            score_phases=round(pocket.score_phases * growth),
+        ),
+        rung.num_params,
+    )
+
+
+def heads_heard(pocket: FSNConfig, num_heads: int) -> int:
+    """All of them where the pocket model hears all, else as many as there."""
+    return num_heads if pocket.heads_per_phase == pocket.num_heads else pocket.heads_per_phase
+
+
+def get_config(arm: str = "fsn_pocket") -> ConfigDict:
+    """An arm of a rung; see ``ARMS``."""
+    if arm not in ARMS:
+        raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
+    rung, model = RUNGS[arm.split("_")[1]], model_of(arm)
+    per_step = rung.batch_size * rung.context
+    per_dispatch = 10
+    every = per_dispatch * round(
+        rung.num_params * CHARACTERS_PER_PARAMETER / per_step / per_dispatch / EVALUATIONS
+    )
+    tuned = enwik8.FSN_OPTIMIZER if isinstance(model, FSNConfig) else enwik8.TRANSFORMER_OPTIMIZER
+    return experiment(
+        f"ladder_{arm}",
+        model=model,
+        data=DataConfig(name="enwik8", context=rung.context),
+        optimizer=dataclasses.replace(
+            tuned, peak_learning_rate=tuned.peak_learning_rate * POCKET.width / rung.width
+        ),
+        training=TrainingConfig(
+            batch_size=rung.batch_size,
+            num_steps=every * EVALUATIONS,
+            steps_per_dispatch=per_dispatch,
+            log_every=per_dispatch,
+        ),
+        evaluation=EvaluationConfig(every=every, num_bytes=1_000_000),
+        checkpoints=CheckpointConfig(every=every),
+    )

@@ -1,0 +1,87 @@
+"""Dense layers that read phasors: both quadratures of every phase, or one."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fsn_jax.config import FSNConfig
+from fsn_jax.torus import Complex, features
+
+
+def _random_quadrature(groups: int, phases: int) -> nn.initializers.Initializer:
+    """Cosines and sines of uniform angles, ``[2, G, N]``."""
+
+    def start(key: Array, *_: object) -> Array:
+        angle = jax.random.uniform(key, (groups, phases), maxval=2 * np.pi)
+        return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+
+    return start
+
+
+class PhasorDense(nn.Module):
+    """A linear map from the phasors of a token to O reals.
+
+    With ``config.features="phasor"`` it is ``[cos theta, sin theta] W``, W of ``[2N, O]``. With
+    ``"quadrature"`` each of G equal groups of outputs reads one learned quadrature of each phase,
+
+        x_g[n] = a[g, n] cos theta_n + b[g, n] sin theta_n,    y_g = x_g W_g,    W_g of [N, O / G],
+
+    as a detector with a local oscillator does: ``a = r cos phi, b = r sin phi`` gives
+    ``r cos(theta - phi)``. Half as many weights; what one group cannot see another can.
+
+    Attributes:
+      config: of the model.
+      features: O.
+      groups: G, which divides O.
+      use_bias: whether a bias is added.
+      kernel_init: of W.
+      angle: phi at the start, radians, the same for all; None draws each from the circle.
+    """
+
+    config: FSNConfig
+    features: int
+    groups: int = 1
+    use_bias: bool = False
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    angle: float | None = None
+
+    @nn.compact
+    def __call__(self, z: Complex) -> Float[Array, "*shape O"]:
+        """The reals in the compute dtype, from phasors ``[..., N]``."""
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        if c.features == "phasor":
+            inputs = features(z)
+            kernel = self.param(
+                "kernel", self.kernel_init, (2 * c.num_phases, self.features), jnp.float32
+            )
+        else:
+            quadrature = self.param("quadrature", self._start(), (2, self.groups, c.num_phases))
+            kernel = self.param(
+                "kernel", self.kernel_init, (c.num_phases, self.features), jnp.float32
+            )
+            if self.groups == 1:
+                cosine, sine = (self._over_tokens(x[0], z) for x in quadrature)
+                inputs = z.re * cosine + z.im * sine
+            else:
+                # One product with a matrix made for both quadratures is quicker than G inputs.
+                inputs = features(z)
+                grouped = kernel.reshape(1, c.num_phases, self.groups, -1)
+                by_phase = quadrature.swapaxes(1, 2)[..., None]
+                kernel = (by_phase * grouped).reshape(2 * c.num_phases, self.features)
+        y = inputs.astype(dtype) @ kernel.astype(dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y += self._over_tokens(bias, z).astype(dtype)
+        return y
+
+    def _over_tokens(self, x: Array, z: Complex) -> Array:
+        return jnp.expand_dims(x, tuple(range(z.re.ndim - 1)))
+
+    def _start(self) -> nn.initializers.Initializer:
+        if self.angle is None:
+            return _random_quadrature(self.groups, self.config.num_phases)
+        parts = jnp.array([np.cos(self.angle), np.sin(self.angle)], jnp.float32)
+        return lambda _, shape: jnp.broadcast_to(parts[:, None, None], shape)

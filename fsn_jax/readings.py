@@ -1,0 +1,131 @@
+"""Reading a trained FSN as a system of coupled oscillators: pure functions of kernels and states.
+
+``fsn_jax.coupling.coupling_function`` is the kernel as a curve, ``fsn_jax.torus.order_parameter``
+the order of a state; here is what they leave. Source of the names: a kernel entry
+``kappa = rho exp(-i alpha)`` acts as ``rho sin(m (theta_u - theta_t) - alpha)``, so alpha is the
+frustration angle of Sakaguchi and Kuramoto and rho the coefficient of Daido's m-th harmonic.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Complex, Float, Int
+
+from fsn_jax.fsn import FSN
+from fsn_jax.torus import phasor
+
+
+class Coefficients(NamedTuple):
+    """Kernel entries in polar form, signed: ``kappa = strength exp(-i angle)``.
+
+    Attributes:
+      strength: Daido coefficients; attractive if positive, repulsive if negative.
+      angle: frustration angles in radians, from -pi / 2 to pi / 2.
+    """
+
+    strength: Float[Array, "*shape"]
+    angle: Float[Array, "*shape"]
+
+
+def coefficients(kappa: Complex[Array, "*shape"]) -> Coefficients:
+    """Strength and frustration angle of kernel entries; the sign is that of the in-phase part."""
+    sign = jnp.where(kappa.real < 0, -1.0, 1.0)
+    return Coefficients(sign * jnp.abs(kappa), -jnp.angle(sign * kappa))
+
+
+def repulsiveness(strength: Float[Array, "T M *phases"]) -> Float[Array, "T M"]:
+    """Share of a harmonic's strength that repels: 0 if every phase attracts, 1 if none does."""
+    total = jnp.abs(strength).reshape(*strength.shape[:2], -1).sum(axis=-1)
+    repelling = jnp.maximum(-strength, 0.0).reshape(*strength.shape[:2], -1).sum(axis=-1)
+    return repelling / jnp.maximum(total, jnp.finfo(total.dtype).tiny)
+
+
+class LayerState(NamedTuple):
+    """What a block does to some text.
+
+    Attributes:
+      before: phases that enter it, radians.
+      coupled: phases after its coupling.
+      after: phases after its feed-forward.
+      attention: its weights, causal rows that sum to one.
+      kappa: its coupling kernel, ``[T, M, J, N]``.
+    """
+
+    before: Float[Array, "B L N"]
+    coupled: Float[Array, "B L N"]
+    after: Float[Array, "B L N"]
+    attention: Float[Array, "B H L L"]
+    kappa: Complex[Array, "T M J N"]
+
+
+def trace_layers(
+    model: FSN, variables: dict[str, Any], tokens: Int[Array, "B L"]
+) -> list[LayerState]:
+    """The state of every block of an FSN over some text.
+
+    Raises:
+      ValueError: the model has linear values, so there is no kernel.
+    """
+    if model.config.values != "circular":
+        raise ValueError(f"values={model.config.values!r} have no coupling kernel to be read")
+
+    def walk(model: FSN, tokens: Array) -> list[LayerState]:
+        theta = model.embedding(tokens)
+        states = []
+        for block in model.blocks:
+            kappa = jax.lax.complex(*block.attention.kappa())
+            kappa = kappa if kappa.ndim == 4 else kappa[:, :, None]
+            coupled, after = theta + block.attention(theta), block(theta)
+            weights = block.attention.weights(theta)
+            states.append(LayerState(theta, coupled, after, weights, kappa))
+            theta = after
+        return states
+
+    states: Any = model.apply(variables, tokens, method=walk)
+    return states
+
+
+class WeightedAngles(NamedTuple):
+    """Angles in radians and how much each of them counts."""
+
+    angle: Float[Array, "B L1 N"]
+    weight: Float[Array, "B L1 N"]
+
+
+def data_frustration(
+    theta: Float[Array, "B L N"], attention: Float[Array, "B H L L"], heads_per_phase: int
+) -> WeightedAngles:
+    """The frustration that the text itself brings into the delayed coupling.
+
+    A token couples to the successor of what it attends to, and ``sin(theta_{u+1} - theta_t) =
+    sin(theta_u - theta_t - alpha_u)`` with ``alpha_u = -(theta_{u+1} - theta_u)``: the text's
+    transition at u acts as a frustration angle. It counts as much as it is attended to, by the
+    heads that the phase hears, from all t > u.
+
+    Args:
+      theta: the phases that the layer couples, in radians.
+      attention: its weights.
+      heads_per_phase: J; a phase of block h hears heads h, ..., h + J - 1 (modulo H).
+    """
+    z = phasor(theta)
+    angle = -jnp.arctan2(
+        z.im[:, 1:] * z.re[:, :-1] - z.re[:, 1:] * z.im[:, :-1],
+        z.re[:, 1:] * z.re[:, :-1] + z.im[:, 1:] * z.im[:, :-1],
+    )
+    received = jnp.tril(attention, -1).sum(axis=2)[:, :, :-1]
+    heard = sum(jnp.roll(received, -j, axis=1) for j in range(heads_per_phase)) / heads_per_phase
+    per_head = theta.shape[-1] // attention.shape[1]
+    return WeightedAngles(angle, jnp.repeat(jnp.moveaxis(heard, 1, 2), per_head, axis=-1))
+
+
+def resultant(angles: WeightedAngles) -> Complex[Array, " N"]:
+    """Weighted mean of ``exp(i angle)`` of each phase over the text.
+
+    Its argument is the mean angle in radians; its length is 1 if the angle is always the same, 0
+    if it is anything.
+    """
+    z = phasor(angles.angle)
+    total = angles.weight.sum(axis=(0, 1))
+    mean_re, mean_im = ((part * angles.weight).sum(axis=(0, 1)) for part in z)
+    return jax.lax.complex(mean_re, mean_im) / jnp.maximum(total, jnp.finfo(total.dtype).tiny)

@@ -1,0 +1,63 @@
+"""Runs are grouped into arms by name, and an arm's runs differ in their seed alone."""
+
+import json
+
+import pytest
+
+from train.arms import mean_and_deviation, read_arms, recorded_arms
+from train.errors import UserError
+
+
+def write_run(folder, name, *, seed=0, bpc=(3.0, 2.0), **settings):
+    folder.mkdir(parents=True)
+    config = {"name": name, "seed": seed, "run_dir": "", "model": {"width": 8, **settings}}
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = [{"kind": "validation", "characters": 10 * (i + 1), "bpc": b} for i, b in enumerate(bpc)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_seeds_make_an_arm(tmp_path):
+    folders = [
+        write_run(tmp_path / "b1", "b_seed1", seed=1, bpc=(3.5,)),
+        write_run(tmp_path / "a", "a"),
+        write_run(tmp_path / "b0", "b_seed0"),
+    ]
+    arms = read_arms(folders)
+    assert list(arms) == ["b", "a"]
+    assert [run.seed for run in arms["b"].runs] == [0, 1]
+    # Only where every seed has been evaluated.
+    assert arms["b"].curve() == [(10, [3.0, 3.5])]
+    assert arms["a"].curve() == [(10, [3.0]), (20, [2.0])]
+    assert list(recorded_arms(tmp_path)) == ["a", "b"]
+
+
+def test_one_name_for_two_settings_is_refused(tmp_path):
+    one = write_run(tmp_path / "1", "a")
+    other = write_run(tmp_path / "2", "a_seed1", seed=1, width=9)
+    with pytest.raises(UserError, match="differ in model.width"):
+        read_arms([one, other])
+
+
+def test_a_setting_that_one_record_does_not_know_is_no_difference(tmp_path):
+    one = write_run(tmp_path / "1", "a")
+    other = write_run(tmp_path / "2", "a", seed=1, newer=9)
+    assert len(read_arms([one, other])["a"].runs) == 2
+
+
+def test_one_seed_twice_is_refused(tmp_path):
+    with pytest.raises(UserError, match="one name and one seed"):
+        read_arms([write_run(tmp_path / "1", "a"), write_run(tmp_path / "2", "a")])
+
+
+def test_no_run_and_a_damaged_one(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        read_arms([tmp_path])
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json cannot be read"):
+        read_arms([tmp_path])
+
+
+def test_deviation_is_of_the_sample():
+    assert mean_and_deviation([1.0, 3.0]) == pytest.approx((2.0, 2**0.5))
+    assert mean_and_deviation([1.0]) == (1.0, None)

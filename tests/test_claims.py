@@ -1,0 +1,178 @@
+"""The ledger: judged from records, written into pages, and in agreement with this repository."""
+
+import json
+import runpy
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+from small_runs import write_record
+
+from train import claims, verdicts
+from train.errors import UserError
+from train.main import load_config, parse_config
+
+ROOT = Path(__file__).resolve().parent.parent
+LEDGER = tomllib.loads((ROOT / "docs" / "claims.toml").read_text())
+CLAIM = {
+    "id": "X1", "says": "one is below the other", "published": "1 against 2", "expects": "below",
+    "parameters": 1000, "characters": 10**6,
+}  # fmt: skip
+EVIDENCE = {"test": "below", "arms": ["one", "other"], "commands": ["python -m train"]}
+
+
+def test_the_pages_agree_with_the_results():
+    """If this fails: python -m train.claims, then commit what it writes."""
+    claims.program(["claims", f"--root={ROOT}", "--check"])
+
+
+def test_the_ledger_has_every_claim_and_every_test_exists():
+    assert [claim["id"] for claim in LEDGER["claim"]] == [f"C{i}" for i in range(1, 10)]
+    used = {e["test"] for claim in LEDGER["claim"] for e in claim["evidence"]}
+    assert all(callable(getattr(verdicts, test)) for test in used)
+    assert set(claims.PAIRS) <= set(dir(verdicts))
+
+
+def test_its_arms_are_those_of_configs():
+    names = {
+        load_config(f"{file}:{arm}").name
+        for file in (ROOT / "configs").glob("[!_]*.py")
+        for arm in runpy.run_path(str(file))["ARMS"]
+    } | {"enwik8_transformer_1m_50_epochs"}
+    for claim in LEDGER["claim"]:
+        for evidence in claim["evidence"]:
+            arms = [a.format(rung=r) for a in evidence["arms"] for r in evidence.get("rungs", "-")]
+            assert set(arms) <= names, claim["id"]
+    for table in LEDGER["table"]:
+        assert {table["reference"], *table["arms"]} <= names
+    # No ablation is left out of its table.
+    ablations = {name for name in names if name.startswith("ablation_")}
+    assert ablations <= set(LEDGER["table"][0]["arms"])
+
+
+def test_its_commands_make_the_arms_they_stand_beside():
+    for claim in LEDGER["claim"]:
+        for evidence in claim["evidence"]:
+            for command in evidence["commands"]:
+                python, m, module, *arguments = command.split()
+                assert (python, m) == ("python", "-m")
+                if module == "train":
+                    assert parse_config(["train", *arguments]).name in evidence["arms"]
+                else:
+                    assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+                if "table" in evidence:
+                    assert command.endswith(f"--output=results/{evidence['table']}")
+
+
+def records(results, low=2.0, seeds=2, **facts):
+    for seed in range(seeds):
+        write_record(results, "one", seed=seed, curve=(3.0, low + seed / 100), **facts)
+        write_record(results, "other", seed=seed, curve=(3.0, 2.5 + seed / 100), **facts)
+
+
+@pytest.mark.parametrize(
+    ("made", "status", "reason"),
+    [
+        ({}, "holds", ""),
+        ({"low": 3.0}, "fails", ""),
+        ({"seeds": 1}, "not comparable", "undecided: one seed"),
+        ({"seeds": 0}, "not yet run", "no record of one"),
+        (
+            {"parameters": 10},
+            "not comparable",
+            "10 of 1k parameters; at this scale the direction holds",
+        ),
+        (
+            {"characters": 10**5, "low": 3.0},
+            "not comparable",
+            "100k of 1M characters; at this scale the direction fails",
+        ),
+    ],
+)
+def test_a_status_is_computed_from_the_records(tmp_path, made, status, reason):
+    records(tmp_path, **made)
+    row = claims.judge(CLAIM, EVIDENCE, tmp_path)
+    assert (row.status, row.reason) == (status, reason)
+
+
+def test_arms_of_different_data_are_not_compared(tmp_path):
+    write_record(tmp_path, "one")
+    write_record(tmp_path, "other", sha256="0000")
+    row = claims.judge(CLAIM, EVIDENCE, tmp_path)
+    assert row.status == "not comparable" and "different data" in row.reason
+
+
+def test_a_table_must_be_there_readable_and_of_the_same_data(tmp_path):
+    write_record(tmp_path, "one")
+    evidence = {"test": "readings", "arms": ["one"], "table": "read.json", "commands": []}
+    row = claims.judge(CLAIM, evidence, tmp_path)
+    assert (row.status, row.reason) == ("not yet run", "no record of read.json")
+    page = {"kernel_coefficients": 1, "layers": [{"coefficients": [{"strength": [0.5]}]}]}
+    for data, status in (("da7a", "holds"), ("0000", "not comparable")):
+        full = {**page, "provenance": {"data": {"sha256": data}}}
+        (tmp_path / "read.json").write_text(json.dumps(full))
+        assert claims.judge(CLAIM, evidence, tmp_path).status == status
+    (tmp_path / "read.json").write_text("{}")
+    with pytest.raises(UserError, match=r"read.json cannot be read"):
+        claims.judge(CLAIM, evidence, tmp_path)
+
+
+def test_a_ladder_is_judged_by_the_rungs_that_were_run(tmp_path):
+    evidence = {
+        "test": "ladder", "arms": ["fsn_{rung}", "transformer_{rung}"], "rungs": ["1m", "2m"],
+        "commands": [],
+    }  # fmt: skip
+    assert claims.judge(CLAIM, evidence, tmp_path).reason == "no record of any rung"
+    for rung, status in (("1m", "not comparable"), ("2m", "holds")):
+        write_record(tmp_path, f"fsn_{rung}", curve=(2.0,))
+        assert claims.judge(CLAIM, evidence, tmp_path).status in ("not yet run", "not comparable")
+        write_record(tmp_path, f"transformer_{rung}", curve=(2.1,))
+        assert claims.judge(CLAIM, evidence, tmp_path).status == status
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A README with an empty block, the real ledger, and records of two of its arms."""
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "claims.toml", tmp_path / "docs")
+    (tmp_path / "README.md").write_text(f"before\n{claims.BEGIN}\n{claims.END}\nafter\n")
+    for seed in range(2):
+        for arm, low in (("fsn", 2.0), ("transformer", 2.5)):
+            curve = (3.0 + low, low + seed / 100)
+            write_record(tmp_path / "results", f"enwik8_{arm}_pocket", seed=seed, curve=curve)
+    return tmp_path
+
+
+def test_the_pages_are_written_and_a_change_of_either_side_is_noticed(repository, capsys):
+    check = ["claims", f"--root={repository}", "--check"]
+    with pytest.raises(UserError, match=r"README.md, evidence.md and results/ disagree"):
+        claims.program(check)
+    claims.program(["claims", f"--root={repository}"])
+    claims.program(check)
+    assert "agree with results/" in capsys.readouterr().out
+    readme = repository / "README.md"
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert "at 2 of 2 evaluations" in text and text.count("**not yet run**") == 8
+    # What is missing beside what there is: the same claim at its own size.
+    assert ". Not yet run: no record of enwik8_fsn_1m |" in text
+    page = (repository / "docs" / "evidence.md").read_text()
+    assert "| `enwik8_transformer_pocket` | 2 | 1,000 | 1,000,000 | 2.5050 ± 0.0071" in page
+    assert "+0.5000 ± 0.0071 (s.e.)" in page
+
+    readme.write_text(text.replace("2.0050", "1.9050"))
+    with pytest.raises(UserError, match=r"README.md and results/ disagree"):
+        claims.program(check)
+    readme.write_text(text)
+    shutil.rmtree(repository / "results" / "enwik8_fsn_pocket_seed1")
+    with pytest.raises(UserError, match="disagree"):
+        claims.program(check)
+
+
+def test_a_readme_without_its_block_is_a_mistake(repository):
+    (repository / "README.md").write_text("nothing")
+    with pytest.raises(UserError, match=r"README.md must hold the lines"):
+        claims.program(["claims", f"--root={repository}"])
+    with pytest.raises(UserError, match=r"run in the repository"):
+        claims.program(["claims", f"--root={repository / 'results'}"])

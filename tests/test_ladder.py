@@ -1,0 +1,193 @@
+"""The runner of a file of arms: what is planned, skipped, resumed, reported and fitted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_runs
+
+from train import finish, ladder
+from train import main as train_main
+from train.arms import read_run
+from train.errors import TryAgain, UserError
+from train.metrics import read_rows
+from train.program import run_program
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = """
+import sys
+sys.path.insert(0, {tests!r})
+import small_runs
+from pathlib import Path
+
+MODELS = {{"fsn": small_runs.TINY_FSN, "transformer": small_runs.TINY_TRANSFORMER}}
+ARMS = ("fsn", "transformer")
+
+def get_config(arm="fsn"):
+    config = small_runs.tiny_config(Path({corpus!r}), "", MODELS[arm])
+    config.name = "tiny_" + arm
+    return config
+"""
+
+
+@pytest.fixture
+def arms(tmp_path, monkeypatch):
+    """A file of two tiny arms, in a folder where runs/ will be."""
+    corpus = small_runs.write_corpus(tmp_path / "corpus")
+    file = tmp_path / "arms.py"
+    file.write_text(FILE.format(tests=str(ROOT / "tests"), corpus=str(corpus.folder)))
+    monkeypatch.chdir(tmp_path)
+    return file
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Trains in this process, without drawing a sample; counts the runs."""
+    trained = []
+
+    def train(job):
+        trained.append(job.name)
+        return run_program(train_main.program, ["train", *job.arguments])
+
+    monkeypatch.setattr(ladder, "train_in_a_process", train)
+    monkeypatch.setattr(finish, "_sample", lambda *_: b"a sample")
+    return trained
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_a_failed_arm_is_reported_the_rest_run_on_and_a_finished_one_is_skipped(
+    arms, in_process, capsys
+):
+    command = ["ladder", f"--config={arms}", "--output=out.json"]
+    # Where the transformer's run folder should be there is a file.
+    Path("runs").mkdir()
+    Path("runs/tiny_fsn").write_text("in the way")
+    with pytest.raises(UserError, match=r"1 of 2 runs failed: tiny_fsn \(exit status 2\)"):
+        ladder.program(command)
+    assert in_process == ["tiny_fsn", "tiny_transformer"]
+    partial = json.loads(Path("out.json").read_text())
+    assert [row["arm"] for row in partial["arms"]] == ["tiny_transformer"]
+    assert partial["failed"] == {"tiny_fsn": "exit status 2"}
+
+    Path("runs/tiny_fsn").unlink()
+    in_process.clear()
+    ladder.program(command)
+    assert in_process == ["tiny_fsn"]
+    assert "tiny_transformer: finished before" in capsys.readouterr().out
+    found = json.loads(Path("out.json").read_text())
+    assert [row["architecture"] for row in found["arms"]] == ["fsn", "transformer"]
+    for row in found["arms"]:
+        summary = read_run(f"runs/{row['arm']}").summary
+        assert row["bpc"] == summary["validation"]["bpc"]
+        assert row["training_flops"] == summary["training_flops"]
+    assert found["fits"] == {} and found["failed"] == {}
+    assert Path("out.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(75, TryAgain), (130, KeyboardInterrupt), (-2, KeyboardInterrupt)]
+)
+def test_a_run_that_was_told_to_stop_stops_the_ladder(arms, monkeypatch, status, error):
+    """Not a failure of the arm: the others must not begin on a machine that is wanted back."""
+    begun = []
+    monkeypatch.setattr(ladder, "train_in_a_process", lambda job: begun.append(job.name) or status)
+    with pytest.raises(error):
+        ladder.program(["ladder", f"--config={arms}", "--output=out.json"])
+    assert begun == ["tiny_fsn"]
+
+
+def test_the_plan_states_sizes_and_budgets_and_trains_nothing(arms, in_process, capsys):
+    ladder.program(["ladder", f"--config={arms}", "--plan", "--seeds=0,3", "--arms=fsn"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["run", "tiny_fsn", "tiny_fsn_seed3"]
+    parameters, steps, characters, flops = lines[1].split()[1:]
+    model = small_runs.TINY_FSN
+    assert parameters == f"{model.num_params():,}" and steps == "30"
+    seen = 30 * small_runs.BATCH * small_runs.CONTEXT
+    assert characters == f"{seen:,}"
+    assert float(flops) == pytest.approx(seen * model.flops_per_token(small_runs.CONTEXT), rel=0.01)
+    assert in_process == [] and not Path("runs").exists()
+
+
+def test_seeds_and_settings_reach_every_arm(arms):
+    jobs = ladder.plan(str(arms), [], [0, 2], ["--config.training.num_steps=10"])
+    assert [job.name for job in jobs] == [
+        "tiny_fsn", "tiny_fsn_seed2", "tiny_transformer", "tiny_transformer_seed2",
+    ]  # fmt: skip
+    assert [job.experiment.seed for job in jobs] == [0, 2, 0, 2]
+    assert {job.experiment.training.num_steps for job in jobs} == {10}
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--arms=nobody", "--arms must be among fsn, transformer"),
+        ("--seeds=one", "--seeds must be whole numbers"),
+        ("--output=table.csv", "must be a .json"),
+        ("--config.nobody=1", "there is no setting --config.nobody"),
+        ("--nobody", "there is no setting --nobody"),
+        ("--config=nobody.py", "there is no file nobody.py"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_trained(arms, in_process, option, message):
+    with pytest.raises(UserError, match=message):
+        ladder.program(["ladder", f"--config={arms}", option])
+    assert in_process == []
+
+
+def test_a_file_without_arms_is_a_mistake(tmp_path):
+    file = tmp_path / "none.py"
+    file.write_text("")
+    with pytest.raises(UserError, match="has no ARMS"):
+        ladder.plan(str(file), [], [0], [])
+
+
+def test_a_power_law_is_found_and_two_rungs_are_too_few():
+    rows = [{"parameters": n, "bpc": 5 * n**-0.1} for n in (1e6, 2e6, 4e6, 8e6)]
+    found = ladder.fit(rows, "parameters")
+    assert found["exponent"] == pytest.approx(-0.1)
+    assert found["scale"] == pytest.approx(5)
+    assert found["standard_error"] == pytest.approx(0, abs=1e-9)
+    assert ladder.fit(rows[:2], "parameters") is None
+    assert ladder.fit(rows[:2] * 2, "parameters") is None
+    variant = {"parameters": 2.1e6, "bpc": 3.0}
+    assert ladder.fit([*rows, variant], "parameters") is None  # not a ladder: two of one size
+
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(300):
+        noisy = [{**row, "bpc": row["bpc"] * np.exp(0.01 * rng.normal())} for row in rows]
+        draws.append(ladder.fit(noisy, "parameters"))
+    spread = np.std([d["exponent"] for d in draws])
+    typical = np.sqrt(np.mean([d["standard_error"] ** 2 for d in draws]))
+    assert typical == pytest.approx(spread, rel=0.15)
+
+
+@pytest.mark.slow
+def test_a_killed_ladder_goes_on_where_it_stopped(arms):
+    """Real processes: killed in its first arm, run again, both arms end with every row."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "train.ladder", f"--config={arms}", "--output=out.json"]
+    steps = ["--config.training.num_steps=2000"]
+    with subprocess.Popen(
+        command + steps, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 200
+        while not list(Path("runs").glob("tiny_fsn/checkpoints/[0-9]*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not Path("runs/tiny_fsn/summary.json").exists()
+    subprocess.run(command + steps, env=environment, check=True, capture_output=True)
+    for arm in ("fsn", "transformer"):
+        run = read_run(f"runs/tiny_{arm}")
+        assert [row["step"] for row in run.validation] == list(range(10, 2001, 10))
+        assert run.summary["steps"] == 2000
+    assert len(read_run("runs/tiny_fsn").provenance) == 2
+    assert len(read_rows(Path("runs/tiny_transformer/metrics.jsonl"))) == 400

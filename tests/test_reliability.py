@@ -1,0 +1,268 @@
+"""Disks that are full or read-only, clocks that go back, losses that jump, two equal runs."""
+
+import errno
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import real_runs
+from small_runs import (
+    ALPHABET,
+    BATCH,
+    CONTEXT,
+    assert_equal_trees,
+    rows_of,
+    run_to_the_end,
+    text_of,
+    tiny_experiment,
+    write_corpus,
+)
+
+from fsn_jax import FSN
+from train import data, loop, metrics
+from train.corpus import Corpus
+from train.data import WindowOrder
+from train.errors import EXIT_USER_ERROR, UserError
+from train.run import RunFolder, cannot_write
+from train.spikes import Spikes
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    outcome = run_to_the_end(tiny_experiment(corpus.folder, folder), corpus)
+    return folder, jax.device_get(outcome.state)
+
+
+def assert_same_run(folder: Path, state: Any, whole: tuple[Path, Any]) -> None:
+    assert_equal_trees(jax.device_get(state), whole[1])
+    assert (folder / "metrics.jsonl").read_bytes() == (whole[0] / "metrics.jsonl").read_bytes()
+
+
+def test_two_runs_of_one_config_are_the_same_bits(corpus, whole, tmp_path):
+    outcome = run_to_the_end(tiny_experiment(corpus.folder, tmp_path / "run"), corpus)
+    assert_same_run(tmp_path / "run", outcome.state, whole)
+
+
+# Disks
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_whoever_cannot_write_is_told_so_in_one_line(tmp_path, number):
+    line = f"cannot write to the run folder {tmp_path} ({os.strerror(number)}); make room"
+    said = f"RESOURCE_EXHAUSTED: Error writing\n  a file: {os.strerror(number)} [source locations]"
+    for error in (OSError(number, "in any language"), ValueError(said)):
+        assert str(cannot_write(RunFolder(tmp_path), error)).startswith(line)
+    assert cannot_write(RunFolder(tmp_path), OSError(errno.ENOENT, "no such file")) is None
+    assert cannot_write(RunFolder(tmp_path), ValueError("shapes differ")) is None
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_later(corpus, whole, tmp_path):
+    experiment = tiny_experiment(corpus.folder, tmp_path / "run")
+    write, written = metrics.RowLog.write, 0
+
+    def failing(self: metrics.RowLog, row: dict[str, Any]) -> None:
+        nonlocal written
+        written += 1
+        if written > 4:  # train, timing, validation; train of step 20
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, row)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics.RowLog, "write", failing)
+        with pytest.raises(UserError, match="cannot write to the run folder .*: the run goes on"):
+            run_to_the_end(experiment, corpus)
+    outcome = run_to_the_end(experiment, corpus)
+    assert outcome.resumed_from == 10
+    assert_same_run(tmp_path / "run", outcome.state, whole)
+
+
+@pytest.mark.slow
+def test_a_limit_on_the_size_of_files_is_a_full_disk(tmp_path):
+    """The first checkpoint does not fit; without the limit the same command goes on."""
+    settings = real_runs.corpus_settings(tmp_path / "corpus")
+    run, blocks = tmp_path / "run", 32  # of 512 bytes
+    limited = ("sh", "-c", f'ulimit -f {blocks}; exec "$@"', "sh")
+    said = real_runs.ended(real_runs.started(run, settings, prefix=limited), EXIT_USER_ERROR)
+    assert "cannot write to the run folder" in said.splitlines()[-1]
+    assert "File too large" in said.splitlines()[-1]
+    real_runs.ended(real_runs.started(run, settings))
+    whole = tmp_path / "whole"
+    real_runs.ended(real_runs.started(whole, settings))
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert_equal_trees(real_runs.final_state(run), real_runs.final_state(whole))
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of its own of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system can only be mounted by root, on Linux")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(tmp_path, small_disk):
+    settings = real_runs.corpus_settings(tmp_path / "corpus")
+    run, filler = small_disk / "run", small_disk / "filler"
+    filler.write_bytes(bytes(700_000))
+    said = real_runs.ended(real_runs.started(run, settings), EXIT_USER_ERROR)
+    assert "cannot write to the run folder" in said.splitlines()[-1]
+    assert "No space left on device" in said.splitlines()[-1]
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    real_runs.ended(real_runs.started(run, settings))
+    whole = tmp_path / "whole"
+    real_runs.ended(real_runs.started(whole, settings))
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert_equal_trees(real_runs.final_state(run), real_runs.final_state(whole))
+
+
+@pytest.mark.slow
+def test_a_read_only_disk_is_refused(tmp_path, small_disk):
+    settings = real_runs.corpus_settings(tmp_path / "corpus")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    said = real_runs.ended(real_runs.started(small_disk / "run", settings), EXIT_USER_ERROR)
+    assert said == (
+        f"error: cannot write to the run folder {small_disk / 'run'} (Read-only file system); "
+        f"choose another with --config.run_dir=FOLDER\n"
+    )
+
+
+# Clocks
+
+
+def test_a_clock_that_goes_back_changes_nothing(corpus, whole, tmp_path, monkeypatch):
+    began, asked = time.time(), 0
+
+    def backwards() -> float:
+        nonlocal asked
+        asked += 1
+        return began - 3600 * asked
+
+    monkeypatch.setattr(time, "time", backwards)
+    monkeypatch.setattr(time, "time_ns", lambda: int(backwards() * 1e9))
+    outcome = run_to_the_end(tiny_experiment(corpus.folder, tmp_path / "run"), corpus)
+    assert asked > 10
+    assert_same_run(tmp_path / "run", outcome.state, whole)
+    assert run_to_the_end(tiny_experiment(corpus.folder, tmp_path / "run"), corpus).step == 30
+
+
+# Placement, judged before anything is made
+
+
+def test_a_corpus_too_long_for_the_device_is_refused_before_the_run_folder(corpus, monkeypatch):
+    experiment = tiny_experiment(corpus.folder, Path("unused"))
+    monkeypatch.setattr(data, "INT32_LIMIT", 4000)
+    with pytest.raises(UserError, match="config.data.placement=resident takes corpora below 4000"):
+        loop.check_experiment(experiment, corpus, 1)
+
+
+def test_a_missing_grain_is_told_before_the_run_folder(corpus, monkeypatch):
+    experiment = tiny_experiment(corpus.folder, Path("unused"), data__placement="host")
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="config.data.placement=host needs Grain"):
+        loop.check_experiment(experiment, corpus, 1)
+
+
+# Losses and gradients
+
+
+BAD_STEP = 13
+
+
+class Struck(nn.Module):
+    """An FSN that misbehaves where a batch holds the last letter of the alphabet."""
+
+    config: Any
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        logits = FSN(self.config, name="fsn")(tokens)
+        bad = (tokens == self.config.vocab_size - 1).any()
+        return self.strike(logits, bad)
+
+    def strike(self, logits: jax.Array, bad: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+
+class BadGradient(Struck):
+    """The loss is as it was; the gradient of the root at zero is not finite."""
+
+    def strike(self, logits: jax.Array, bad: jax.Array) -> jax.Array:
+        return logits + jnp.sqrt(jnp.where(bad, 0.0 * logits, jnp.ones_like(logits))) - ~bad
+
+
+class Confident(Struck):
+    """The model is sure of itself, and so far off."""
+
+    def strike(self, logits: jax.Array, bad: jax.Array) -> jax.Array:
+        return logits * jnp.where(bad, 200.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory) -> Corpus:
+    """A corpus of which step 13 alone reads a letter that the model cannot bear."""
+    text = bytearray(text_of(12_000, alphabet=ALPHABET[:-1]))
+    order = WindowOrder(len(text), CONTEXT, BATCH, seed=0)
+    text[order.starts(BAD_STEP - 1)[4] + 5] = ALPHABET[-1]
+    return write_corpus(
+        tmp_path_factory.mktemp("strange") / "corpus",
+        train=bytes(text),
+        validation=text_of(300, 1, ALPHABET[:-1]),
+    )
+
+
+def test_a_gradient_that_is_not_finite_is_counted_and_leaves_no_trace(
+    strange, tmp_path, monkeypatch
+):
+    """Beyond the limit it stops the run, as a loss does: tests/test_loop.py."""
+    monkeypatch.setattr(loop, "build_model", BadGradient)
+    short = {"training__num_steps": 20, "training__skipped_limit": 1}
+    outcome = run_to_the_end(tiny_experiment(strange.folder, tmp_path / "run", **short), strange)
+    rows = rows_of(tmp_path / "run", "train")
+    assert [row["skipped"] for row in rows] == [0, 1]
+    assert int(outcome.state.tally.last_skipped) == BAD_STEP
+    assert all(np.isfinite([row["loss"], row["grad_norm"]]).all() for row in rows)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome.state.params))
+
+
+def test_a_jump_of_the_loss_is_a_row_of_its_own(strange, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "build_model", Confident)
+    experiment = tiny_experiment(strange.folder, tmp_path / "run", training__num_steps=20)
+    run_to_the_end(experiment, strange)
+    [spike] = rows_of(tmp_path / "run", "spike")
+    assert spike["step"] == BAD_STEP
+    first, *_ = rows_of(tmp_path / "run", "train")
+    assert spike["expected"] == first["loss"]
+    assert spike["loss"] > 1.5 * first["loss"]
+    assert f"step {BAD_STEP}: the loss is " in capsys.readouterr().out
+
+
+def test_only_what_stands_out_is_a_spike():
+    losses = np.asarray([2.0, 2.9, 3.1, np.nan, np.inf, 9.0], np.float32)
+    found = Spikes(2.0).find(100, losses)
+    assert [step for step, _ in found] == [103, 106]
+    assert Spikes(None).find(0, losses) == []
+    small = np.asarray([0.05, 0.2], np.float32)  # five times the mean, and yet near
+    assert [step for step, _ in Spikes(0.01).find(0, small)] == [2]

@@ -1,0 +1,63 @@
+"""The package as others get it: a wheel, installed beside what it needs, away from its source."""
+
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FORWARD = """
+import jax, fsn_jax, train
+assert "site-packages" in fsn_jax.__file__ and "site-packages" in train.__file__, fsn_jax.__file__
+assert fsn_jax.__version__ == VERSION, fsn_jax.__version__
+model = fsn_jax.FSN(fsn_jax.FSNConfig(vocab_size=7, num_layers=1, num_phases=8, num_heads=2))
+tokens = jax.numpy.zeros((2, 5), int)
+logits, _ = model.init_with_output(jax.random.key(0), tokens)
+assert logits.shape == (2, 5, 7) and bool(jax.numpy.isfinite(logits).all())
+"""
+
+
+def run(*command, cwd):
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_wheel_installs_and_runs_from_an_empty_folder(tmp_path):
+    # A copy of what git knows of, so that the build leaves nothing in the tree.
+    source, empty = tmp_path / "source", tmp_path / "empty"
+    empty.mkdir()
+    listed = ("ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for name in run("git", *listed, cwd=ROOT).split("\0"):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    build = ("wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path))
+    run(*pip, *build, str(source), cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        names = packed.namelist()
+    assert {"fsn_jax/py.typed", "train/datasets/text.py", "train/standalone_sample.py"} <= {*names}
+    data = [p.relative_to(ROOT).as_posix() for p in (ROOT / "train").glob("*.html")]
+    assert {*data} <= {*names}
+    assert not [name for name in names if name.startswith(("tests", "configs", "benchmarks"))]
+
+    venv.create(tmp_path / "fresh", with_pip=False)
+    python = str(tmp_path / "fresh" / "bin" / "python")
+    run(*pip, "--python", python, "install", "--no-deps", "--no-index", str(wheel), cwd=empty)
+    # The locked packages, by a plain path: what is installed in editable form there stays unseen.
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(run(python, "-c", code, cwd=empty).strip())
+    (site / "locked.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    version = wheel.name.split("-")[1]
+    run(python, "-c", FORWARD.replace("VERSION", repr(version)), cwd=empty)
+    assert "--config=configs/quickstart.py" in run(python, "-m", "train", "--help", cwd=empty)
+    for name in ("sample", "evaluate", "export", "inspect", "prepare"):
+        assert "usage: python -m train" in run(python, "-m", f"train.{name}", "--help", cwd=empty)

@@ -1,0 +1,173 @@
+"""Arms: runs that differ in nothing but their seed, read from run folders or from ``results/``.
+
+A run is named after its arm; seeds other than the first add ``_seed<n>``. What is read is what
+``python -m train.record`` keeps, as plain values: a record outlives the code that made it.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.errors import UserError
+from train.metrics import read_rows
+from train.run import flatten
+
+_SEED = re.compile(r"_seed\d+$")
+_MAY_DIFFER = {"name", "seed", "run_dir", "data.cache_dir", "data.path", "data.placement"}
+"""Settings that do not tell the runs of an arm apart: where things lie, and the seed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """The evidence of one run.
+
+    Attributes:
+      path: its folder.
+    """
+
+    path: Path
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """Every setting, nested."""
+        return self._json("config.json")
+
+    @functools.cached_property
+    def summary(self) -> dict[str, Any]:
+        """What the run came to; empty if it has not ended."""
+        return self._json("summary.json") if (self.path / "summary.json").is_file() else {}
+
+    @functools.cached_property
+    def provenance(self) -> list[dict[str, Any]]:
+        """One entry a start."""
+        return self._json("provenance.json")
+
+    @functools.cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """The exact log."""
+        return read_rows(self.path / "metrics.jsonl")
+
+    @functools.cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Evaluations of the whole validation split."""
+        return read_rows(self.path / "evaluations.jsonl")
+
+    @property
+    def seed(self) -> int:
+        """Of parameters and data."""
+        return int(self.config["seed"])
+
+    @property
+    def arm(self) -> str:
+        """The run's name without its seed."""
+        return _SEED.sub("", self.config["name"])
+
+    @property
+    def validation(self) -> list[dict[str, Any]]:
+        """Rows of the log that are evaluations."""
+        return [row for row in self.rows if row["kind"] == "validation"]
+
+    def _json(self, name: str) -> Any:
+        file = self.path / name
+        try:
+            return json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{file} cannot be read ({error}); restore it or leave {self.path} out"
+            ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """The runs of one setting.
+
+    Attributes:
+      name: of the arm.
+      runs: one a seed, in the order of the seeds.
+    """
+
+    name: str
+    runs: tuple[RunRecord, ...]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings that the runs share (and the first one's seed)."""
+        return self.runs[0].config
+
+    @property
+    def architecture(self) -> str:
+        """``fsn`` or ``transformer``."""
+        return str(self.config["model"]["architecture"])
+
+    def curve(self, kind: str = "validation") -> list[tuple[int, list[float]]]:
+        """``(characters, BPC of each seed)`` wherever every seed has a row."""
+        by_seed = [
+            {row["characters"]: row["bpc"] for row in run.rows if row["kind"] == kind}
+            for run in self.runs
+        ]
+        shared = set.intersection(*(set(rows) for rows in by_seed)) if by_seed else set()
+        return [(c, [rows[c] for rows in by_seed]) for c in sorted(shared)]
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation, which one value does not have."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return statistics.fmean(values), deviation
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """One run.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is not a run folder (no config.json); train one first")
+    return RunRecord(path)
+
+
+def read_arms(folders: Iterable[str | Path]) -> dict[str, Arm]:
+    """Runs by arm, in the order given.
+
+    Raises:
+      UserError: a folder is no run, two runs of an arm have one seed, or they differ in more.
+    """
+    by_arm: dict[str, list[RunRecord]] = {}
+    for folder in folders:
+        run = read_run(folder)
+        by_arm.setdefault(run.arm, []).append(run)
+    return {name: _arm(name, runs) for name, runs in by_arm.items()}
+
+
+def recorded_arms(results: Path) -> dict[str, Arm]:
+    """The arms under ``results/``."""
+    return read_arms(sorted(file.parent for file in results.glob("*/config.json")))
+
+
+def _arm(name: str, runs: list[RunRecord]) -> Arm:
+    first, *others = runs = sorted(runs, key=lambda run: run.seed)
+    settings = _settings(first)
+    for before, run in zip(runs, others, strict=False):
+        if run.seed == before.seed:
+            raise UserError(
+                f"{before.path} and {run.path} have one name and one seed; leave one out"
+            )
+        other = _settings(run)
+        # A setting that only one has is newer than the other's code.
+        differ = sorted(k for k in settings.keys() & other.keys() if settings[k] != other[k])
+        if differ:
+            raise UserError(
+                f"{first.path} and {run.path} have one name but differ in {', '.join(differ[:3])}; "
+                f"name them apart with --config.name"
+            )
+    return Arm(name, tuple(runs))
+
+
+def _settings(run: RunRecord) -> dict[str, Any]:
+    return {k: v for k, v in flatten(run.config).items() if k not in _MAY_DIFFER}

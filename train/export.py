@@ -1,0 +1,119 @@
+"""``python -m train.export RUN FOLDER``: a trained model for others, in the hub's layout.
+
+The folder holds ``model.safetensors``, ``config.json`` and a model card, and a sampler that runs
+without this package: ``sampler.jax_export`` (StableHLO for CPU, CUDA and TPU) and ``sample.py``.
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+from jax import Array
+
+from fsn_jax.generate import sample_token
+from train.errors import UserError
+from train.exchange import write_model
+from train.load import LanguageModel, load
+from train.program import Arguments, run_program, start_jax
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+SAMPLER, SCRIPT = "sampler.jax_export", "sample.py"
+
+
+def export_sampler(trained: LanguageModel) -> bytes:
+    """The model, its parameters and the drawing of tokens as one serialized program.
+
+    It takes ``(window int32[context], length int32[], seed uint32[], drawn int32[], temperature
+    float32[], top_k int32[], top_p float32[])`` and returns the window, int32[context], with every
+    place from ``length`` on drawn. The i-th token drawn takes ``fold_in(key(seed), i)``, where
+    ``drawn`` were drawn before: the same tokens as ``fsn_jax.generate.generate``.
+    """
+    context = trained.context
+    # By way of the host: the program must not hold the mesh of the machine that exports it.
+    variables = {"params": jax.tree.map(jnp.asarray, jax.device_get(trained.params))}
+
+    def sample(
+        window: Array,
+        length: Array,
+        seed: Array,
+        drawn: Array,
+        temperature: Array,
+        top_k: Array,
+        top_p: Array,
+    ) -> Array:
+        key = jax.random.key(seed)
+        cache: Any = trained.model.apply(variables, 1, context, method="empty_cache")
+
+        def body(carry: tuple[Array, Any], position: Array) -> tuple[tuple[Array, Any], Array]:
+            token, cache = carry
+            extended: Any = trained.model.apply(
+                variables, token[None, None], cache, method="extend"
+            )
+            logits, cache = extended
+            new = sample_token(
+                logits[:, 0],
+                jax.random.fold_in(key, drawn + position - length),
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+            )[0]
+            token = jnp.where(position < length, window[position], new)
+            return (token, cache), token
+
+        _, rest = jax.lax.scan(body, (window[0], cache), jnp.arange(1, context))
+        return jnp.concatenate([window[:1], rest])
+
+    def scalar(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((), dtype)
+
+    exported = jax.export.export(jax.jit(sample), platforms=PLATFORMS)(
+        jax.ShapeDtypeStruct((context,), jnp.int32),
+        scalar(jnp.int32),
+        scalar(jnp.uint32),
+        scalar(jnp.int32),
+        scalar(jnp.float32),
+        scalar(jnp.int32),
+        scalar(jnp.float32),
+    )
+    return bytes(exported.serialize())
+
+
+def program(argv: Sequence[str]) -> None:
+    """Parses and calls."""
+    p = Arguments(prog="python -m train.export", description=__doc__)
+    p.add_argument("run", help="a run's folder, for instance runs/quickstart")
+    p.add_argument("folder", type=Path, help="a new folder to write to")
+    p.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    p.add_argument("--no_sampler", action="store_true", help="leave the sampler out")
+    options = p.parse_args(argv[1:])
+    if options.folder.exists():
+        raise UserError(f"{options.folder} is there already; remove it or name another folder")
+    start_jax()
+    trained = load(options.run, which=options.checkpoint)
+    sampler = None if options.no_sampler else export_sampler(trained.language_model)
+    try:
+        options.folder.mkdir(parents=True)
+        write_model(trained, options.folder)
+        if sampler is not None:
+            (options.folder / SAMPLER).write_bytes(sampler)
+            shutil.copyfile(
+                Path(__file__).with_name("standalone_sample.py"), options.folder / SCRIPT
+            )
+    except OSError as error:
+        raise UserError(f"cannot write {options.folder} ({error.strerror}); name another") from None
+    for file in sorted(options.folder.iterdir()):
+        print(f"{file.stat().st_size:>12,} bytes  {file}")
+
+
+def main() -> None:
+    """The command line."""
+    sys.exit(run_program(program, sys.argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""``python -m train.ladder --config=configs/ladder.py``: trains every arm of a file, one by one.
+
+Each arm is a process of its own, ``python -m train --config=FILE:ARM``, on all devices there are. A
+finished arm is skipped, an interrupted one goes on from its checkpoint, a failed one is reported
+and the others run on. Then the final losses are tabled and drawn against parameters and training
+FLOPs. The same command again does what is left. ``--config.FIELD=VALUE`` is passed on to every arm.
+"""
+
+import json
+import math
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from train.arms import RunRecord, mean_and_deviation, read_arms
+from train.config import ExperimentConfig
+from train.errors import EXIT_INTERRUPTED, EXIT_TRY_AGAIN, TryAgain, UserError
+from train.figures import style
+from train.main import parse_config
+from train.program import Arguments, run_program
+from train.run import default_folder, git_state, open_run, write_atomically
+
+LEAST_RUNGS = 3
+"""Of one architecture, before a slope is fitted."""
+LEAST_STEP = 1.2
+"""From one rung to the next; arms closer than that are variants of one size, and no ladder."""
+
+
+class Job(NamedTuple):
+    """One run to be made.
+
+    Attributes:
+      name: of the run.
+      arguments: of ``python -m train``.
+      experiment: what they describe.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    experiment: ExperimentConfig
+
+
+def plan(file: str, arms: Sequence[str], seeds: Sequence[int], changes: Sequence[str]) -> list[Job]:
+    """The runs of a file of arms; every one of them is checked before the first is made.
+
+    Raises:
+      UserError: the file has no such arm, or a setting is wrong.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"--config={file}: there is no file {file}; see configs/ for some")
+    known = runpy.run_path(file).get("ARMS", ())
+    if not known:
+        raise UserError(f"--config={file}: the file has no ARMS, a list of what to train")
+    for arm in arms:
+        if arm not in known:
+            raise UserError(f"--arms must be among {', '.join(known)}; got {arm!r}")
+    jobs = []
+    for arm in arms or known:
+        for seed in seeds:
+            arguments = [f"--config={file}:{arm}", *changes]
+            if seed:
+                name = parse_config(["train", *arguments]).name
+                arguments += [f"--config.seed={seed}", f"--config.name={name}_seed{seed}"]
+            experiment = parse_config(["train", *arguments])
+            jobs.append(Job(experiment.name, tuple(arguments), experiment))
+    return jobs
+
+
+def plan_text(jobs: Sequence[Job]) -> str:
+    """A table of what is to be run: sizes and budgets."""
+    width = max(len(job.name) for job in jobs)
+    lines = [f"{'run':{width}}  parameters       steps     characters   training FLOPs"]
+    for job in jobs:
+        model, data = job.experiment.model, job.experiment.data
+        steps = job.experiment.training.num_steps
+        characters = steps * job.experiment.characters_per_step
+        lines.append(
+            f"{job.name:{width}}  {model.num_params():>10,}  {steps:>10,}  {characters:>13,}  "
+            f"{characters * model.flops_per_token(data.context):>15.2e}"
+        )
+    return "\n".join(lines)
+
+
+def is_finished(job: Job) -> bool:
+    """Whether the run has ended with these very settings."""
+    folder = default_folder(job.experiment)
+    if not (folder / "summary.json").is_file():
+        return False
+    return open_run(folder).read_config().to_dict() == job.experiment.to_dict()
+
+
+def train_in_a_process(job: Job) -> int:
+    """Trains one run and returns the exit status, negative for a signal."""
+    return subprocess.run([sys.executable, "-m", "train", *job.arguments], check=False).returncode
+
+
+def run_all(jobs: Sequence[Job]) -> dict[str, str]:
+    """Trains what is not finished; returns what went wrong, by run.
+
+    Raises:
+      KeyboardInterrupt: a run was interrupted by the user.
+      TryAgain: a run was told to stop, as when the machine is wanted back.
+    """
+    failed = {}
+    for number, job in enumerate(jobs, 1):
+        head = f"[{number} of {len(jobs)}] {job.name}"
+        if is_finished(job):
+            print(f"{head}: finished before", flush=True)
+            continue
+        print(f"{head}: python -m train {' '.join(job.arguments)}", flush=True)
+        status = train_in_a_process(job)
+        if status in (EXIT_INTERRUPTED, -signal.SIGINT):
+            raise KeyboardInterrupt
+        if status == EXIT_TRY_AGAIN:
+            raise TryAgain(f"{job.name} was stopped; the same command goes on", everywhere=False)
+        if status:
+            failed[job.name] = f"signal {-status}" if status < 0 else f"exit status {status}"
+            print(f"{head}: failed ({failed[job.name]}); going on", flush=True)
+    return failed
+
+
+def result(folders: Sequence[Path], failed: Mapping[str, str]) -> dict[str, Any]:
+    """The table and the fits, from the runs that have ended."""
+    rows = []
+    for arm in read_arms(folders).values():
+        summary = arm.runs[0].summary
+        losses = [run.summary["validation"]["bpc"] for run in arm.runs]
+        mean, deviation = mean_and_deviation(losses)
+        rows.append(
+            {
+                "arm": arm.name,
+                "architecture": arm.architecture,
+                "parameters": summary["parameters"],
+                "characters": summary["characters"],
+                "training_flops": summary["training_flops"],
+                "seeds": losses,
+                "bpc": mean,
+                "deviation": deviation,
+                "seconds": [run.summary["seconds"] for run in arm.runs],
+                "device": _device(arm.runs[0]),
+                "data": arm.config["data"]["name"],
+                "data_sha256": summary["data_sha256"],
+                "evaluated": summary["validation"]["bytes"],
+                "context": summary["validation"]["context"],
+            }
+        )
+    return {
+        "kind": "ladder",
+        "arms": rows,
+        "fits": {
+            f"{kind} by {what}": slope
+            for kind in sorted({row["architecture"] for row in rows})
+            for what in ("parameters", "training_flops")
+            if (slope := fit([row for row in rows if row["architecture"] == kind], what))
+        },
+        "failed": dict(failed),
+        "git": git_state(),
+    }
+
+
+def _device(run: RunRecord) -> str:
+    return str(run.provenance[0]["device"])
+
+
+def fit(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, float] | None:
+    """``bpc = scale * what ** exponent`` by least squares of logarithms; None without a ladder.
+
+    Returns:
+      ``scale``, ``exponent``, and ``standard_error`` of the exponent from the residuals.
+    """
+    sizes = sorted(float(row[what]) for row in rows)
+    steps = [large / small for small, large in zip(sizes, sizes[1:], strict=False)]
+    if len(sizes) < LEAST_RUNGS or min(steps) < LEAST_STEP:
+        return None
+    x = np.log([row[what] for row in rows])
+    y = np.log([row["bpc"] for row in rows])
+    exponent, offset = np.polyfit(x, y, 1)
+    residual = y - (exponent * x + offset)
+    error = math.sqrt((residual**2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum())
+    return {
+        "scale": float(np.exp(offset)),
+        "exponent": float(exponent),
+        "standard_error": float(error),
+    }
+
+
+def result_text(found: Mapping[str, Any]) -> str:
+    """The table as it is printed."""
+    rows = found["arms"]
+    width = max([len(row["arm"]) for row in rows] + [3])
+    lines = [f"{'arm':{width}}   parameters     characters   training FLOPs  n     BPC"]
+    for row in rows:
+        spread = "" if row["deviation"] is None else f" ± {row['deviation']:.4f}"
+        lines.append(
+            f"{row['arm']:{width}}  {row['parameters']:>11,}  {row['characters']:>13,}  "
+            f"{row['training_flops']:>15.2e}  {len(row['seeds'])}  {row['bpc']:.4f}{spread}"
+        )
+    for name, slope in found["fits"].items():
+        lines.append(
+            f"{name}: exponent {slope['exponent']:+.4f} ± {slope['standard_error']:.4f} (s.e.)"
+        )
+    return "\n".join(lines)
+
+
+def draw(found: Mapping[str, Any], target: Path) -> None:
+    """Loss against parameters and against training FLOPs, with the fitted power laws."""
+    views = (("parameters", "parameters"), ("training_flops", "training FLOPs"))
+    kinds = sorted({row["architecture"] for row in found["arms"]})
+    with style():
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+        for axis, (what, label) in zip(axes, views, strict=True):
+            for index, kind in enumerate(kinds):
+                rows = [row for row in found["arms"] if row["architecture"] == kind]
+                rows.sort(key=lambda row: row[what])
+                x = np.array([row[what] for row in rows], np.float64)
+                axis.errorbar(
+                    x,
+                    [row["bpc"] for row in rows],
+                    yerr=[row["deviation"] or 0.0 for row in rows],
+                    color=f"C{index}",
+                    marker="o",
+                    ls="",
+                    label=kind,
+                )
+                slope = found["fits"].get(f"{kind} by {what}")
+                if slope:
+                    line = slope["scale"] * x ** slope["exponent"]
+                    name = f"exponent {slope['exponent']:+.3f}"
+                    axis.plot(x, line, color=f"C{index}", lw=1, ls="--", label=name)
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:.2f}")
+            axis.yaxis.set_minor_formatter("{x:.2f}")
+            axis.set_xlabel(label)
+            axis.legend(frameon=False, fontsize=8)
+        axes[0].set_ylabel("bits per character")
+        figure.savefig(target, dpi=150)
+        plt.close(figure)
+
+
+def program(argv: Sequence[str]) -> None:
+    """Parses and calls."""
+    p = Arguments(prog="python -m train.ladder", description=__doc__, allow_abbrev=False)
+    p.add_argument("--config", required=True, help="a file of arms, for instance configs/ladder.py")
+    p.add_argument("--arms", default="", help="some of its arms, with commas between; else all")
+    p.add_argument("--seeds", default="0", help="with commas between")
+    p.add_argument("--output", type=Path, default=Path("ladder.json"), help="a .json")
+    p.add_argument("--plan", action="store_true", help="print sizes and budgets, train nothing")
+    options, changes = p.parse_known_args(argv[1:])
+    if options.output.suffix != ".json" or not options.output.parent.is_dir():
+        raise UserError(f"--output={options.output} must be a .json in a folder that exists")
+    seeds = options.seeds.split(",")
+    if not all(seed.isdigit() for seed in seeds):
+        raise UserError(f"--seeds must be whole numbers with commas between; got {options.seeds!r}")
+    arms = [arm for arm in options.arms.split(",") if arm]
+    jobs = plan(options.config, arms, [int(seed) for seed in seeds], changes)
+    print(plan_text(jobs))
+    if options.plan:
+        return
+    failed = run_all(jobs)
+    folders = [default_folder(job.experiment) for job in jobs if is_finished(job)]
+    if folders:
+        found = result(folders, failed)
+        write_atomically(options.output, json.dumps(found, indent=1) + "\n")
+        draw(found, options.output.with_suffix(".png"))
+        print(f"\n{result_text(found)}\n\n{options.output}\n{options.output.with_suffix('.png')}")
+    if failed:
+        listed = ", ".join(f"{name} ({why})" for name, why in failed.items())
+        raise UserError(
+            f"{len(failed)} of {len(jobs)} runs failed: {listed}; the same command tries them again"
+        )
+
+
+def main() -> None:
+    """The command line."""
+    sys.exit(run_program(program, sys.argv))
+
+
+if __name__ == "__main__":
+    main()

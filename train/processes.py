@@ -1,0 +1,190 @@
+"""Many processes as one run: how they join, agree, fail together, and notice that one is gone.
+
+Each process drives its own devices; the mesh goes over all of them. Process 0 alone writes the
+run's folder, which all of them must see.
+"""
+
+import dataclasses
+import hashlib
+import socket
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from train.errors import TryAgain, UserError
+
+T = TypeVar("T")
+
+HEARTBEAT_SECONDS = 60  # without a sign of life a process counts as dead
+JOINING_SECONDS = 300
+LEAVING_SECONDS = 300  # the others wait so long for process 0 to write its last files
+_MESSAGE_BYTES = 2048
+
+# What the exceptions of a collective or of the coordination service hold when a process is gone.
+_SIGNS_OF_LOSS = (
+    "closed by peer",
+    "connection reset",
+    "connection refused",
+    "connection closed",
+    "broken pipe",
+    "socket closed",
+    "gloo",
+    "nccl",
+    "unavailable",
+    "deadline_exceeded",
+    "heartbeat",
+    "coordination service",
+    "barrier",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Joining:
+    """How this process finds the others, as the command line says it.
+
+    Attributes:
+      distributed: whether there are others.
+      coordinator: host:port of process 0; empty where JAX can find out (Cloud TPU, SLURM, MPI).
+      num_processes: how many there are; -1 where JAX can find out.
+      process_id: which one this is, from 0; -1 where JAX can find out.
+    """
+
+    distributed: bool = False
+    coordinator: str = ""
+    num_processes: int = -1
+    process_id: int = -1
+
+    def __post_init__(self) -> None:
+        given = (bool(self.coordinator), self.num_processes != -1, self.process_id != -1)
+        if any(given) and not all(given):
+            raise UserError(
+                "--coordinator=HOST:PORT, --num_processes=N and --process_id=I belong together; "
+                "on Cloud TPU and under SLURM leave out all three and give --distributed"
+            )
+        if all(given) and not 0 <= self.process_id < self.num_processes:
+            raise UserError(
+                f"--process_id must be from 0 to --num_processes - 1 ({self.num_processes - 1}); "
+                f"got {self.process_id}"
+            )
+        if self.coordinator:
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not port.isdecimal():
+                raise UserError(f"--coordinator takes HOST:PORT; got {self.coordinator!r}")
+
+
+def join(joining: Joining) -> None:
+    """Joins the other processes; to be called before JAX finds its devices.
+
+    Raises:
+      UserError: it cannot be found out which processes there are, or they do not answer.
+    """
+    if not (joining.distributed or joining.coordinator):
+        return
+    if joining.coordinator and joining.process_id > 0:
+        _await_coordinator(joining.coordinator)
+    try:
+        jax.distributed.initialize(
+            coordinator_address=joining.coordinator or None,
+            num_processes=joining.num_processes if joining.coordinator else None,
+            process_id=joining.process_id if joining.coordinator else None,
+            initialization_timeout=JOINING_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=LEAVING_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the processes cannot join ({error}); outside Cloud TPU and SLURM give "
+            f"--coordinator=HOST:PORT --num_processes=N --process_id=I"
+        ) from error
+
+
+def _await_coordinator(address: str) -> None:
+    """JAX would end the process with a stack trace; a refused connection deserves a line."""
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + JOINING_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"process 0 does not answer at --coordinator={address} ({error}); start every "
+                    f"process within {JOINING_SECONDS} s of each other"
+                ) from None
+            time.sleep(0.2)
+
+
+def together(work: Callable[[], T]) -> T:
+    """Does ``work`` in every process; if it fails for one of them, it fails for all.
+
+    Raises:
+      UserError: what the first process that failed said.
+    """
+    if jax.process_count() == 1:
+        return work()
+    result: T | None = None
+    failure = ""
+    try:
+        result = work()
+    except UserError as error:
+        failure = str(error) or "failed"
+    padded = np.zeros(_MESSAGE_BYTES, np.uint8)
+    encoded = np.frombuffer(failure.encode()[:_MESSAGE_BYTES], np.uint8)
+    padded[: encoded.size] = encoded
+    for index, row in enumerate(multihost_utils.process_allgather(padded)):
+        if said := row[row != 0].tobytes().decode(errors="replace"):
+            shared = UserError(said if index == 0 else f"process {index}: {said}")
+            shared.everywhere = True
+            raise shared
+    return result  # type: ignore[return-value]
+
+
+def first_does(work: Callable[[], T]) -> T | None:
+    """Does ``work`` in process 0 alone; the others wait, and fail if it fails.
+
+    Returns:
+      What ``work`` returns; None in the other processes.
+    """
+    return together(lambda: work() if jax.process_index() == 0 else None)
+
+
+def agree(**facts: str) -> None:
+    """Compares what every process believes.
+
+    Raises:
+      UserError: they differ; the message names what in.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = [hashlib.sha256(fact.encode()).digest() for fact in facts.values()]
+    mine = np.frombuffer(b"".join(digests), np.uint8).reshape(len(facts), -1)
+    every = multihost_utils.process_allgather(mine)
+    for name, column in zip(facts, every.swapaxes(0, 1), strict=True):
+        other = [i for i, row in enumerate(column) if (row != column[0]).any()]
+        if other:
+            error = UserError(
+                f"the processes of a run must have the same {name.replace('_', ' ')}; process "
+                f"{other[0]} has another than process 0: start all of them by the same command"
+            )
+            error.everywhere = True
+            raise error
+
+
+def loss_of_a_process(error: BaseException) -> TryAgain | None:
+    """What to tell when ``error`` comes of another process being gone; None if it does not."""
+    if jax.process_count() == 1:
+        return None
+    text = f"{type(error).__name__} {error}".lower()
+    if not any(sign in text for sign in _SIGNS_OF_LOSS):
+        return None
+    return TryAgain(
+        f"another process of this run died or cannot be reached any more "
+        f"({' '.join(str(error).split())[:200]}); start all of them again by the same command: "
+        f"the run goes on from its last checkpoint",
+        everywhere=False,
+    )

@@ -1,0 +1,173 @@
+"""What the tokens of a text stand for: its bytes, or its Unicode characters.
+
+A token is the rank of its byte or character among those that occur in the text.
+"""
+
+import codecs
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from train.errors import UserError
+
+Unit = Literal["bytes", "characters"]
+
+NOT_A_TOKEN = 255  # in the table of tokens, unless all 256 byte values are in the vocabulary
+_READ_AT_ONCE = 1 << 22  # bytes: their code points take four times the room
+
+Bytes = npt.NDArray[np.uint8]
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """The tokens of a text and what each stands for.
+
+    Attributes:
+      values: ascending; uint8[V] byte values, or uint32[V] code points.
+      unit: which of the two.
+    """
+
+    values: npt.NDArray[np.unsignedinteger[Any]]
+    unit: Unit = "bytes"
+
+    def __len__(self) -> int:
+        return int(self.values.size)
+
+    @property
+    def table(self) -> Bytes:
+        """uint8[256]: the token of each byte value (NOT_A_TOKEN for bytes outside)."""
+        table = np.full(256, NOT_A_TOKEN, np.uint8)
+        table[self.values] = np.arange(len(self), dtype=np.uint8)
+        return table
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
+        """The smallest unsigned type that holds every token."""
+        return np.min_scalar_type(max(len(self) - 1, 0))
+
+    def tokens(self, text: Bytes) -> Tokens:
+        """The tokens of a text that holds nothing else: uint8[n] or wider, see ``dtype``.
+
+        Args:
+          text: uint8, bytes or UTF-8.
+        """
+        if self.unit == "bytes":
+            return self.table[text]
+        pieces = (
+            text[start : start + _READ_AT_ONCE].tobytes()
+            for start in range(0, text.size, _READ_AT_ONCE)
+        )
+        ranks = [np.searchsorted(self.values, points) for points in code_points(pieces)]
+        return np.concatenate([np.zeros(0, self.dtype), *(r.astype(self.dtype) for r in ranks)])
+
+    def encode(self, text: bytes, *, source: str) -> npt.NDArray[np.int32]:
+        """The tokens of any text, int32[n].
+
+        Args:
+          text: bytes, or UTF-8.
+          source: what to call the text that the vocabulary is of.
+
+        Raises:
+          UserError: the text holds what has no token, or is no UTF-8 where characters are needed.
+        """
+        try:
+            data = self._values(text)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"the text is not UTF-8 at byte {error.start}, and the vocabulary of {source} is "
+                f"of characters: correct it"
+            ) from None
+        unknown = np.flatnonzero(~np.isin(data, self.values))
+        if unknown.size:
+            first = int(unknown[0])
+            value = int(data[first])
+            name = f"byte 0x{value:02x}" if self.unit == "bytes" else f"{chr(value)!r}"
+            raise UserError(
+                f"the text holds {name} at position {first}, which does not "
+                f"occur in {source}, so the model has no token for it: remove it"
+            )
+        return np.searchsorted(self.values, data).astype(np.int32)
+
+    def decode(self, tokens: npt.ArrayLike) -> bytes:
+        """The bytes, or the UTF-8, of some tokens.
+
+        Raises:
+          ValueError: a number is no token.
+        """
+        ranks = np.asarray(tokens, dtype=np.int64)
+        if ranks.size and (ranks.min() < 0 or ranks.max() >= len(self)):
+            raise ValueError(f"tokens must be in [0, {len(self)})")
+        found = self.values[ranks]
+        if self.unit == "bytes":
+            return found.tobytes()
+        return found.astype("<u4").tobytes().decode("utf-32-le").encode()
+
+    def num_bytes(self, tokens: npt.ArrayLike) -> int:
+        """How many bytes some tokens stand for."""
+        ranks = np.asarray(tokens)
+        return int(ranks.size if self.unit == "bytes" else self._widths[ranks].sum(dtype=np.int64))
+
+    def to_text(self) -> str:
+        """Byte values as hexadecimal digits, characters as they are: what a manifest holds."""
+        return (
+            self.decode(range(len(self))).decode()
+            if self.unit == "characters"
+            else (self.values.tobytes().hex())
+        )
+
+    @classmethod
+    def from_text(cls, text: str, unit: Unit = "bytes") -> "Vocabulary":
+        """The inverse of ``to_text``.
+
+        Raises:
+          ValueError: there is no such unit, or the text is not of it.
+        """
+        if unit == "bytes":
+            return cls(np.frombuffer(bytes.fromhex(text), np.uint8), unit)
+        if unit != "characters":
+            raise ValueError(f"no vocabulary is of {unit!r}")
+        points = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.uint32)
+        if points.size == 0 or (np.diff(points.astype(np.int64)) <= 0).any():
+            raise ValueError("the characters are not in ascending order")
+        return cls(points, unit)
+
+    def _values(self, text: bytes) -> npt.NDArray[np.unsignedinteger[Any]]:
+        if self.unit == "bytes":
+            return np.frombuffer(text, np.uint8)
+        return np.concatenate([np.zeros(0, np.uint32), *code_points([text])])
+
+    @functools.cached_property
+    def _widths(self) -> npt.NDArray[np.uint8]:
+        """Bytes that each token takes in UTF-8."""
+        return (1 + (self.values[:, None] >= (0x80, 0x800, 0x10000)).sum(axis=1)).astype(np.uint8)
+
+
+def code_points(pieces: Iterable[bytes]) -> Iterator[npt.NDArray[np.uint32]]:
+    """The code points of UTF-8 text, piece by piece; a character may be in two pieces.
+
+    Raises:
+      UnicodeDecodeError: it is no UTF-8; `start` counts from the beginning of the text.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    before = 0
+    for piece, final in _marked(pieces):
+        waiting = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(piece, final)
+        except UnicodeDecodeError as error:
+            error.start += before - waiting
+            raise
+        before += len(piece)
+        yield np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.uint32)
+
+
+def _marked(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Each piece, then an empty one that is marked as the last."""
+    for piece in pieces:
+        yield piece, False
+    yield b"", True

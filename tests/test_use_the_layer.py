@@ -41,7 +41,7 @@ def first(quick_compiles):
 def test_in_a_linen_model(first):
     model, diagnostics = first
     assert model["y"].shape == model["x"].shape
-    changed = model["block"].apply(model["variables"], model["x"].at[:, 40:].add(1.0))
+    changed = jax.jit(model["block"].apply)(model["variables"], model["x"].at[:, 40:].add(1.0))
     same = np.isclose(changed, model["y"], atol=1e-5).all(axis=(0, 2))
     assert same[:40].all() and not same[40:].any(), "it is causal"
     assert diagnostics["dtheta"].shape == diagnostics["theta"].shape
@@ -82,8 +82,8 @@ def test_the_coupling_as_a_function(first):
     v = jax.tree.map(
         lambda x: (0.3 + jnp.arange(x.size).reshape(x.shape) % 7).astype(x.dtype), inputs
     )
-    _, forward = jax.jvp(coupling_update, inputs, v)
-    backward = jax.vjp(coupling_update, *inputs)[1](w)
+    forward = jax.jit(lambda x, v: jax.jvp(coupling_update, x, v)[1])(inputs, v)
+    backward = jax.jit(lambda x, w: jax.vjp(coupling_update, *x)[1](w))(inputs, w)
     for cotangent in backward:
         assert float(jnp.abs(cotangent).max()) > 0
     pulled = sum(jnp.real((a * b).sum()) for a, b in zip(backward, v, strict=True))
@@ -107,7 +107,7 @@ def test_on_a_mesh(first):
     alone = jax.jit(model["lm"].apply)(whole, np.asarray(model["tokens"]))
     np.testing.assert_allclose(model["logits"], alone, rtol=1e-4, atol=1e-4)
     assert pinned["update"].shape == pinned["theta"].shape
-    free = pinned["layer"].apply(pinned["variables"], pinned["theta"])
+    free = jax.jit(pinned["layer"].apply)(pinned["variables"], pinned["theta"])
     np.testing.assert_allclose(pinned["update"], free, rtol=1e-4, atol=1e-5)
 
 

@@ -124,9 +124,10 @@ def unfold_sum(
     else:
         total = functools.reduce(jnp.add, jnp.split(total, num_heads, axis=1))
         update = jnp.einsum("bht,hp->btp", self_weight, at_rest)[:, None]
-    # Im(conj(z) S) is the inner product of S, as a pair of reals, with i z.
-    _, turned = _wave(z, num_harmonics)
-    return functools.reduce(jnp.add, jnp.split(turned * total, 2 * num_harmonics, axis=-1), update)
+    parts = jnp.split(total, 2 * num_harmonics, axis=-1)
+    for m, zm in enumerate(powers(z, num_harmonics)):
+        update += zm.re * parts[2 * m + 1] - zm.im * parts[2 * m]
+    return update
 
 
 def _wave(z: Complex, num_harmonics: int) -> Complex:
@@ -142,31 +143,24 @@ def _wave(z: Complex, num_harmonics: int) -> Complex:
     )
 
 
-def _factors(kappa: Complex) -> list[Array]:
-    """What scales the real and the imaginary wave, for each delay: ``[H, 2 M P]``."""
-
-    def over_wave(part: Array) -> Array:
-        num_harmonics, num_heads, phases = part.shape
-        pairs = jnp.broadcast_to(part[:, None], (num_harmonics, 2, num_heads, phases))
-        return jnp.moveaxis(pairs, 2, 0).reshape(num_heads, -1)
-
-    return [over_wave(part[tau]) for tau in range(len(kappa.re)) for part in kappa]
-
-
 def _scale(waves: list[Array], kappa: Complex) -> Array:
-    """The sum of the waves of each delay times the kernel.
-
-    Taken with the tokens along the rows, which is how the causal sum wants the values.
-    """
-    by_row = _scaled_sum([wave.swapaxes(2, 3) for wave in waves], _factors(kappa))
-    return by_row.swapaxes(2, 3)
+    """The sum of the waves of each delay times the kernel."""
+    num_delays, num_harmonics = kappa.re.shape[:2]
+    # Put together, not repeated: XLA on the CPU writes out what it concatenates, and does not go
+    # through the layout of the kernel again for every value.
+    factors = [
+        jnp.concatenate([part[tau, m // 2] for m in range(2 * num_harmonics)], axis=-1)
+        for tau in range(num_delays)
+        for part in kappa
+    ]
+    return _scaled_sum(waves, factors)
 
 
 @jax.custom_vjp
 def _scaled_sum(waves: list[Array], factors: list[Array]) -> Array:
-    """``sum_i factors[i] waves[i]``: ``[H, G]`` times ``[B, H or 1, G, L]``."""
+    """``sum_i factors[i] waves[i]``: ``[H, G]`` times ``[B, H or 1, L, G]``."""
     return functools.reduce(
-        jnp.add, (f[None, :, :, None] * wave for f, wave in zip(factors, waves, strict=True))
+        jnp.add, (f[None, :, None] * wave for f, wave in zip(factors, waves, strict=True))
     )
 
 
@@ -186,13 +180,13 @@ def _scaled_sum_backward(
     d_waves, d_factors = [], []
     for wave, factor in zip(waves, factors, strict=True):
         if wave.shape[1] == num_heads:
-            d_waves.append(factor[None, :, :, None] * gradient)
+            d_waves.append(factor[None, :, None] * gradient)
         else:
-            by_head = (factor[h][None, :, None] * gradient[:, h] for h in range(num_heads))
+            by_head = (factor[h][None, None] * gradient[:, h] for h in range(num_heads))
             d_waves.append(functools.reduce(jnp.add, by_head)[:, None])
         heard = [wave[:, h % wave.shape[1]] for h in range(num_heads)]
         d_factors.append(
-            jnp.stack([(gradient[:, h] * heard[h]).sum(axis=(0, 2)) for h in range(num_heads)])
+            jnp.stack([(gradient[:, h] * heard[h]).sum(axis=(0, 1)) for h in range(num_heads)])
         )
     return d_waves, d_factors
 

@@ -1,0 +1,48 @@
+"""Our transformer with Flax's own attention module in its attention's place: a peer.
+
+It has the parameters of ours and everything else of ours; Flax's module has no rotary positions and
+holds the whole matrix of weights.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fsn_jax import Transformer, TransformerConfig
+from fsn_jax.feedforward import SwiGLU
+from fsn_jax.transformer import RMS_EPSILON
+
+
+class FlaxBlock(nn.Module):
+    """``x += attention(norm(x))``, then ``x += feedforward(norm(x))``."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """The block."""
+        c = self.config
+        attention = nn.MultiHeadDotProductAttention(
+            c.num_heads, qkv_features=c.width, use_bias=False, dtype=jnp.dtype(c.dtype)
+        )
+        mask = nn.make_causal_mask(jnp.ones(x.shape[:2]), dtype=bool)
+        x = x + attention(nn.RMSNorm(epsilon=RMS_EPSILON)(x), mask=mask).astype(jnp.float32)
+        feedforward = SwiGLU(c.feedforward_width, c.width, c.dtype)
+        return x + feedforward(nn.RMSNorm(epsilon=RMS_EPSILON)(x))
+
+
+class FlaxTransformer(Transformer):
+    """Called as ``Transformer`` is; it has no cache."""
+
+    def setup(self) -> None:
+        """As in ``Transformer``, with the other block."""
+        c = self.config
+        start = nn.initializers.normal(c.width**-0.5 if c.tied_embedding else 1.0)
+        self.embedding = nn.Embed(c.vocab_size, c.width, embedding_init=start)
+        self.blocks = [
+            FlaxBlock(c, name=f"block_{i}")  # type: ignore[misc]
+            for i in range(c.num_layers)
+        ]
+        self.final_norm = nn.RMSNorm(epsilon=RMS_EPSILON)
+        if not c.tied_embedding:
+            self.readout = nn.Dense(c.vocab_size, use_bias=False, dtype=jnp.dtype(c.dtype))

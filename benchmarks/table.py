@@ -1,0 +1,259 @@
+"""Speed and memory side by side, one command: FSN, its plain definition, the transformer, peers.
+
+    python -m benchmarks.table --rungs=pocket,1m --lengths=256,1024 --measures=train
+
+The contenders of a row are timed in turn, each once a round, so that a machine that slows down
+slows all of them; a ratio is the median over the rounds of the ratio within a round. A batch holds
+``--tokens`` tokens whatever the length. Every row is added to ``--output`` when it is done and is
+not measured again by the same code on the same machine: an interrupted table goes on.
+
+Contenders: ``fsn``, ``fsn-reference`` (the plain definition), ``transformer`` (ours), ``flax``
+(ours with Flax's attention module), ``torch`` (x-transformers in PyTorch, with
+``--torch_python=PYTHON``). Measures: ``train`` (a whole step), ``forward`` (logits of a batch),
+``sample`` (a character of cached sampling at position L; no peers).
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.contender import MEASURES, Contender
+from fsn_jax import TransformerConfig
+from train.config import ExperimentConfig
+from train.errors import UserError
+from train.main import load_config
+from train.program import Arguments, run_program
+from train.run import device_description, git_state, package_versions
+
+BASE = "transformer"
+"""The contender that the others are compared with."""
+
+DEFAULT_OUTPUT = Path("results/benchmarks.jsonl")
+CONTENDERS = ("fsn", "fsn-reference", BASE, "flax", "torch")
+
+
+def experiment_for(options: argparse.Namespace, name: str, rung: str, length: int) -> Any:
+    """The arm of a rung that a contender runs, at the length asked for."""
+    arm = "fsn" if name.startswith("fsn") else "transformer"
+    config = load_config(f"{options.config}:{arm}_{rung}")
+    config.data.context = length
+    config.training.batch_size = max(1, options.tokens // length)
+    config.model.dtype = options.dtype
+    return ExperimentConfig.from_config_dict(config)
+
+
+def torch_contender(
+    python: str, measure: str, experiment: ExperimentConfig
+) -> tuple[Contender, dict[str, str]]:
+    """A process of another environment, and its packages."""
+    model = experiment.model
+    assert isinstance(model, TransformerConfig)
+    sizes = dataclasses.asdict(model) | {
+        "context": experiment.data.context,
+        "batch_size": experiment.training.batch_size,
+        "measure": measure,
+        "threads": len(os.sched_getaffinity(0)),
+    }
+    try:
+        process = subprocess.Popen(
+            [python, str(Path(__file__).with_name("torch_peer.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    except OSError as error:
+        raise UserError(f"--torch_python={python} does not start ({error.strerror})") from None
+    assert process.stdin
+    assert process.stdout
+
+    def ask(line: str) -> str:
+        print(line, file=process.stdin, flush=True)
+        answer = process.stdout.readline() if process.stdout else ""
+        if not answer:
+            raise UserError(
+                f"--torch_python={python} stopped; it needs benchmarks/requirements-torch.txt"
+            )
+        return answer
+
+    about = json.loads(ask(json.dumps(sizes)))
+    contender = Contender("torch", lambda: float(ask("again")), about["params"])
+    return contender, about["versions"]
+
+
+def measure_row(options: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
+    """Times all contenders of a row in turn."""
+    contenders, packages = [], package_versions()
+    for name in key["contenders"]:
+        experiment = experiment_for(options, name, key["rung"], key["length"])
+        if name == "torch":
+            peer, versions = torch_contender(options.torch_python, key["measure"], experiment)
+            packages |= versions
+            contenders.append(peer)
+        else:
+            contenders.append(MEASURES[key["measure"]](name, experiment, options.steps))
+    for c in contenders:
+        c.seconds()  # nothing is timed cold
+    rounds = [[c.seconds() for c in contenders] for _ in range(options.rounds)]
+    times = np.array(rounds).reshape(options.rounds, len(contenders))
+    batch = max(1, options.tokens // key["length"]) if key["measure"] != "sample" else 1
+    base = [c.name for c in contenders].index(BASE) if BASE in key["contenders"] else None
+    results = []
+    for i, c in enumerate(contenders):
+        low, middle, high = np.quantile(times[:, i], [0.25, 0.5, 0.75])
+        ratio = float(np.median(times[:, i] / times[:, base])) if base is not None else None
+        flops_base = contenders[base].flops if base is not None else 0.0
+        results.append(
+            {
+                "name": c.name,
+                "params": c.params,
+                "seconds": float(middle),
+                "quartiles": [float(low), float(high)],
+                "time_ratio": ratio,
+                "flops": c.flops,
+                "flop_ratio": c.flops / flops_base if c.flops and flops_base else None,
+                "compile_seconds": c.compile_seconds,
+                "memory_bytes": c.memory_bytes,
+            }
+        )
+    return {
+        **key,
+        "batch_size": batch,
+        "rounds": options.rounds,
+        "steps": options.steps,
+        "results": results,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": ["python", *sys.orig_argv[1:]],
+        "packages": packages,
+    }
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """A row of the table: a line a contender."""
+    lines = [
+        f"{row['rung']} rung · {row['measure']} · L {row['length']} · batch {row['batch_size']} · "
+        f"{row['dtype']} · {row['rounds']} rounds",
+        f"  {'':14} {'params':>10} {'ms':>9} {'quartiles':>17} {'GFLOP/s':>8} {'time':>6} "
+        f"{'FLOP':>6} {'compile s':>9} {'MB':>7}",
+    ]
+    for r in row["results"]:
+        low, high = (f"{1e3 * q:.1f}" for q in r["quartiles"])
+        speed = f"{r['flops'] / r['seconds'] / 1e9:.1f}" if r["flops"] else ""
+        time_ratio, flop_ratio = (
+            f"{r[k]:.2f}" if r[k] else "" for k in ("time_ratio", "flop_ratio")
+        )
+        compiled = f"{r['compile_seconds']:.1f}" if r["compile_seconds"] else ""
+        memory = f"{r['memory_bytes'] / 1e6:.0f}" if r["memory_bytes"] else ""
+        lines.append(
+            f"  {r['name']:14} {r['params']:>10,} {1e3 * r['seconds']:>9.1f} "
+            f"{low + '-' + high:>17} {speed:>8} {time_ratio:>6} {flop_ratio:>6} {compiled:>9} "
+            f"{memory:>7}"
+        )
+    return "\n".join(lines)
+
+
+def program(argv: Sequence[str]) -> None:
+    """Parses and calls."""
+    p = Arguments(
+        prog="python -m benchmarks.table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--config", default="configs/ladder.py", help="a file with arms fsn_RUNG")
+    p.add_argument("--rungs", default="1m,4m,8m")
+    p.add_argument("--lengths", default="128,256,512,1024,2048,4096")
+    p.add_argument("--measures", default="train,forward,sample")
+    p.add_argument("--contenders", default=",".join(CONTENDERS[:-1]))
+    p.add_argument("--tokens", type=int, default=4096, help="in a batch, whatever the length")
+    p.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--steps", type=int, default=2, help="train steps, or chunks, timed together")
+    p.add_argument("--torch_python", default="", help="Python with requirements-torch.txt")
+    p.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
+    p.add_argument("--again", action="store_true", help="measure rows that are there already")
+    options = p.parse_args(argv[1:])
+    names = options.contenders.split(",")
+    if options.torch_python and "torch" not in names:
+        names.append("torch")
+    check_options(options, names)
+    # Every compile time is that of a first compilation.
+    jax.config.update("jax_enable_compilation_cache", False)
+    about: dict[str, Any] = {"device": device_description(), "git": git_state()}
+    print(f"{about['device']} · commit {(about['git']['commit'] or 'none')[:9]}", flush=True)
+    done = read_rows(options.output)
+    for rung in options.rungs.split(","):
+        for length in map(int, options.lengths.split(",")):
+            for measure in options.measures.split(","):
+                kept = [n for n in names if measure != "sample" or n in ("fsn", BASE)]
+                key = {
+                    "rung": rung,
+                    "length": length,
+                    "measure": measure,
+                    "tokens": options.tokens,
+                    "dtype": options.dtype,
+                    "contenders": kept,
+                    **about,
+                }
+                found = [row for row in done if all(row.get(k) == v for k, v in key.items())]
+                if found and not options.again:
+                    print(row_text(found[-1]), flush=True)
+                    continue
+                row = measure_row(options, key)
+                with options.output.open("a") as file:
+                    print(json.dumps(row), file=file)
+                print(row_text(row), flush=True)
+
+
+def check_options(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raises UserError if an option is out of range."""
+    choices: tuple[tuple[str, Sequence[str], tuple[str, ...]], ...] = (
+        ("contenders", names, CONTENDERS),
+        ("measures", options.measures.split(","), tuple(MEASURES)),
+        ("dtype", [options.dtype], ("float32", "bfloat16")),
+    )
+    for option, given, allowed in choices:
+        for value in given:
+            if value not in allowed:
+                raise UserError(f"--{option} takes {', '.join(allowed)}; got {value!r}")
+    if not all(length.isdigit() and int(length) for length in options.lengths.split(",")):
+        raise UserError(f"--lengths takes whole numbers, as in 256,1024; got {options.lengths!r}")
+    if "torch" in names and not options.torch_python:
+        raise UserError("the torch contender needs --torch_python=PYTHON of its environment")
+    if min(options.rounds, options.steps, options.tokens) < 1:
+        raise UserError("--rounds, --steps and --tokens must be at least 1")
+    if not options.output.parent.is_dir():
+        raise UserError(f"--output={options.output}: there is no folder {options.output.parent}")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows measured so far.
+
+    Raises:
+      UserError: a line is not one.
+    """
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError:
+        raise UserError(f"{path} is damaged; remove its last line or name another") from None
+
+
+def main() -> None:
+    """The command line."""
+    sys.exit(run_program(program, sys.argv))
+
+
+if __name__ == "__main__":
+    main()

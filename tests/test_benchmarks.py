@@ -1,0 +1,81 @@
+"""The benchmark program: rows, ratios, going on where it stopped, mistakes; the size of a peer."""
+
+import json
+
+import cases
+import jax
+import pytest
+
+from benchmarks import table
+from benchmarks.contender import MEASURES, Contender
+from benchmarks.flax_attention import FlaxTransformer
+from fsn_jax import Transformer
+from train.program import run_program
+
+SECONDS = {"fsn": 0.3, "transformer": 0.2}
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Contenders that report known times, and a list of those that were asked."""
+    asked = []
+
+    def fake(name, experiment, steps):
+        def seconds():
+            asked.append(name)
+            return SECONDS[name]
+
+        return Contender(name, seconds, params=1, flops=experiment.model.flops_per_token(8))
+
+    monkeypatch.setitem(MEASURES, "train", fake)
+    return asked
+
+
+def run(path, *more):
+    arguments = ["--rungs=pocket", "--lengths=16", "--measures=train", "--rounds=2"]
+    return run_program(
+        table.program,
+        ["table", *arguments, "--contenders=fsn,transformer", f"--output={path}", *more],
+    )
+
+
+def test_rows_are_written_and_not_measured_again(tmp_path, timed, capsys):
+    path = tmp_path / "rows.jsonl"
+    assert run(path) == 0
+    assert timed == ["fsn", "transformer"] * 3  # once cold, then in turn
+    (row,) = map(json.loads, path.read_text().splitlines())
+    by_name = {result["name"]: result for result in row["results"]}
+    assert by_name["fsn"]["time_ratio"] == pytest.approx(1.5)
+    assert by_name["transformer"]["time_ratio"] == by_name["transformer"]["flop_ratio"] == 1
+    assert row["git"]["commit"] and row["device"] and row["packages"]["jax"]
+    first = capsys.readouterr().out
+    assert run(path) == 0
+    assert len(timed) == 6
+    assert capsys.readouterr().out == first
+    assert run(path, "--again") == 0
+    assert len(path.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--contenders=fsn,torch", "--torch_python"),
+        ("--contenders=mamba", "--contenders takes fsn"),
+        ("--lengths=many", "--lengths takes whole numbers"),
+        ("--rounds=0", "must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, option, says):
+    assert run(tmp_path / "rows.jsonl", option) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_the_flax_peer_is_as_large_as_ours():
+    config, tokens = cases.transformer_config(), cases.tokens()
+    trees = [
+        jax.eval_shape(model(config).init, jax.random.key(0), tokens)
+        for model in (FlaxTransformer, Transformer)
+    ]
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in trees]
+    assert sizes == [config.num_params()] * 2

@@ -187,8 +187,6 @@ def program(argv: Sequence[str]) -> None:
     if options.torch_python and "torch" not in names:
         names.append("torch")
     check_options(options, names)
-    # Every compile time is that of a first compilation.
-    jax.config.update("jax_enable_compilation_cache", False)
     about: dict[str, Any] = {"device": device_description(), "git": git_state()}
     print(f"{about['device']} · commit {(about['git']['commit'] or 'none')[:9]}", flush=True)
     done = read_rows(options.output)
@@ -252,6 +250,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     """The command line."""
+    # Every compile time is that of a first compilation.
+    jax.config.update("jax_enable_compilation_cache", False)
     sys.exit(run_program(program, sys.argv))
 
 

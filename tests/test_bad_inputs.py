@@ -281,7 +281,7 @@ CASES = [
     Case(
         "a decay of moments beyond one",
         f"{FRESH} --config.optimizer.beta2=1.5",
-        "config.optimizer.beta2 must be from 0 to 1; got 1.5",
+        "config.optimizer.beta2 must be from 0 to below 1; got 1.5",
     ),
     Case(
         "a batch that does not divide into the devices",

@@ -92,10 +92,14 @@ class OptimizerConfig:
         check_positive(self, "peak_learning_rate", "epsilon", "clip_norm")
         check_positive(self, "angle_factor", "kernel_factor", "gate_factor")
         check_at_least(self, 0, "warmup_steps", "weight_decay", "final_fraction")
-        for name in ("beta1", "beta2", "final_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
+        if not 0 <= self.final_fraction <= 1:
+            raise ConfigError(
+                f"OptimizerConfig.final_fraction must be from 0 to 1; got {self.final_fraction}"
+            )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:  # at 1 a mean would never leave zero
                 raise ConfigError(
-                    f"OptimizerConfig.{name} must be from 0 to 1; got {getattr(self, name)}"
+                    f"OptimizerConfig.{name} must be from 0 to below 1; got {getattr(self, name)}"
                 )
 
 

@@ -7,10 +7,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+if TYPE_CHECKING:
+    from train.corpus import Corpus
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,6 +63,26 @@ def quick_compiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """
     with _quick_compiles(tmp_path_factory.getbasetemp() / "compiled"):
         yield
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> "Corpus":
+    """A prepared corpus of some thousand characters; nobody may change its files."""
+    import small_runs
+
+    return small_runs.write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+@pytest.fixture(scope="session")
+def whole(corpus: "Corpus", tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder and the state of a tiny run that nothing interrupted."""
+    import small_runs
+
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with _quick_compiles(tmp_path_factory.getbasetemp() / "compiled"):
+        experiment = small_runs.tiny_experiment(corpus.folder, folder)
+        outcome = small_runs.run_to_the_end(experiment, corpus)
+    return folder, jax.device_get(outcome.state)
 
 
 @pytest.fixture(scope="session")

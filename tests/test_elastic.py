@@ -17,7 +17,6 @@ from small_runs import (
     rows_of,
     text_of,
     tiny_experiment,
-    write_corpus,
 )
 from test_preemption import terminate_in_dispatch
 
@@ -47,11 +46,6 @@ def run_on(num_devices: int, corpus: Corpus, folder: Path, parameters: str) -> O
         return loop.train(experiment, corpus, run, show_progress=False, mesh=mesh_of(num_devices))
     finally:
         run.close()
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Corpus:
-    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
 @pytest.fixture(scope="module")

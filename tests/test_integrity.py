@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import pytest
-from small_runs import assert_equal_trees, run_to_the_end, tiny_experiment, write_corpus
+from small_runs import assert_equal_trees, run_to_the_end, tiny_experiment
 
 from train import integrity
 from train.checkpoint import ASIDE
 from train.config import ExperimentConfig
-from train.corpus import Corpus
 from train.errors import UserError
 from train.integrity import HASHES, damage, seal
 from train.load import load
@@ -78,11 +77,6 @@ DAMAGES = {
     cut_hashes: "hashes.json or _CHECKPOINT_METADATA is not what was saved",
     garble_metadata: "hashes.json or _CHECKPOINT_METADATA is not what was saved",
 }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Corpus:
-    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import logging
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -38,19 +37,6 @@ from train.run import open_run
 from train.step import build_model, make_evaluate_rows, replicated
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Corpus:
-    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
-
-
-@pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory) -> tuple[Path, Any]:
-    """The folder and the state of a run that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    outcome = run_to_the_end(tiny_experiment(corpus.folder, folder), corpus)
-    return folder, jax.device_get(outcome.state)
 
 
 class Crash(Exception):

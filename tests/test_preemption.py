@@ -3,16 +3,14 @@
 import os
 import signal
 import threading
-from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 import real_runs
-from small_runs import assert_equal_trees, run_to_the_end, tiny_experiment, write_corpus
+from small_runs import assert_equal_trees, run_to_the_end, tiny_experiment
 
 from train import loop
-from train.corpus import Corpus
 from train.errors import EXIT_TRY_AGAIN, TryAgain
 from train.metrics import read_rows
 from train.preemption import Preemption
@@ -20,18 +18,6 @@ from train.program import run_program
 from train.run import open_run
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Corpus:
-    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
-
-
-@pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory) -> tuple[Path, Any]:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    outcome = run_to_the_end(tiny_experiment(corpus.folder, folder), corpus)
-    return folder, jax.device_get(outcome.state)
 
 
 def terminate_in_dispatch(patch: pytest.MonkeyPatch, number: int) -> None:

@@ -26,7 +26,6 @@ from small_runs import (
     TINY_TRANSFORMER,
     mesh_of,
     tiny_config,
-    write_corpus,
 )
 
 from fsn_jax import FSNConfig, TransformerConfig
@@ -52,11 +51,6 @@ FEW = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 MANY = settings(FEW, max_examples=60, derandomize=False)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Corpus:
-    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
 # Configs

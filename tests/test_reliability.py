@@ -38,18 +38,6 @@ from train.spikes import Spikes
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Corpus:
-    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
-
-
-@pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory) -> tuple[Path, Any]:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    outcome = run_to_the_end(tiny_experiment(corpus.folder, folder), corpus)
-    return folder, jax.device_get(outcome.state)
-
-
 def assert_same_run(folder: Path, state: Any, whole: tuple[Path, Any]) -> None:
     assert_equal_trees(jax.device_get(state), whole[1])
     assert (folder / "metrics.jsonl").read_bytes() == (whole[0] / "metrics.jsonl").read_bytes()

@@ -97,6 +97,7 @@ def test_from_nnx(first):
     assert names["kernel"].shape == (2, 1, 4, 32)
 
 
+@pytest.mark.slow
 def test_on_a_mesh(first):
     model, pinned = run("On your mesh", first[-1])
     assert model["logits"].shape == (8, 32, 64)
@@ -111,6 +112,7 @@ def test_on_a_mesh(first):
     np.testing.assert_allclose(pinned["update"], free, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_trained_model(first, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FSN_JAX_CACHE", str(tmp_path / "cache"))

@@ -25,7 +25,7 @@ from train.errors import UserError
 from train.figures import style
 from train.load import load
 from train.metrics import bits_per_character
-from train.program import Arguments, run_program, start_jax
+from train.program import Arguments, check_json_output, run_program, start_jax
 from train.run import provenance, write_atomically
 from train.step import make_window_losses
 from train.suffix_match import SuffixMatch, match_suffixes
@@ -351,8 +351,7 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--length", type=int, default=0, help="characters each; 0: shortest context")
     p.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     options = p.parse_args(argv[1:])
-    if options.output.suffix != ".json" or not options.output.parent.is_dir():
-        raise UserError(f"--output={options.output} must be a .json in a folder that exists")
+    check_json_output(options.output)
     if options.resamples < 1:
         raise UserError(f"--resamples must be at least 1; got {options.resamples}")
     start_jax()

@@ -24,7 +24,7 @@ from train.config import ExperimentConfig
 from train.errors import EXIT_INTERRUPTED, EXIT_TRY_AGAIN, TryAgain, UserError
 from train.figures import style
 from train.main import parse_config
-from train.program import Arguments, run_program
+from train.program import Arguments, check_json_output, run_program
 from train.run import default_folder, git_state, open_run, write_atomically
 
 LEAST_RUNGS = 3
@@ -254,8 +254,7 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--output", type=Path, default=Path("ladder.json"), help="a .json")
     p.add_argument("--plan", action="store_true", help="print sizes and budgets, train nothing")
     options, changes = p.parse_known_args(argv[1:])
-    if options.output.suffix != ".json" or not options.output.parent.is_dir():
-        raise UserError(f"--output={options.output} must be a .json in a folder that exists")
+    check_json_output(options.output)
     seeds = options.seeds.split(",")
     if not all(seed.isdigit() for seed in seeds):
         raise UserError(f"--seeds must be whole numbers with commas between; got {options.seeds!r}")

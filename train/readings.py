@@ -34,7 +34,7 @@ from train.copy_depth import spread_windows
 from train.errors import UserError
 from train.figures import style
 from train.load import load
-from train.program import Arguments, run_program, start_jax
+from train.program import Arguments, check_json_output, run_program, start_jax
 from train.run import provenance, write_atomically
 
 POINTS = 65
@@ -276,8 +276,7 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--windows", type=int, default=16, help="of the validation split")
     p.add_argument("--length", type=int, default=0, help="characters each; 0: context, at most 256")
     options = p.parse_args(argv[1:])
-    if options.output.suffix != ".json" or not options.output.parent.is_dir():
-        raise UserError(f"--output={options.output} must be a .json in a folder that exists")
+    check_json_output(options.output)
     start_jax()
     page = read(
         options.run,

@@ -99,10 +99,7 @@ def backward(
         def tile(step: Array, diagonal: bool) -> Array:
             rows = pl.ds(step * block, block)
             key, value = key_ref[0, rows, :], value_ref[0, rows, :]
-            _, d_scores = tiles.weights_and_gradient(
-                query, key, value, log, d_total, mean, diagonal=diagonal
-            )
-            return tiles.dot(d_scores.astype(key.dtype), key, (1, 0))
+            return tiles.query_gradient(query, key, value, log, d_total, mean, diagonal=diagonal)
 
         zero = jnp.zeros(query.shape, jnp.float32)
         past = jax.lax.fori_loop(0, here, lambda step, sum_: sum_ + tile(step, False), zero)
@@ -118,12 +115,8 @@ def backward(
             rows = pl.ds(step * block, block)
             query, d_total = query_ref[0, rows, :], d_total_ref[0, rows, :]
             log, mean = log_ref[0, rows, :], mean_ref[0, rows, :]
-            weights, d_scores = tiles.weights_and_gradient(
+            return tiles.key_value_gradients(
                 query, key, value, log, d_total, mean, diagonal=diagonal
-            )
-            return (
-                tiles.dot(d_scores.astype(query.dtype), query, (0, 0)),
-                tiles.dot(weights.astype(d_total.dtype), d_total, (0, 0)),
             )
 
         def add(step: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -91,3 +91,20 @@ def weights_and_gradient(
     """
     weights = jnp.exp(scores(query, key, diagonal=diagonal) - log_normaliser)
     return weights, weights * (dot(d_total, value, (1, 1)) - mean)
+
+
+def query_gradient(*tile: Array, diagonal: bool) -> Array:
+    """What a tile adds to the gradient by its queries; arguments of ``weights_and_gradient``."""
+    _, d_scores = weights_and_gradient(*tile, diagonal=diagonal)
+    key = tile[1]
+    return dot(d_scores.astype(key.dtype), key, (1, 0))
+
+
+def key_value_gradients(*tile: Array, diagonal: bool) -> tuple[Array, Array]:
+    """What a tile adds to the gradients by its keys and by its values; arguments as above."""
+    weights, d_scores = weights_and_gradient(*tile, diagonal=diagonal)
+    query, d_total = tile[0], tile[4]
+    return (
+        dot(d_scores.astype(query.dtype), query, (0, 0)),
+        dot(weights.astype(d_total.dtype), d_total, (0, 0)),
+    )

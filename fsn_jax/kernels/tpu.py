@@ -93,11 +93,7 @@ def backward(
         here, step = pl.program_id(1), pl.program_id(2)
 
         def add(diagonal: bool) -> None:
-            query, key, value, log, d_total, mean = (ref[0] for ref in inputs)
-            _, d_scores = tiles.weights_and_gradient(
-                query, key, value, log, d_total, mean, diagonal=diagonal
-            )
-            sum_ref[...] += tiles.dot(d_scores.astype(key.dtype), key, (1, 0))
+            sum_ref[...] += tiles.query_gradient(*(ref[0] for ref in inputs), diagonal=diagonal)
 
         @pl.when(step == 0)
         def _start() -> None:
@@ -117,14 +113,7 @@ def backward(
         here, step = pl.program_id(1), pl.program_id(2)
 
         def tile(diagonal: bool) -> tuple[Array, Array]:
-            query, key, value, log, d_total, mean = (ref[0] for ref in inputs)
-            weights, d_scores = tiles.weights_and_gradient(
-                query, key, value, log, d_total, mean, diagonal=diagonal
-            )
-            return (
-                tiles.dot(d_scores.astype(query.dtype), query, (0, 0)),
-                tiles.dot(weights.astype(d_total.dtype), d_total, (0, 0)),
-            )
+            return tiles.key_value_gradients(*(ref[0] for ref in inputs), diagonal=diagonal)
 
         @pl.when(step == here)
         def _start() -> None:

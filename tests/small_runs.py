@@ -97,11 +97,8 @@ def tiny_experiment(corpus: Path, run_dir: Path, **changes: Any) -> ExperimentCo
 
 def run_to_the_end(experiment: ExperimentConfig, corpus: Corpus) -> Outcome:
     """What `python -m train` does between its checks and the summary."""
-    run = create_or_resume(experiment, corpus)
-    try:
+    with create_or_resume(experiment, corpus) as run:
         return loop.train(experiment, corpus, run, show_progress=False)
-    finally:
-        run.close()
 
 
 def finish_arms(base: Path) -> dict[str, Path]:
@@ -118,13 +115,10 @@ def finish_arms(base: Path) -> dict[str, Path]:
     }
     for name, changes in runs.items():
         config = tiny_experiment(corpus.folder, base / name, name=name, **changes)
-        run = create_or_resume(config, corpus)
-        try:
+        with create_or_resume(config, corpus) as run:
             outcome = loop.train(config, corpus, run, show_progress=False)
             with mock.patch.object(finish, "_sample", return_value=b"abcabc <b>&amp;</b>"):
                 finish.finish(config, corpus, run, outcome)
-        finally:
-            run.close()
     return {name: base / name for name in runs}
 
 

@@ -448,8 +448,25 @@ CASES = [
     Case(
         "a bucket in place of a run folder",
         f"{TRAIN} --config.run_dir=gs://bucket/run",
-        "config.run_dir=gs://bucket/run is no folder of this machine: mount the bucket, or copy to "
-        "and from it (docs/cloud_tpu.md)",
+        "config.run_dir=gs://bucket/run is no folder of this machine: keep a copy of the run there "
+        "with config.mirror_dir",
+    ),
+    Case(
+        "a bucket in place of the cache",
+        f"{TRAIN} --config.data.cache_dir=gs://bucket/cache",
+        "config.data.cache_dir=gs://bucket/cache is no folder of this machine: name a corpus there "
+        "with config.data.path",
+    ),
+    Case(
+        "a copy in a storage that is not known",
+        f"{TRAIN} --config.mirror_dir=ftp://host/runs",
+        "config.mirror_dir=ftp://host/runs: gs:// and s3:// can be reached, ftp:// cannot",
+    ),
+    Case(
+        "a run copied into itself",
+        f"{TRAIN} --config.mirror_dir=run/copies",
+        "config.mirror_dir=run/copies would copy the run folder run into itself; name another "
+        "place",
     ),
     Case(
         "a run folder in use",

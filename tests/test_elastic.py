@@ -41,11 +41,8 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 def run_on(num_devices: int, corpus: Corpus, folder: Path, parameters: str) -> Outcome:
     experiment = tiny_experiment(corpus.folder, folder, training__parameters=parameters)
-    run = create_or_resume(experiment, corpus)
-    try:
+    with create_or_resume(experiment, corpus) as run:
         return loop.train(experiment, corpus, run, show_progress=False, mesh=mesh_of(num_devices))
-    finally:
-        run.close()
 
 
 @pytest.fixture(scope="module")

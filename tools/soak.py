@@ -100,15 +100,16 @@ def main() -> int:
     seconds = 3600 * options.hours + 60 * options.minutes or 7200.0
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
     folder = Path(options.run_dir or ROOT / "runs" / f"soak-{stamp}")
-    settings = [f"{name}={value}" for name, value in SETTINGS.items()] + options.settings
+    given = dict(setting.partition("=")[::2] for setting in options.settings)
+    settings = {name: str(value) for name, value in SETTINGS.items()} | given
     command = [sys.executable, "-m", "train", "--config=configs/quickstart.py"]
-    command += [f"--config.run_dir={folder}", *(f"--config.{setting}" for setting in settings)]
+    command += [f"--config.run_dir={folder}", *(f"--config.{n}={v}" for n, v in settings.items())]
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, float]] = []
     with (folder / "output.txt").open("w") as out:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
         try:
-            while last_step(folder) < SETTINGS["training.log_every"]:  # compiled
+            while last_step(folder) < int(settings["training.log_every"]):  # compiled
                 if process.poll() is not None:
                     print(f"the run ended with status {process.returncode}: {folder}/output.txt")
                     return 1
@@ -130,9 +131,10 @@ def main() -> int:
                 process.wait()
     lines = judge(rows)
     steps = int(rows[-1]["step"] - rows[0]["step"])
+    saves = steps // int(settings["checkpoints.every"])
     print(
         f"{len(rows)} samples in {rows[-1]['seconds']:,.0f} s, {steps} steps, "
-        f"{steps // SETTINGS['checkpoints.every']} saves, status {process.returncode}: {folder}"
+        f"{saves} saves, status {process.returncode}: {folder}"
     )
     print("\n".join(lines))
     return int(any("RISING" in line for line in lines))

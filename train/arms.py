@@ -18,7 +18,15 @@ from train.metrics import read_rows
 from train.run import flatten
 
 _SEED = re.compile(r"_seed\d+$")
-_MAY_DIFFER = {"name", "seed", "run_dir", "data.cache_dir", "data.path", "data.placement"}
+_MAY_DIFFER = {
+    "name",
+    "seed",
+    "run_dir",
+    "mirror_dir",
+    "data.cache_dir",
+    "data.path",
+    "data.placement",
+}
 """Settings that do not tell the runs of an arm apart: where things lie, and the seed."""
 
 

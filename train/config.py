@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
 from fsn_jax.config import ConfigError, check_at_least, check_fields, check_positive
+from train.bucket import check_scheme, is_remote
 from train.errors import UserError
 from train.vocabulary import Unit
 
@@ -207,6 +208,8 @@ class ExperimentConfig:
         the largest a byte corpus can have, until ``with_vocabulary`` settles it.
       vocabulary_from_corpus: whether it was 0.
       data, optimizer, training, evaluation, checkpoints: see their classes.
+      mirror_dir: a bucket (``gs://BUCKET/runs``) or folder in which a copy of the run's folder is
+        kept, by the same name; empty for none.
     """
 
     name: str
@@ -220,6 +223,7 @@ class ExperimentConfig:
     training: TrainingConfig
     evaluation: EvaluationConfig
     checkpoints: CheckpointConfig
+    mirror_dir: str = ""
 
     @classmethod
     def from_config_dict(cls, config: ConfigDict) -> "ExperimentConfig":
@@ -263,16 +267,14 @@ class ExperimentConfig:
             raise UserError(str(error).replace("ExperimentConfig.", "config.")) from None
         if not 0 <= self.seed < 2**31:
             raise UserError(f"config.seed must be from 0 to 2**31 - 1; got {self.seed}")
-        for setting, path in (
-            ("run_dir", self.run_dir),
-            ("data.path", self.data.path),
-            ("data.cache_dir", self.data.cache_dir),
+        for setting, path, instead in (
+            ("run_dir", self.run_dir, "keep a copy of the run there with config.mirror_dir"),
+            ("data.cache_dir", self.data.cache_dir, "name a corpus there with config.data.path"),
         ):
-            if "://" in path:
-                raise UserError(
-                    f"config.{setting}={path} is no folder of this machine: mount the bucket, or "
-                    f"copy to and from it (docs/cloud_tpu.md)"
-                )
+            if is_remote(path):
+                raise UserError(f"config.{setting}={path} is no folder of this machine: {instead}")
+        check_scheme("config.mirror_dir", self.mirror_dir)
+        check_scheme("config.data.path", self.data.path)
         if self.data.name in ("codeparrot", "text") and not self.data.path:
             raise UserError(
                 f"config.data.name={self.data.name} needs a file or folder of yours: give it with "
@@ -374,6 +376,7 @@ def experiment(
         {
             "name": name,
             "run_dir": "",
+            "mirror_dir": "",
             "seed": seed,
             "model": {"architecture": architecture, **dataclasses.asdict(model)},
             **{key: dataclasses.asdict(part) for key, part in parts.items()},

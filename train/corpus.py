@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from train.bucket import fetched, is_remote
 from train.datasets.pinned import PINNED
 from train.errors import UserError
 from train.fetch import Progress, file_sha256
@@ -163,7 +164,8 @@ def open_corpus(
       name: one of NAMES.
       path: the user's file, folder or pattern, required by codeparrot and text; for enwik8 the
         file itself or a zip or gzip archive of it, for pycode the folder of its wheels, both
-        optional; or, for any of them, the folder of a prepared corpus.
+        optional; or, for any of them, the folder of a prepared corpus, here or in a bucket (from
+        where it is copied into the cache).
       cache_dir: the cache; "" means `default_cache()`.
       unit: what a token stands for; "characters" is for text.
       verify: check the hashes of train and validation (test is checked when it is read).
@@ -174,13 +176,15 @@ def open_corpus(
     """
     if name not in NAMES:
         raise UserError(f"config.data.name={name} is not known: choose one of {', '.join(NAMES)}")
-    if path and (Path(path).expanduser() / MANIFEST).is_file():
+    cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
+    if is_remote(path):
+        folder = fetched(path, cache, setting="config.data.path", marker=MANIFEST)
+    elif path and (Path(path).expanduser() / MANIFEST).is_file():
         folder = Path(path).expanduser()
     else:
         # Preparing needs more than opening does; a machine with a carried cache may not have it.
         from train.prepare import corpus_folder, prepare_corpus
 
-        cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
         folder = corpus_folder(name, path, cache, unit)
         if not folder.exists():
             prepare_corpus(name, path, cache, unit=unit, progress=progress)

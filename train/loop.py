@@ -292,6 +292,7 @@ def _train(
                     metrics.validation(step, loss=validation_loss, num_bytes=validation_bytes)
                 if saving:
                     checkpoints.save(state, step, fresh_loss)
+                    run.saved()
                 if evaluating or saving:
                     metrics.leave_out(time.perf_counter() - paused)
                 if stopping and not last:

@@ -158,8 +158,7 @@ def _train(experiment: ExperimentConfig, profile: Span | None) -> None:
         settings=json.dumps(experiment.to_dict()), corpus=corpus.sha256, JAX_version=jax.__version__
     )
     check_experiment(experiment, corpus, jax.device_count())
-    run = create_or_resume(experiment, corpus)
-    try:
+    with create_or_resume(experiment, corpus) as run:
         if run.writes:
             shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
             devices = f"{jax.device_count()} device(s){shared}"
@@ -168,8 +167,6 @@ def _train(experiment: ExperimentConfig, profile: Span | None) -> None:
         if run.writes and outcome.resumed_from == outcome.step:
             print(f"finished before: all {outcome.step} steps are done, nothing is left to train")
         finish(experiment, corpus, run, outcome)
-    finally:
-        run.close()
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from train.run import flatten, write_atomically
 
 KINDS = ("copy_depth", "ladder", "readings")
 MOST_POINTS = 400
+OF_ONE_RUN = ("name", "run_dir", "mirror_dir")
 """Of a training curve; more could not be told apart on a screen."""
 
 
@@ -47,7 +48,11 @@ def arm_data(arm: Arm) -> dict[str, Any]:
         "whole_split": mean_and_deviation(whole)[0] if whole else None,
         "validation": points(arm, "validation"),
         "train": points(arm, "train"),
-        "config": {k: v for k, v in flatten(arm.config).items() if k not in ("name", "run_dir")},
+        "config": {
+            k: v
+            for k, v in flatten(arm.config).items()
+            if k not in ("name", "run_dir", "mirror_dir")
+        },
         "sample": sample.read_text(errors="replace") if sample.is_file() else "",
     }
 

@@ -29,16 +29,19 @@ from typing import IO, Any
 import jax
 import numpy as np
 
+from train.bucket import fetched, is_remote
 from train.config import ExperimentConfig
-from train.corpus import Corpus
+from train.corpus import Corpus, default_cache
 from train.errors import UserError
 from train.metrics import read_rows
+from train.mirror import Mirror
 from train.processes import first_does, together
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 _FREE = {
     "run_dir",
+    "mirror_dir",
     "data.cache_dir",
     "data.path",
     "data.placement",
@@ -52,10 +55,29 @@ _FREE = {
 class RunFolder:
     """An open run folder; the lock is held until ``close``."""
 
-    def __init__(self, path: Path, lock: IO[str] | None = None):
+    def __init__(self, path: Path, lock: IO[str] | None = None, mirror: Mirror | None = None):
         """Use ``create_or_resume`` to train and ``open_run`` to read."""
         self.path = path
         self._lock = lock
+        self._mirror = mirror
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Brings the run's copy up to date and releases the lock."""
+        try:
+            if self._mirror and kind is None:
+                self._mirror.push()
+            elif self._mirror:
+                self._mirror.push_or_warn()
+        finally:
+            self.close()
+
+    def saved(self) -> None:
+        """To be called when a checkpoint was saved: the run's copy follows beside the training."""
+        if self._mirror:
+            self._mirror.push_behind()
 
     @property
     def writes(self) -> bool:
@@ -131,42 +153,49 @@ def _open_beside(path: Path) -> RunFolder:
 
 
 def _open_to_write(path: Path, experiment: ExperimentConfig, corpus: Corpus) -> RunFolder:
+    mirror = Mirror(path, experiment.mirror_dir) if experiment.mirror_dir else None
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / "lock").open("a+")
     except OSError as error:
-        raise UserError(
-            f"cannot write to the run folder {path} ({error.strerror}); choose another with "
-            f"--config.run_dir=FOLDER"
-        ) from None
+        raise _unwritable(path, error) from None
     _take_lock(lock, path)
-    run = RunFolder(path, lock)
+    run = RunFolder(path, lock, mirror)
     config_file = path / "config.json"
-    if config_file.exists():
-        try:
+    try:
+        if mirror and mirror.fetch():
+            print(f"the run is fetched from {mirror.place}")
+        if config_file.exists():
             _refuse_other_settings(run, experiment)
             refuse_other_data(run, corpus)
-        except UserError:
-            run.close()
-            raise
-    try:
         write_atomically(config_file, json.dumps(experiment.to_dict(), indent=2) + "\n")
+    except UserError:
+        run.close()
+        raise
     except OSError as error:
         run.close()
-        raise UserError(
-            f"cannot write to the run folder {path} ({error.strerror}); choose another with "
-            f"--config.run_dir=FOLDER"
-        ) from None
+        raise _unwritable(path, error) from None
     return run
 
 
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write to the run folder {path} ({error.strerror}); choose another with "
+        f"--config.run_dir=FOLDER"
+    )
+
+
 def open_run(path: str | Path) -> RunFolder:
-    """Opens a run's folder to read from it.
+    """Opens a run's folder to read from it; one in a bucket is copied into the cache first.
 
     Raises:
       UserError: there is no run there.
     """
     folder = Path(path)
+    if is_remote(path):
+        folder = fetched(
+            str(path), default_cache() / "runs", setting="the run", marker="metrics.jsonl"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a run folder (no config.json); train one first")
     return RunFolder(folder)

@@ -1,0 +1,255 @@
+"""A run's copy in a bucket: what it holds, going on from it, refusing what does not fit."""
+
+import shutil
+import threading
+from pathlib import Path
+from unittest import mock
+
+import fsspec
+import jax
+import pytest
+from etils.epath import backend
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from small_runs import (
+    assert_equal_trees,
+    rows_of,
+    run_to_the_end,
+    tiny_experiment,
+)
+
+from train import bucket, loop, mirror, preemption
+from train.corpus import open_corpus
+from train.errors import TryAgain, UserError
+from train.metrics import read_rows
+from train.mirror import Mirror
+from train.run import create_or_resume, open_run
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+class FolderAsBucket(DirFileSystem):
+    """gs://NAME/... kept in a folder: everything goes through etils and fsspec as it would."""
+
+    def __init__(self, root, log):
+        super().__init__(str(root), LocalFileSystem(auto_mkdir=True))
+        self.log = log
+
+    def _join(self, path):
+        return super()._join(str(path).removeprefix("gs://"))
+
+    def open(self, path, mode="rb", **kwargs):
+        self.log.append((mode, str(path)))
+        return super().open(path, mode, **kwargs)
+
+
+@pytest.fixture
+def storage(tmp_path, monkeypatch):
+    """A storage behind gs://; its folder and the list of what is opened in it."""
+    log: list[tuple[str, str]] = []
+    files = FolderAsBucket(tmp_path / "storage", log)
+    systems = {"gcs": files, "file": LocalFileSystem()}
+    monkeypatch.setattr(
+        type(backend.fsspec_backend), "_get_filesystem", lambda _, name: systems[name]
+    )
+    return tmp_path / "storage", log
+
+
+@pytest.fixture(params=["gs://bucket/runs", "a folder"])
+def place(request, tmp_path, storage):
+    """Where copies go as a setting, and the folder in which they then are."""
+    if request.param == "a folder":
+        return str(tmp_path / "share"), tmp_path / "share"
+    return request.param, storage[0] / "bucket" / "runs"
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != "lock"
+    }
+
+
+def test_the_copy_is_the_run(corpus, tmp_path, place):
+    setting, there = place
+    experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir=setting)
+    run_to_the_end(experiment, corpus)
+    here = tree(tmp_path / "one")
+    assert tree(there / "one") == here
+    assert {Path(name).parts[1] for name in here if name.startswith("checkpoints")} == {"20", "30"}
+
+
+def test_another_machine_goes_on_from_the_copy_to_the_same_bits(corpus, whole, tmp_path, place):
+    setting, there = place
+    experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir=setting)
+
+    def told_to_stop(self, first, last):
+        return last == 15
+
+    stopped = mock.patch.object(preemption.Preemption, "reached", told_to_stop)
+    with stopped, pytest.raises(TryAgain):
+        run_to_the_end(experiment, corpus)
+    shutil.rmtree(tmp_path / "one")  # the machine is gone
+
+    outcome = run_to_the_end(experiment, corpus)
+    assert outcome.resumed_from == 15
+    assert_equal_trees(jax.device_get(outcome.state), whole[1])
+    for kind in ("train", "validation"):
+        assert rows_of(tmp_path / "one", kind) == rows_of(whole[0], kind)
+    assert tree(there / "one") == tree(tmp_path / "one")
+
+
+def test_a_copy_that_was_cut_short_is_gone_on_from(corpus, whole, tmp_path, storage, capsys):
+    experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
+    run_to_the_end(experiment, corpus)
+    shutil.rmtree(tmp_path / "one")
+    newest = storage[0] / "bucket" / "runs" / "one" / "checkpoints" / "30"
+    next(file for file in newest.rglob("d/*") if file.is_file()).unlink()
+
+    outcome = run_to_the_end(experiment, corpus)
+    assert outcome.resumed_from == 20
+    assert "30 is damaged" in capsys.readouterr().err
+    assert_equal_trees(jax.device_get(outcome.state), whole[1])
+    assert tree(newest) == tree(tmp_path / "one" / "checkpoints" / "30")
+
+
+def test_a_fetch_that_was_cut_short_is_made_again(corpus, tmp_path, storage):
+    experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
+    run_to_the_end(experiment, corpus)
+    before = tree(tmp_path / "one")
+    shutil.rmtree(tmp_path / "one")
+    copied = bucket.copy_file
+
+    def cut_short(source, target):
+        if source.name == "provenance.json":
+            raise OSError("the network is gone")
+        copied(source, target)
+
+    refusal = pytest.raises(UserError, match=r"mirror_dir=gs://.*the network is gone")
+    with mock.patch.object(mirror, "copy_file", cut_short), refusal:
+        create_or_resume(experiment, corpus)
+    assert tree(tmp_path / "one").keys() < before.keys()
+    assert run_to_the_end(experiment, corpus).resumed_from == 30
+    assert tree(tmp_path / "one") == before
+
+
+def test_files_are_copied_once(corpus, tmp_path, storage):
+    _, log = storage
+    experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
+    run_to_the_end(experiment, corpus)
+    written = [path for mode, path in log if "w" in mode]
+    in_checkpoints = [path for path in written if "/checkpoints/" in path]
+    assert len(in_checkpoints) == len(set(in_checkpoints)) > 0
+    log.clear()
+    run_to_the_end(experiment, corpus)  # finished before
+    assert not [path for mode, path in log if "w" in mode and "/checkpoints/" in path]
+
+
+def test_training_goes_on_while_the_storage_is_away(corpus, tmp_path, storage, capsys):
+    experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
+    away = mock.patch.object(mirror, "copy_file", side_effect=OSError("503"))
+    with away, pytest.raises(UserError, match=r"config.mirror_dir=gs://bucket/runs/one .*503"):
+        run_to_the_end(experiment, corpus)
+    assert "warning: the copy of the run is behind" in capsys.readouterr().err
+    assert open_run(tmp_path / "one").checkpoints.joinpath("30").is_dir()
+    assert run_to_the_end(experiment, corpus).resumed_from == 30
+    assert tree(storage[0] / "bucket" / "runs" / "one") == tree(tmp_path / "one")
+
+
+def test_a_failure_of_the_run_is_told_rather_than_one_of_its_copy(
+    corpus, tmp_path, storage, capsys
+):
+    experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
+    away = mock.patch.object(mirror, "copy_file", side_effect=OSError("503"))
+    failing = mock.patch.object(loop, "Metrics", side_effect=UserError("no room"))
+    with away, failing, pytest.raises(UserError, match="no room"):
+        run_to_the_end(experiment, corpus)
+    assert "503" in capsys.readouterr().err
+
+
+def test_copies_do_not_overtake_each_other(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "metrics.jsonl").write_text("1")
+    made = Mirror(tmp_path / "one", str(tmp_path / "share"))
+    copied, entered, go_on = bucket.copy_file, threading.Event(), threading.Event()
+    calls = []
+
+    def slowly(source, target):
+        calls.append(source.name)
+        entered.set()
+        assert go_on.wait(10)
+        copied(source, target)
+
+    with mock.patch.object(mirror, "copy_file", slowly):
+        made.push_behind()
+        assert entered.wait(10)
+        made.push_behind()  # left out: one is under way
+        threading.Timer(0.1, go_on.set).start()
+        made.push()  # waits for it
+    assert calls == ["metrics.jsonl"]
+    assert (tmp_path / "share" / "one" / "metrics.jsonl").read_text() == "1"
+
+
+def test_a_copy_of_another_run_and_one_ahead_are_refused(corpus, tmp_path, storage):
+    def start(**changes):
+        return create_or_resume(tiny_experiment(corpus.folder, tmp_path / "one", **changes), corpus)
+
+    mirrored = {"mirror_dir": "gs://bucket/runs"}
+    run_to_the_end(tiny_experiment(corpus.folder, tmp_path / "one", **mirrored), corpus)
+    (tmp_path / "one").rename(tmp_path / "first")
+    with pytest.raises(UserError, match="other settings: seed 0 -> 1"):
+        start(seed=1, **mirrored)
+    shutil.rmtree(tmp_path / "one")
+
+    shutil.copytree(tmp_path / "first", tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / "checkpoints" / "30")
+    with pytest.raises(UserError, match=r"at step 30, ahead of .*one at 20; remove"):
+        start(**mirrored)
+
+    starts = tmp_path / "one" / "provenance.json"
+    starts.write_text(starts.read_text().replace('"time": "2', '"time": "3', 1))
+    with pytest.raises(UserError, match="a copy of another run"):
+        start(**mirrored)
+
+
+@pytest.mark.parametrize("inside", ["one", "one/copies"])
+def test_a_run_is_not_copied_into_itself(tmp_path, inside):
+    parent = tmp_path / inside if inside != "one" else tmp_path
+    with pytest.raises(UserError, match="into itself"):
+        Mirror(tmp_path / "one", str(parent))
+
+
+def test_without_the_package_of_a_storage_the_line_names_it(tmp_path):
+    with mock.patch.object(fsspec, "filesystem", side_effect=ImportError("Install gcsfs")):
+        backend.fsspec_backend._get_filesystem.cache_clear()
+        with pytest.raises(UserError, match=r"Install gcsfs.*'fsn-jax\[gcs\]'"):
+            Mirror(tmp_path / "one", "gs://bucket/runs").fetch()
+
+
+def test_a_corpus_in_a_bucket_is_copied_into_the_cache_once(corpus, tmp_path, storage):
+    folder, log = storage
+    shutil.copytree(corpus.folder, folder / "bucket" / "data" / "text")
+    options = {
+        "name": "text",
+        "path": "gs://bucket/data/text",
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    found = open_corpus(**options)
+    assert found.sha256 == corpus.sha256
+    assert tmp_path / "cache" in found.folder.parents
+    log.clear()
+    assert open_corpus(**options).folder == found.folder
+    assert [Path(path).name for _, path in log] == ["manifest.json"]
+
+    with pytest.raises(UserError, match=r"data.path=gs://bucket/nothing holds no manifest.json"):
+        open_corpus(name="text", path="gs://bucket/nothing", cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_run_in_a_bucket_is_read(finished_arms, tmp_path, storage, monkeypatch):
+    monkeypatch.setenv("FSN_JAX_CACHE", str(tmp_path / "cache"))
+    folder = finished_arms["fsn"]
+    shutil.copytree(folder, storage[0] / "bucket" / "fsn")
+    run = open_run("gs://bucket/fsn")
+    assert read_rows(run.metrics) == read_rows(folder / "metrics.jsonl")
+    assert tmp_path / "cache" in run.path.parents

@@ -1,0 +1,95 @@
+"""Folders that are not of this machine: read and written through etils' ``epath``.
+
+``gs://BUCKET/...`` needs gcsfs installed, ``s3://BUCKET/...`` s3fs (the extras ``gcs`` and ``s3``
+of the package). A plain folder does as well: a share, or the place of a bucket in a test.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from etils import epath
+
+from train.errors import UserError
+
+SCHEMES = {"gs": "gcs", "s3": "s3"}  # the package's extra that each needs
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path has a scheme, as ``gs://BUCKET/run`` does."""
+    return "://" in str(path)
+
+
+def check_scheme(setting: str, path: str) -> None:
+    """Raises UserError if a path names a storage that cannot be reached."""
+    scheme = path.partition("://")[0]
+    if is_remote(path) and scheme not in SCHEMES:
+        known = " and ".join(f"{name}://" for name in SCHEMES)
+        raise UserError(f"{setting}={path}: {known} can be reached, {scheme}:// cannot")
+
+
+@contextlib.contextmanager
+def reaching(setting: str, path: str) -> Iterator[None]:
+    """Makes one line of what the storage's own library raises; ``setting`` named the path."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:
+        extra = SCHEMES.get(path.partition("://")[0], "")
+        raise UserError(
+            f"{setting}={path} needs another package ({error}): pip install 'fsn-jax[{extra}]'"
+        ) from error
+    except Exception as error:  # each storage has its own kinds
+        raise UserError(
+            f"{setting}={path} cannot be read or written ({error}); check "
+            f"its name, the network and the rights of this machine"
+        ) from error
+
+
+def files_below(folder: epath.Path, *, but: Sequence[str] = ()) -> Iterator[str]:
+    """The paths of all files below a folder, relative to it, in order, ``but`` those entries."""
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.name in but:
+            continue
+        if entry.is_dir():
+            yield from (f"{entry.name}/{name}" for name in files_below(entry))
+        else:
+            yield entry.name
+
+
+def copy_file(source: epath.Path, target: epath.Path) -> None:
+    """Copies one file, and makes its folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.copy(target, overwrite=True)
+
+
+def fetched(remote: str, cache: Path, *, setting: str, marker: str) -> Path:
+    """A folder of this machine with what a remote folder holds.
+
+    Args:
+      remote: the folder.
+      cache: where copies are kept.
+      setting: what named it.
+      marker: a file that tells the folder's version. It is copied last, and a copy whose marker is
+        the remote one's is used as it is.
+
+    Raises:
+      UserError: the folder has no such file, or cannot be reached.
+    """
+    check_scheme(setting, remote)
+    with reaching(setting, remote):
+        source = epath.Path(remote)
+        if not (source / marker).exists():
+            raise UserError(f"{setting}={remote} holds no {marker}")
+        # The last part of the name for people, the digest because it alone need not be unique.
+        digest = hashlib.sha256(remote.rstrip("/").encode()).hexdigest()[:8]
+        target = epath.Path(cache) / f"{source.name}-{digest}"
+        version = (source / marker).read_bytes()
+        if not ((target / marker).exists() and (target / marker).read_bytes() == version):
+            for name in files_below(source):
+                if name != marker:
+                    copy_file(source / name, target / name)
+            (target / marker).write_bytes(version)
+    return Path(target)

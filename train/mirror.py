@@ -1,0 +1,159 @@
+"""A copy of a run's folder in another place, kept up to date while the run trains.
+
+The run is written here, where a folder can be locked and appended to; what a bucket holds is a
+copy of it, from which another machine goes on. Files are copied in an order that makes every
+moment's copy one to go on from: the logs, then the checkpoints that are complete (an interrupted
+copy of one does not match its hashes, see ``train.integrity``), and only then are those removed
+there that are gone here.
+"""
+
+import contextlib
+import json
+import sys
+import threading
+from pathlib import Path
+
+from etils import epath
+
+from train.bucket import check_scheme, copy_file, files_below, reaching
+from train.errors import UserError
+
+CONFIG, STARTS, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
+_OF_THIS_MACHINE = ("lock", "damaged_checkpoints")
+
+
+class Mirror:
+    """The copy of the run folder ``folder`` in ``parent/<its name>``."""
+
+    def __init__(self, folder: Path, parent: str):
+        """Nothing is read yet.
+
+        Raises:
+          UserError: the place cannot be one, or lies within the run or around it.
+        """
+        check_scheme("config.mirror_dir", parent)
+        self.folder = epath.Path(folder)
+        self.place = epath.Path(parent).expanduser() / folder.absolute().name
+        self._sent: dict[str, tuple[float, int]] = {}  # time of change and length when copied
+        self._thread: threading.Thread | None = None
+        here, there = folder.resolve(), Path(self.place).resolve()
+        if here == there or here in there.parents:
+            raise UserError(
+                f"config.mirror_dir={parent} would copy the run folder {folder} into itself; name "
+                f"another place"
+            )
+
+    def fetch(self) -> bool:
+        """Brings the run here if there is none here and one there; whether it did.
+
+        Raises:
+          UserError: the copy is of another run than the one here, or ahead of it, or cannot be
+            reached.
+        """
+        with self._reaching():
+            if not (self.place / CONFIG).exists():
+                return False
+            if (self.folder / CONFIG).exists():
+                self._refuse_another_run()
+                return False
+            for name in files_below(self.place):
+                if name != CONFIG:
+                    copy_file(self.place / name, self.folder / name)
+            # Last: without it the folder is not a run, and the next start fetches again.
+            copy_file(self.place / CONFIG, self.folder / CONFIG)
+        return True
+
+    def push(self) -> None:
+        """Brings the copy up to date.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        self._push()
+
+    def push_behind(self) -> None:
+        """Starts to bring the copy up to date beside the training.
+
+        One that is still under way is left to end, without another; a failure is a warning, and
+        the next push tries again.
+        """
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._push_or_warn, name="mirror", daemon=True)
+            self._thread.start()
+
+    def push_or_warn(self) -> None:
+        """Brings the copy up to date, or tells that it is not."""
+        if self._thread is not None:
+            self._thread.join()
+        self._push_or_warn()
+
+    def _push_or_warn(self) -> None:
+        try:
+            self._push()
+        except UserError as error:
+            print(f"warning: the copy of the run is behind: {error}", file=sys.stderr)
+
+    def _push(self) -> None:
+        with self._reaching():
+            logs = [
+                name
+                for name in files_below(self.folder, but=(CHECKPOINTS, *_OF_THIS_MACHINE))
+                if not name.endswith(".tmp")
+            ]
+            for name in logs:
+                self._send(name)
+            complete = _steps(self.folder)
+            for step in complete:
+                with contextlib.suppress(FileNotFoundError):  # an old one, just removed
+                    for name in files_below(self.folder / CHECKPOINTS / str(step)):
+                        self._send(f"{CHECKPOINTS}/{step}/{name}")
+            if complete:
+                for step in set(_steps(self.place)) - set(complete):
+                    (self.place / CHECKPOINTS / str(step)).rmtree()
+
+    def _send(self, name: str) -> None:
+        source, target = self.folder / name, self.place / name
+        stat = source.stat()
+        state = (stat.mtime, stat.length)
+        if self._sent.get(name) == state:
+            return
+        # A checkpoint's files never change: what is there since an earlier start is there.
+        kept = name.startswith(CHECKPOINTS) and target.exists()
+        if not (kept and target.stat().length == stat.length):
+            copy_file(source, target)
+        self._sent[name] = state
+
+    def _refuse_another_run(self) -> None:
+        here, there = (_first_start(folder) for folder in (self.folder, self.place))
+        if here != there and there is not None:
+            raise UserError(
+                f"config.mirror_dir: {self.place} is a copy of another run than {self.folder} "
+                f"(begun {there}, not {here}); name another place, or remove one of the two"
+            )
+        newest_here, newest_there = (
+            max(_steps(folder), default=0) for folder in (self.folder, self.place)
+        )
+        if newest_there > newest_here:
+            raise UserError(
+                f"config.mirror_dir: the copy in {self.place} is at step {newest_there}, ahead of "
+                f"{self.folder} at {newest_here}; remove {self.folder} to go on from the copy"
+            )
+
+    def _reaching(self) -> contextlib.AbstractContextManager[None]:
+        return reaching("config.mirror_dir", str(self.place))
+
+
+def _steps(run: epath.Path) -> list[int]:
+    """The checkpoints of a run that have their final name, ascending."""
+    folder = run / CHECKPOINTS
+    if not folder.exists():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
+
+
+def _first_start(run: epath.Path) -> str | None:
+    """When a run began, None if that is not written yet."""
+    file = run / STARTS
+    return str(json.loads(file.read_text())[0]["time"]) if file.exists() else None

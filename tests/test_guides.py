@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from train import inspect, main, prepare
+from train import evaluate, inspect, main, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = ("docs/cloud_tpu.md", "docs/gpu.md", "README.md")
@@ -32,6 +32,7 @@ def test_a_command_of_the_guides_is_understood(name, arguments, monkeypatch):
 
     programs = {
         "": (main, main, "start_jax"),
+        ".evaluate": (evaluate, evaluate, "start_jax"),
         ".inspect": (inspect, inspect, "open_experiment_corpus"),
         ".prepare": (prepare, prepare.corpora, "open_corpus"),
     }

@@ -26,7 +26,7 @@ from train.corpus import Corpus
 from train.data import WindowOrder
 from train.errors import UserError
 from train.load import open_experiment_corpus
-from train.loop import check_experiment
+from train.loop import check_experiment, train_steps_of
 from train.main import parse_config
 from train.optimizer import MATRICES, group_of, learning_rate_factors, make_optimizer
 from train.program import Arguments, run_program, start_jax
@@ -37,7 +37,6 @@ from train.step import (
     abstract_state,
     build_model,
     data_mesh,
-    make_train_steps,
     replicated,
 )
 
@@ -198,8 +197,7 @@ def inspect(
     """
     model = build_model(experiment.model)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps)
-    layout = experiment.training.parameters
-    state = abstract_state(model, optimizer, mesh=mesh, layout=layout)
+    state = abstract_state(model, optimizer, mesh=mesh, layout=experiment.training.parameters)
     inputs = _abstract_inputs(experiment, corpus, mesh)
     order = _order(experiment, corpus)
     memory = Memory(
@@ -208,16 +206,7 @@ def inspect(
         data=_bytes_on_a_device(inputs),
     )
     if compiled:
-        steps = make_train_steps(
-            model,
-            optimizer,
-            mesh=mesh,
-            context=experiment.data.context,
-            placement=experiment.data.placement,
-            accumulation_steps=experiment.training.accumulation_steps,
-            log_every=experiment.training.log_every,
-            layout=layout,
-        )
+        steps = train_steps_of(experiment, model, optimizer, mesh)
         memory = _compiled_memory(steps, state, inputs, memory)
     parameters = _parameters(state.params)
     flops = experiment.model.flops_per_token(experiment.data.context)

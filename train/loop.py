@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -117,6 +119,25 @@ def check_experiment(experiment: ExperimentConfig, corpus: Corpus, num_devices: 
     )
 
 
+def train_steps_of(
+    experiment: ExperimentConfig,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> jax.stages.Wrapped:
+    """``make_train_steps`` as the settings say."""
+    return make_train_steps(
+        model,
+        optimizer,
+        mesh=mesh,
+        context=experiment.data.context,
+        placement=experiment.data.placement,
+        accumulation_steps=experiment.training.accumulation_steps,
+        log_every=experiment.training.log_every,
+        layout=experiment.training.parameters,
+    )
+
+
 class Evaluator:
     """Cross entropy over a split, each character after the first predicted once."""
 
@@ -214,16 +235,7 @@ def _train(
     model = build_model(experiment.model)
     optimizer = make_optimizer(experiment.optimizer, training.num_steps)
     rate = learning_rate(experiment.optimizer, training.num_steps)
-    train_steps = make_train_steps(
-        model,
-        optimizer,
-        mesh=mesh,
-        context=experiment.data.context,
-        placement=experiment.data.placement,
-        accumulation_steps=training.accumulation_steps,
-        log_every=training.log_every,
-        layout=training.parameters,
-    )
+    train_steps = train_steps_of(experiment, model, optimizer, mesh)
     validation_bytes = corpus.codec.num_bytes(validation[1:])
     evaluate = Evaluator(experiment, make_evaluate_rows(model, mesh=mesh), mesh)
 

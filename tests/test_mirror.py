@@ -223,7 +223,7 @@ def test_a_run_is_not_copied_into_itself(tmp_path, inside):
 def test_without_the_package_of_a_storage_the_line_names_it(tmp_path):
     with mock.patch.object(fsspec, "filesystem", side_effect=ImportError("Install gcsfs")):
         backend.fsspec_backend._get_filesystem.cache_clear()
-        with pytest.raises(UserError, match=r"Install gcsfs.*'fsn-jax\[gcs\]'"):
+        with pytest.raises(UserError, match=r"Install gcsfs.*: pip install gcsfs"):
             Mirror(tmp_path / "one", "gs://bucket/runs").fetch()
 
 

@@ -1,7 +1,7 @@
 """Folders that are not of this machine: read and written through etils' ``epath``.
 
-``gs://BUCKET/...`` needs gcsfs installed, ``s3://BUCKET/...`` s3fs (the extras ``gcs`` and ``s3``
-of the package). A plain folder does as well: a share, or the place of a bucket in a test.
+``gs://BUCKET/...`` needs gcsfs installed, ``s3://BUCKET/...`` s3fs: the extras ``gcs`` and ``s3``
+of this package. A plain folder does as well: a share, or the place of a bucket in a test.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from etils import epath
 
 from train.errors import UserError
 
-SCHEMES = {"gs": "gcs", "s3": "s3"}  # the package's extra that each needs
+SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}  # the package that each needs
 
 
 def is_remote(path: str | Path) -> bool:
@@ -37,9 +37,9 @@ def reaching(setting: str, path: str) -> Iterator[None]:
     except UserError:
         raise
     except ImportError as error:
-        extra = SCHEMES.get(path.partition("://")[0], "")
+        package = SCHEMES.get(path.partition("://")[0], "")
         raise UserError(
-            f"{setting}={path} needs another package ({error}): pip install 'fsn-jax[{extra}]'"
+            f"{setting}={path} needs another package ({error}): pip install {package}"
         ) from error
     except Exception as error:  # each storage has its own kinds
         raise UserError(

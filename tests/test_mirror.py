@@ -146,10 +146,22 @@ def test_files_are_copied_once(corpus, tmp_path, storage):
     assert not [path for mode, path in log if "w" in mode and "/checkpoints/" in path]
 
 
+def away_for(name):
+    """The storage takes everything but files with this in their path."""
+    copied = bucket.copy_file
+
+    def copy(source, target):
+        if name in str(target):
+            raise OSError("503")
+        copied(source, target)
+
+    return mock.patch.object(mirror, "copy_file", copy)
+
+
 def test_training_goes_on_while_the_storage_is_away(corpus, tmp_path, storage, capsys):
     experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
-    away = mock.patch.object(mirror, "copy_file", side_effect=OSError("503"))
-    with away, pytest.raises(UserError, match=r"config.mirror_dir=gs://bucket/runs/one .*503"):
+    refusal = pytest.raises(UserError, match=r"config.mirror_dir=gs://bucket/runs/one .*503")
+    with away_for("/checkpoints/"), refusal:
         run_to_the_end(experiment, corpus)
     assert "warning: the copy of the run is behind" in capsys.readouterr().err
     assert open_run(tmp_path / "one").checkpoints.joinpath("30").is_dir()
@@ -157,15 +169,21 @@ def test_training_goes_on_while_the_storage_is_away(corpus, tmp_path, storage, c
     assert tree(storage[0] / "bucket" / "runs" / "one") == tree(tmp_path / "one")
 
 
-def test_a_failure_of_the_run_is_told_rather_than_one_of_its_copy(
-    corpus, tmp_path, storage, capsys
-):
+def test_a_failure_of_the_run_is_told_before_one_of_its_copy(corpus, tmp_path, storage, capsys):
     experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
-    away = mock.patch.object(mirror, "copy_file", side_effect=OSError("503"))
     failing = mock.patch.object(loop, "Metrics", side_effect=UserError("no room"))
-    with away, failing, pytest.raises(UserError, match="no room"):
+    with away_for("provenance.json"), failing, pytest.raises(UserError, match="no room"):
         run_to_the_end(experiment, corpus)
     assert "503" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_step(corpus, tmp_path):
+    (tmp_path / "file").touch()
+    experiment = tiny_experiment(
+        corpus.folder, tmp_path / "one", mirror_dir=str(tmp_path / "file" / "runs")
+    )
+    with pytest.raises(UserError, match=r"mirror_dir=.*Not a directory"):
+        create_or_resume(experiment, corpus)
 
 
 def test_copies_do_not_overtake_each_other(tmp_path):

@@ -169,6 +169,8 @@ def _open_to_write(path: Path, experiment: ExperimentConfig, corpus: Corpus) -> 
             _refuse_other_settings(run, experiment)
             refuse_other_data(run, corpus)
         write_atomically(config_file, json.dumps(experiment.to_dict(), indent=2) + "\n")
+        if mirror:
+            mirror.push()  # a place that cannot be written is better known now
     except UserError:
         run.close()
         raise

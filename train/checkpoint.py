@@ -6,11 +6,10 @@ newest whole checkpoint is then the latest. Orbax restores arrays by the shapes 
 gives; nothing is unpickled.
 """
 
-import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, read_only: bool = False):
         """Opens the folder, or makes it unless ``read_only``."""
-        # Orbax tells of each save and of files it may clean up; a run has its own progress line.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        _hush()
         self.folder = folder.resolve()
         if read_only:
             self._damaged = self._find_damaged()
@@ -124,8 +122,7 @@ class Checkpoints:
         if step in self._damaged:
             raise self._damage_error(step)
         try:
-            with _hushed_stragglers():
-                return self._restore(step, like)
+            return self._restore(step, like)
         except UserError:
             raise
         except Exception as error:
@@ -213,19 +210,27 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     return {"/".join(str(k.key) for k in path): tuple(leaf.shape) for path, leaf in leaves}
 
 
-@contextlib.contextmanager
-def _hushed_stragglers() -> Iterator[None]:
-    """Keeps off stderr what the other arrays of a damaged checkpoint say.
+def _hush() -> None:
+    """Keeps off stderr what is raised as well, or is nobody's concern.
 
-    Orbax closes its event loop at the first one that fails; the rest report to it from threads,
-    also later on, so that only a success brings the former hook back.
+    Orbax tells of each save and of files it may clean up, where a run has its own progress line.
+    When an array cannot be read or written it logs several tracebacks beside raising the error, and
+    closes its event loop at the first: the other arrays then report to it from threads, also
+    after the program has said what went wrong.
     """
-    report = sys.unraisablehook
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if isinstance(sys.unraisablehook, _Unraisable):
+        return
+    sys.unraisablehook = _Unraisable(sys.unraisablehook)
 
-    def hook(unraisable: Any) -> None:
+
+class _Unraisable:
+    """Passes on what cannot be raised, but for reports to a closed event loop."""
+
+    def __init__(self, report: Callable[[Any], Any]):
+        self._report = report
+
+    def __call__(self, unraisable: Any) -> None:
         if "Event loop is closed" not in str(unraisable.exc_value):
-            report(unraisable)
-
-    sys.unraisablehook = hook
-    yield
-    sys.unraisablehook = report
+            self._report(unraisable)

@@ -8,6 +8,7 @@ from unittest import mock
 import fsspec
 import jax
 import pytest
+from etils import epath
 from etils.epath import backend
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -18,7 +19,7 @@ from small_runs import (
     tiny_experiment,
 )
 
-from train import bucket, loop, mirror, preemption
+from train import bucket, integrity, loop, mirror, preemption
 from train.corpus import open_corpus
 from train.errors import TryAgain, UserError
 from train.metrics import read_rows
@@ -31,28 +32,31 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 class FolderAsBucket(DirFileSystem):
     """gs://NAME/... kept in a folder: everything goes through etils and fsspec as it would."""
 
-    def __init__(self, root, log):
-        super().__init__(str(root), LocalFileSystem(auto_mkdir=True))
-        self.log = log
+    def __init__(self, folder):
+        super().__init__(str(folder), LocalFileSystem(auto_mkdir=True))
+        self.folder = folder
+        self.log: list[tuple[str, str]] = []  # mode and path of what is opened
+        self.away_for: list[str] = []  # files with one of these in their path cannot be had
 
     def _join(self, path):
         return super()._join(str(path).removeprefix("gs://"))
 
     def open(self, path, mode="rb", **kwargs):
+        if any(part in str(path) for part in self.away_for):
+            raise OSError("503")
         self.log.append((mode, str(path)))
         return super().open(path, mode, **kwargs)
 
 
 @pytest.fixture
 def storage(tmp_path, monkeypatch):
-    """A storage behind gs://; its folder and the list of what is opened in it."""
-    log: list[tuple[str, str]] = []
-    files = FolderAsBucket(tmp_path / "storage", log)
+    """A storage behind gs://."""
+    files = FolderAsBucket(tmp_path / "storage")
     systems = {"gcs": files, "file": LocalFileSystem()}
     monkeypatch.setattr(
         type(backend.fsspec_backend), "_get_filesystem", lambda _, name: systems[name]
     )
-    return tmp_path / "storage", log
+    return files
 
 
 @pytest.fixture(params=["gs://bucket/runs", "a folder"])
@@ -60,7 +64,7 @@ def place(request, tmp_path, storage):
     """Where copies go as a setting, and the folder in which they then are."""
     if request.param == "a folder":
         return str(tmp_path / "share"), tmp_path / "share"
-    return request.param, storage[0] / "bucket" / "runs"
+    return request.param, storage.folder / "bucket" / "runs"
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -104,7 +108,7 @@ def test_a_copy_that_was_cut_short_is_gone_on_from(corpus, whole, tmp_path, stor
     experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
     run_to_the_end(experiment, corpus)
     shutil.rmtree(tmp_path / "one")
-    newest = storage[0] / "bucket" / "runs" / "one" / "checkpoints" / "30"
+    newest = storage.folder / "bucket" / "runs" / "one" / "checkpoints" / "30"
     next(file for file in newest.rglob("d/*") if file.is_file()).unlink()
 
     outcome = run_to_the_end(experiment, corpus)
@@ -114,65 +118,79 @@ def test_a_copy_that_was_cut_short_is_gone_on_from(corpus, whole, tmp_path, stor
     assert tree(newest) == tree(tmp_path / "one" / "checkpoints" / "30")
 
 
+def test_a_checkpoint_made_again_takes_the_place_of_its_copy(corpus, tmp_path, storage):
+    """Files of equal length need not be equal: those that list hashes and random names."""
+    experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
+    run_to_the_end(experiment, corpus)
+    there = storage.folder / "bucket" / "runs" / "one" / "checkpoints" / "30"
+    for name in ("hashes.json", integrity.STEP_METADATA):
+        file = there / name
+        file.write_bytes(file.read_bytes().replace(b"1", b"2"))
+    assert integrity.damage(there) is not None
+    run_to_the_end(experiment, corpus)
+    assert integrity.damage(there) is None
+    assert tree(there) == tree(tmp_path / "one" / "checkpoints" / "30")
+
+
+def test_a_copy_that_is_not_whole_is_never_taken_for_one(corpus, tmp_path, storage):
+    """Wherever the copying of a checkpoint ends."""
+    experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
+    run_to_the_end(experiment, corpus)
+    here = tmp_path / "one" / "checkpoints" / "30"
+    for number, missing in enumerate(sorted(tree(here))):
+        there = tmp_path / str(number)
+        storage.away_for[:] = [missing]
+        with pytest.raises(OSError, match="503"):
+            bucket.copy_folder(
+                epath.Path("gs://bucket/runs/one/checkpoints/30"),
+                epath.Path(there),
+                marker=integrity.STEP_METADATA,
+            )
+        assert integrity.damage(there) is not None
+
+
 def test_a_fetch_that_was_cut_short_is_made_again(corpus, tmp_path, storage):
     experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
     run_to_the_end(experiment, corpus)
     before = tree(tmp_path / "one")
     shutil.rmtree(tmp_path / "one")
-    copied = bucket.copy_file
-
-    def cut_short(source, target):
-        if source.name == "provenance.json":
-            raise OSError("the network is gone")
-        copied(source, target)
-
-    refusal = pytest.raises(UserError, match=r"mirror_dir=gs://.*the network is gone")
-    with mock.patch.object(mirror, "copy_file", cut_short), refusal:
+    storage.away_for.append("checkpoints/30/state")
+    with pytest.raises(UserError, match=r"mirror_dir=gs://.*503"):
         create_or_resume(experiment, corpus)
+    storage.away_for.clear()
     assert tree(tmp_path / "one").keys() < before.keys()
     assert run_to_the_end(experiment, corpus).resumed_from == 30
     assert tree(tmp_path / "one") == before
 
 
 def test_files_are_copied_once(corpus, tmp_path, storage):
-    _, log = storage
     experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
     run_to_the_end(experiment, corpus)
-    written = [path for mode, path in log if "w" in mode]
+    written = [path for mode, path in storage.log if "w" in mode]
     in_checkpoints = [path for path in written if "/checkpoints/" in path]
     assert len(in_checkpoints) == len(set(in_checkpoints)) > 0
-    log.clear()
+    storage.log.clear()
     run_to_the_end(experiment, corpus)  # finished before
-    assert not [path for mode, path in log if "w" in mode and "/checkpoints/" in path]
-
-
-def away_for(name):
-    """The storage takes everything but files with this in their path."""
-    copied = bucket.copy_file
-
-    def copy(source, target):
-        if name in str(target):
-            raise OSError("503")
-        copied(source, target)
-
-    return mock.patch.object(mirror, "copy_file", copy)
+    assert not [path for mode, path in storage.log if "w" in mode and "/checkpoints/" in path]
 
 
 def test_training_goes_on_while_the_storage_is_away(corpus, tmp_path, storage, capsys):
     experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
-    refusal = pytest.raises(UserError, match=r"config.mirror_dir=gs://bucket/runs/one .*503")
-    with away_for("/checkpoints/"), refusal:
+    storage.away_for.append("/checkpoints/")
+    with pytest.raises(UserError, match=r"config.mirror_dir=gs://bucket/runs/one .*503"):
         run_to_the_end(experiment, corpus)
+    storage.away_for.clear()
     assert "warning: the copy of the run is behind" in capsys.readouterr().err
     assert open_run(tmp_path / "one").checkpoints.joinpath("30").is_dir()
     assert run_to_the_end(experiment, corpus).resumed_from == 30
-    assert tree(storage[0] / "bucket" / "runs" / "one") == tree(tmp_path / "one")
+    assert tree(storage.folder / "bucket" / "runs" / "one") == tree(tmp_path / "one")
 
 
 def test_a_failure_of_the_run_is_told_before_one_of_its_copy(corpus, tmp_path, storage, capsys):
     experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
     failing = mock.patch.object(loop, "Metrics", side_effect=UserError("no room"))
-    with away_for("provenance.json"), failing, pytest.raises(UserError, match="no room"):
+    storage.away_for.append("provenance.json")
+    with failing, pytest.raises(UserError, match="no room"):
         run_to_the_end(experiment, corpus)
     assert "503" in capsys.readouterr().err
 
@@ -189,6 +207,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_step(corpus, tmp_p
 def test_copies_do_not_overtake_each_other(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "metrics.jsonl").write_text("1")
+    (tmp_path / "one" / "config.json").write_text("{}")
     made = Mirror(tmp_path / "one", str(tmp_path / "share"))
     copied, entered, go_on = bucket.copy_file, threading.Event(), threading.Event()
     calls = []
@@ -205,7 +224,7 @@ def test_copies_do_not_overtake_each_other(tmp_path):
         made.push_behind()  # left out: one is under way
         threading.Timer(0.1, go_on.set).start()
         made.push()  # waits for it
-    assert calls == ["metrics.jsonl"]
+    assert calls == ["metrics.jsonl", "config.json"]
     assert (tmp_path / "share" / "one" / "metrics.jsonl").read_text() == "1"
 
 
@@ -246,8 +265,7 @@ def test_without_the_package_of_a_storage_the_line_names_it(tmp_path):
 
 
 def test_a_corpus_in_a_bucket_is_copied_into_the_cache_once(corpus, tmp_path, storage):
-    folder, log = storage
-    shutil.copytree(corpus.folder, folder / "bucket" / "data" / "text")
+    shutil.copytree(corpus.folder, storage.folder / "bucket" / "data" / "text")
     options = {
         "name": "text",
         "path": "gs://bucket/data/text",
@@ -256,9 +274,9 @@ def test_a_corpus_in_a_bucket_is_copied_into_the_cache_once(corpus, tmp_path, st
     found = open_corpus(**options)
     assert found.sha256 == corpus.sha256
     assert tmp_path / "cache" in found.folder.parents
-    log.clear()
+    storage.log.clear()
     assert open_corpus(**options).folder == found.folder
-    assert [Path(path).name for _, path in log] == ["manifest.json"]
+    assert [Path(path).name for _, path in storage.log] == ["manifest.json"]
 
     with pytest.raises(UserError, match=r"data.path=gs://bucket/nothing holds no manifest.json"):
         open_corpus(name="text", path="gs://bucket/nothing", cache_dir=str(tmp_path / "cache"))
@@ -267,7 +285,7 @@ def test_a_corpus_in_a_bucket_is_copied_into_the_cache_once(corpus, tmp_path, st
 def test_a_run_in_a_bucket_is_read(finished_arms, tmp_path, storage, monkeypatch):
     monkeypatch.setenv("FSN_JAX_CACHE", str(tmp_path / "cache"))
     folder = finished_arms["fsn"]
-    shutil.copytree(folder, storage[0] / "bucket" / "fsn")
+    shutil.copytree(folder, storage.folder / "bucket" / "fsn")
     run = open_run("gs://bucket/fsn")
     assert read_rows(run.metrics) == read_rows(folder / "metrics.jsonl")
     assert tmp_path / "cache" in run.path.parents

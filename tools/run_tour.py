@@ -1,7 +1,4 @@
-"""Run examples/tour.ipynb in place and keep its pictures small: 256 colours each.
-
-python tools/run_tour.py [--pictures_only]
-"""
+"""Run examples/tour.ipynb in place and keep its pictures small: 256 colours each."""
 
 import argparse
 import base64

@@ -65,6 +65,25 @@ def copy_file(source: epath.Path, target: epath.Path) -> None:
     source.copy(target, overwrite=True)
 
 
+def copy_folder(source: epath.Path, target: epath.Path, *, marker: str) -> None:
+    """Copies a folder; not if its copy is there already.
+
+    Args:
+      source: the folder.
+      target: where its files go.
+      marker: a file in it whose bytes tell its version. A copy has it from when it is whole.
+    """
+    version = (source / marker).read_bytes()
+    if (target / marker).exists():
+        if (target / marker).read_bytes() == version:
+            return
+        (target / marker).unlink()
+    for name in files_below(source):
+        if name != marker:
+            copy_file(source / name, target / name)
+    copy_file(source / marker, target / marker)
+
+
 def fetched(remote: str, cache: Path, *, setting: str, marker: str) -> Path:
     """A folder of this machine with what a remote folder holds.
 
@@ -72,8 +91,7 @@ def fetched(remote: str, cache: Path, *, setting: str, marker: str) -> Path:
       remote: the folder.
       cache: where copies are kept.
       setting: what named it.
-      marker: a file that tells the folder's version. It is copied last, and a copy whose marker is
-        the remote one's is used as it is.
+      marker: as of ``copy_folder``.
 
     Raises:
       UserError: the folder has no such file, or cannot be reached.
@@ -83,13 +101,13 @@ def fetched(remote: str, cache: Path, *, setting: str, marker: str) -> Path:
         source = epath.Path(remote)
         if not (source / marker).exists():
             raise UserError(f"{setting}={remote} holds no {marker}")
-        # The last part of the name for people, the digest because it alone need not be unique.
-        digest = hashlib.sha256(remote.rstrip("/").encode()).hexdigest()[:8]
-        target = epath.Path(cache) / f"{source.name}-{digest}"
-        version = (source / marker).read_bytes()
-        if not ((target / marker).exists() and (target / marker).read_bytes() == version):
-            for name in files_below(source):
-                if name != marker:
-                    copy_file(source / name, target / name)
-            (target / marker).write_bytes(version)
-    return Path(target)
+        target = place_in_cache(remote, cache)
+        copy_folder(source, epath.Path(target), marker=marker)
+    return target
+
+
+def place_in_cache(remote: str, cache: Path) -> Path:
+    """Where the copy of a remote folder goes."""
+    # The last part of the name for people, the digest because it alone need not be unique.
+    digest = hashlib.sha256(remote.rstrip("/").encode()).hexdigest()[:8]
+    return cache / f"{epath.Path(remote).name}-{digest}"

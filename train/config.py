@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
 from fsn_jax.config import ConfigError, check_at_least, check_fields, check_positive
-from train.bucket import check_scheme, is_remote
+from train.bucket import is_remote
 from train.errors import UserError
 from train.vocabulary import Unit
 
@@ -273,8 +273,6 @@ class ExperimentConfig:
         ):
             if is_remote(path):
                 raise UserError(f"config.{setting}={path} is no folder of this machine: {instead}")
-        check_scheme("config.mirror_dir", self.mirror_dir)
-        check_scheme("config.data.path", self.data.path)
         if self.data.name in ("codeparrot", "text") and not self.data.path:
             raise UserError(
                 f"config.data.name={self.data.name} needs a file or folder of yours: give it with "

@@ -2,21 +2,30 @@
 
 The run is written here, where a folder can be locked and appended to; what a bucket holds is a
 copy of it, from which another machine goes on. Files are copied in an order that makes every
-moment's copy one to go on from: the logs, then the checkpoints that are complete (an interrupted
-copy of one does not match its hashes, see ``train.integrity``), and only then are those removed
-there that are gone here.
+moment's copy one to go on from: the logs, then the checkpoints that are complete, each with the
+file last without which it counts as damaged (``train.integrity``), then the config without which a
+folder is not a run. Only then are those checkpoints removed there that are gone here.
 """
 
 import contextlib
 import json
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from etils import epath
 
-from train.bucket import check_scheme, copy_file, files_below, reaching
+from train.bucket import (
+    check_scheme,
+    copy_file,
+    copy_folder,
+    files_below,
+    place_in_cache,
+    reaching,
+)
 from train.errors import UserError
+from train.integrity import STEP_METADATA
 
 CONFIG, STARTS, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
 _OF_THIS_MACHINE = ("lock", "damaged_checkpoints")
@@ -56,11 +65,7 @@ class Mirror:
             if (self.folder / CONFIG).exists():
                 self._refuse_another_run()
                 return False
-            for name in files_below(self.place):
-                if name != CONFIG:
-                    copy_file(self.place / name, self.folder / name)
-            # Last: without it the folder is not a run, and the next start fetches again.
-            copy_file(self.place / CONFIG, self.folder / CONFIG)
+            _copy_run(self.place, self.folder)
         return True
 
     def push(self) -> None:
@@ -97,33 +102,17 @@ class Mirror:
 
     def _push(self) -> None:
         with self._reaching():
-            logs = [
-                name
-                for name in files_below(self.folder, but=(CHECKPOINTS, *_OF_THIS_MACHINE))
-                if not name.endswith(".tmp")
-            ]
-            for name in logs:
-                self._send(name)
-            complete = _steps(self.folder)
-            for step in complete:
-                with contextlib.suppress(FileNotFoundError):  # an old one, just removed
-                    for name in files_below(self.folder / CHECKPOINTS / str(step)):
-                        self._send(f"{CHECKPOINTS}/{step}/{name}")
-            if complete:
+            _copy_run(self.folder, self.place, self._copy_if_changed)
+            if complete := _steps(self.folder):
                 for step in set(_steps(self.place)) - set(complete):
                     (self.place / CHECKPOINTS / str(step)).rmtree()
 
-    def _send(self, name: str) -> None:
-        source, target = self.folder / name, self.place / name
+    def _copy_if_changed(self, source: epath.Path, target: epath.Path) -> None:
         stat = source.stat()
         state = (stat.mtime, stat.length)
-        if self._sent.get(name) == state:
-            return
-        # A checkpoint's files never change: what is there since an earlier start is there.
-        kept = name.startswith(CHECKPOINTS) and target.exists()
-        if not (kept and target.stat().length == stat.length):
+        if self._sent.get(str(source)) != state:
             copy_file(source, target)
-        self._sent[name] = state
+            self._sent[str(source)] = state
 
     def _refuse_another_run(self) -> None:
         here, there = (_first_start(folder) for folder in (self.folder, self.place))
@@ -143,6 +132,36 @@ class Mirror:
 
     def _reaching(self) -> contextlib.AbstractContextManager[None]:
         return reaching("config.mirror_dir", str(self.place))
+
+
+def fetched_run(remote: str, cache: Path) -> Path:
+    """A folder of this machine with the run that a remote folder holds.
+
+    Raises:
+      UserError: there is no run there, or it cannot be reached.
+    """
+    check_scheme("the run", remote)
+    with reaching("the run", remote):
+        source, target = epath.Path(remote), place_in_cache(remote, cache)
+        if not (source / CONFIG).exists():
+            raise UserError(f"{remote} is not a run folder (no {CONFIG}); train one first")
+        _copy_run(source, epath.Path(target))
+    return target
+
+
+def _copy_run(
+    source: epath.Path,
+    target: epath.Path,
+    copy_log: Callable[[epath.Path, epath.Path], None] = copy_file,
+) -> None:
+    logs = files_below(source, but=(CHECKPOINTS, CONFIG, *_OF_THIS_MACHINE))
+    for name in [name for name in logs if not name.endswith(".tmp")]:
+        copy_log(source / name, target / name)
+    for step in _steps(source):
+        folders = (run / CHECKPOINTS / str(step) for run in (source, target))
+        with contextlib.suppress(FileNotFoundError):  # an old one, just removed
+            copy_folder(*folders, marker=STEP_METADATA)
+    copy_log(source / CONFIG, target / CONFIG)
 
 
 def _steps(run: epath.Path) -> list[int]:

@@ -23,7 +23,6 @@ from train.run import flatten, write_atomically
 
 KINDS = ("copy_depth", "ladder", "readings")
 MOST_POINTS = 400
-OF_ONE_RUN = ("name", "run_dir", "mirror_dir")
 """Of a training curve; more could not be told apart on a screen."""
 
 

@@ -29,12 +29,12 @@ from typing import IO, Any
 import jax
 import numpy as np
 
-from train.bucket import fetched, is_remote
+from train.bucket import is_remote
 from train.config import ExperimentConfig
 from train.corpus import Corpus, default_cache
 from train.errors import UserError
 from train.metrics import read_rows
-from train.mirror import Mirror
+from train.mirror import Mirror, fetched_run
 from train.processes import first_does, together
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -193,11 +193,7 @@ def open_run(path: str | Path) -> RunFolder:
     Raises:
       UserError: there is no run there.
     """
-    folder = Path(path)
-    if is_remote(path):
-        folder = fetched(
-            str(path), default_cache() / "runs", setting="the run", marker="metrics.jsonl"
-        )
+    folder = fetched_run(str(path), default_cache() / "runs") if is_remote(path) else Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a run folder (no config.json); train one first")
     return RunFolder(folder)

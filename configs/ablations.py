@@ -29,7 +29,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no_delay": {"delay": False},
     "no_angles": {"static_angles": False},
     "non_negative": {"signed_harmonics": False},
-    "linear_values": {"values": "linear"},
+    "linear_values": {"values": "linear", "field_features": False},
+    "no_field_features": {"field_features": False},
     "both_quadratures": {"features": "phasor"},
     "no_feedforward": {"feedforward": "none"},
     **{

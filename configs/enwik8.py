@@ -25,8 +25,8 @@ from train.config import (
 VOCABULARY = 205
 CHARACTERS_PER_EPOCH = 90_000_000
 
-FSN_OPTIMIZER = OptimizerConfig(peak_learning_rate=1e-2, angle_factor=4.0)
-TRANSFORMER_OPTIMIZER = OptimizerConfig(peak_learning_rate=1e-2)
+FSN_OPTIMIZER = OptimizerConfig(matrices="muon", peak_learning_rate=2e-2, angle_factor=4.0)
+TRANSFORMER_OPTIMIZER = OptimizerConfig(matrices="muon", peak_learning_rate=1.5e-2)
 
 TRANSFORMER_POCKET = TransformerConfig(
     vocab_size=VOCABULARY, num_layers=4, width=64, num_heads=4, feedforward_width=178
@@ -43,7 +43,8 @@ FSN_POCKET = FSNConfig(
     num_harmonics=1,
     score_phases=8,
     features="quadrature",
-    feedforward_width=192,
+    field_features=True,
+    feedforward_width=191,
 )
 FSN_1M = match_parameters(
     dataclasses.replace(FSN_POCKET, num_layers=6, num_phases=112, score_phases=14),
@@ -91,6 +92,8 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
     steps_per_dispatch = 10 if pocket else 50
     every = 250 if pocket else 2000
     num_steps = math.ceil(characters / (batch_size * context) / every) * every
+    # The parts of a batch fit the caches of a CPU: a third more characters a second.
+    parts = 8 if pocket else 1
     return experiment(
         f"enwik8_{arm}",
         model=model,
@@ -98,10 +101,11 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
         optimizer=FSN_OPTIMIZER if isinstance(model, FSNConfig) else TRANSFORMER_OPTIMIZER,
         training=TrainingConfig(
             batch_size=batch_size,
+            accumulation_steps=parts,
             num_steps=num_steps,
             steps_per_dispatch=steps_per_dispatch,
             log_every=steps_per_dispatch * 5,
         ),
-        evaluation=EvaluationConfig(every=every, num_bytes=1_000_000),
+        evaluation=EvaluationConfig(every=every, num_bytes=250_000 if pocket else 1_000_000),
         checkpoints=CheckpointConfig(every=every),
     )

@@ -23,7 +23,7 @@ from fsn_jax.causal import (
     split_heads,
 )
 from fsn_jax.config import FSNConfig
-from fsn_jax.coupling import coupling_update, delayed_values, fold_values, unfold_sum
+from fsn_jax.coupling import delayed_values, fold_values, local_field, unfold_sum
 from fsn_jax.dense import PhasorDense
 from fsn_jax.torus import Complex, multiply, phasor, rotary_phasor
 
@@ -241,6 +241,14 @@ class FrustratedAttention(_PhaseAttention):
 
     def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
         """The update of the phases, in radians, float32."""
+        return self.field(theta).im
+
+    def field(self, theta: Float[Array, "B L N"]) -> Complex:
+        """The local field of every phase, ``[B, L, N]``, seen from that phase.
+
+        ``im`` is the torque, the update of the phases in radians; ``re`` is the coherence of a
+        phase with its field. Dense values have no coherence: zero.
+        """
         c = self.config
         z = phasor(theta)
         query, key = self.score(z, self._rotary(theta.shape[1]))
@@ -259,6 +267,13 @@ class FrustratedAttention(_PhaseAttention):
         self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "B S N"], LayerCache]:
         """As ``__call__`` for S tokens at ``position`` and on, given a cache of those before."""
+        field, cache = self.extend_field(theta, cache, position)
+        return field.im, cache
+
+    def extend_field(
+        self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
+    ) -> tuple[Complex, LayerCache]:
+        """As ``extend``, but the whole ``field``."""
         c = self.config
         z = phasor(theta)
         rotary = self._rotary_at(position, theta.shape[1], cache.key.shape[2])
@@ -306,24 +321,30 @@ class FrustratedAttention(_PhaseAttention):
         zh = self._heads(z)
         return Complex(*(_by_head([part] * self.config.heads_per_phase, axis=1) for part in zh))
 
-    def _gather(self, update: Array) -> Array:
-        """What all heads together ask of each phase, ``[B, L, N]``."""
+    def _gather(self, field: Complex) -> Complex:
+        """The field of all heads together, ``[B, L, N]``."""
+        return Complex(*map(self._gather_part, field))
+
+    def _gather_part(self, part: Array) -> Array:
         if self.config.heads_per_phase == self.config.num_heads:
-            return update[:, 0]
-        asked = jnp.split(update, self.config.heads_per_phase, axis=-1)
-        by_block = [jnp.roll(part, -j, axis=1) for j, part in enumerate(asked)]
+            return part[:, 0]
+        by_rank = jnp.split(part, self.config.heads_per_phase, axis=-1)
+        by_block = [jnp.roll(one, -j, axis=1) for j, one in enumerate(by_rank)]
         return merge_heads(jnp.stack(by_block).sum(axis=0))
 
-    def _reference(self, theta: Array, attention: Array) -> Array:
+    def _reference(self, theta: Array, attention: Array) -> Complex:
         kappa = jax.lax.complex(*self.kappa())
         if self.config.heads_per_phase == 1:
-            return coupling_update(theta, attention, kappa)
-        heard = range(self.config.heads_per_phase)
-        by_rank = jnp.stack([jnp.roll(attention, -j, axis=1) for j in heard])
-        return jax.vmap(coupling_update, in_axes=(None, 0, 2))(theta, by_rank, kappa).sum(axis=0)
+            field = local_field(theta, attention, kappa)
+        else:
+            heard = range(self.config.heads_per_phase)
+            by_rank = jnp.stack([jnp.roll(attention, -j, axis=1) for j in heard])
+            field = jax.vmap(local_field, in_axes=(None, 0, 2))(theta, by_rank, kappa).sum(axis=0)
+        return Complex(field.real, field.imag)
 
-    def _linear_output(self, summed: CausalSum) -> Array:
-        return self.output(merge_heads(summed.total)).astype(jnp.float32)
+    def _linear_output(self, summed: CausalSum) -> Complex:
+        update = self.output(merge_heads(summed.total)).astype(jnp.float32)
+        return Complex(jnp.zeros_like(update), update)
 
     def _value_width(self) -> int:
         c = self.config

@@ -112,6 +112,8 @@ class FSNConfig:
       features: what the dense layers inside a block see of a phase: ``phasor`` (cosine and sine) or
         ``quadrature`` (one learned combination of the two for each layer, for queries and keys for
         each head), which halves their weights; see ``PhasorDense``.
+      field_features: whether the feed-forward sees, besides the phases, the local field that their
+        coupling has put each of them in: coherence and torque.
       feedforward: ``swiglu``, ``collective_modes`` (no MLP) or ``none``.
       feedforward_width: F, of the SwiGLU.
       num_modes: K, of the collective modes.
@@ -140,6 +142,7 @@ class FSNConfig:
     score_phases: int = 0
     values: Values = "circular"
     features: Features = "phasor"
+    field_features: bool = False
     feedforward: FeedForward = "swiglu"
     feedforward_width: int = 128
     num_modes: int = 32
@@ -175,6 +178,10 @@ class FSNConfig:
             raise ConfigError(
                 f"FSNConfig.score_phases belongs to score='projected'; leave it 0 for "
                 f"score={self.score!r}"
+            )
+        if self.field_features and self.values == "linear":
+            raise ConfigError(
+                "FSNConfig.field_features must be False for values='linear', which have no field"
             )
 
     @property
@@ -224,9 +231,10 @@ class FSNConfig:
             "linear": self._phasor_dense(n) + n * n,
         }[self.values]
         width, modes = self.feedforward_width, self.num_modes
+        gains = 2 * n if self.field_features else 0
         feedforward = {
-            "swiglu": 2 * self._phasor_dense(width) + width * n,
-            "collective_modes": self._phasor_dense(modes) + modes + 2 * modes * n,
+            "swiglu": 2 * (self._phasor_dense(width) + gains) + width * n,
+            "collective_modes": self._phasor_dense(modes) + gains + modes + 2 * modes * n,
             "none": 0,
         }[self.feedforward]
         ends = v * n + 2 * n * v + v

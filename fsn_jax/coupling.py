@@ -10,7 +10,8 @@ a Kuramoto-Sakaguchi frustration angle, rho a Daido coefficient. The term with d
 token to the successors of the tokens it attends to. Source: arXiv 2606.18694, as reconstructed in
 docs/model.md.
 
-``coupling_update`` is the definition, written as plainly as it can be. ``fold_values`` and
+``coupling_update`` is the definition, written as plainly as it can be, and ``local_field`` the same
+before the imaginary part is taken. ``fold_values`` and
 ``unfold_sum`` are the same sum arranged so that one strictly causal attention does all of it.
 """
 
@@ -42,6 +43,19 @@ def coupling_update(
     Raises:
       ValueError: H does not divide N, or T is neither 1 nor 2.
     """
+    return jnp.imag(local_field(theta, attention, kappa))
+
+
+def local_field(
+    theta: Float[Array, "B L N"],
+    attention: Float[Array, "B H L L"],
+    kappa: Complex64[Array, "T M N"],
+) -> Complex64[Array, "B L N"]:
+    """The sum of ``coupling_update`` before its imaginary part is taken; same arguments.
+
+    It is the field that each phase is in, seen from that phase: the imaginary part is the torque on
+    it (its update, in radians), the real part its coherence with the field.
+    """
     batch, length, num_phases = theta.shape
     num_heads = attention.shape[1]
     num_delays, num_harmonics, _ = kappa.shape
@@ -62,7 +76,7 @@ def coupling_update(
             # then meets the phase of u + 1.
             past = jnp.tril(attention, -1)
             field += kappa_m[1, None, None] * mean_field(past, jnp.roll(z, -1, axis=1))
-        return jnp.imag(jnp.conj(z) * field)
+        return jnp.conj(z) * field
 
     harmonics = jnp.arange(1, num_harmonics + 1, dtype=theta.dtype)
     return jax.vmap(one_harmonic, in_axes=(0, 1))(harmonics, kappa).sum(axis=0)
@@ -104,8 +118,8 @@ def unfold_sum(
     total: Float[Array, "B H L twoMP"],
     self_weight: Float[Array, "B H L"],
     kappa: Complex,
-) -> Float[Array, "B h L P"]:
-    """``Im(sum_m z_t**-m S[t, m]) + A[t, t] sum_m Im kappa[0, m]``.
+) -> Complex:
+    """``sum_m z_t**-m S[t, m] + A[t, t] sum_m kappa[0, m]``, the local field.
 
     Args:
       z: phasors of the receiving tokens, as for ``fold_values``.
@@ -115,19 +129,22 @@ def unfold_sum(
       kappa: the kernel by head, ``[T, M, H, P]``.
 
     Returns:
-      The update of each head, or the sum of them all if one head of ``z`` stands for all.
+      The field of each head, ``[B, H, L, P]``, or the sum of them all, ``[B, 1, L, P]``, if one
+      head of ``z`` stands for all. The update of the phases is its imaginary part.
     """
     num_harmonics, num_heads = kappa.re.shape[1:3]
-    at_rest = kappa.im[0].sum(axis=0)
+    at_rest = (part[0].sum(axis=0) for part in kappa)
     if z.re.shape[1] == num_heads:
-        update = self_weight[..., None] * at_rest[None, :, None, :]
+        re, im = (self_weight[..., None] * part[None, :, None, :] for part in at_rest)
     else:
         total = functools.reduce(jnp.add, jnp.split(total, num_heads, axis=1))
-        update = jnp.einsum("bht,hp->btp", self_weight, at_rest)[:, None]
+        re, im = (jnp.einsum("bht,hp->btp", self_weight, part)[:, None] for part in at_rest)
     parts = jnp.split(total, 2 * num_harmonics, axis=-1)
     for m, zm in enumerate(powers(z, num_harmonics)):
-        update += zm.re * parts[2 * m + 1] - zm.im * parts[2 * m]
-    return update
+        sum_re, sum_im = parts[2 * m], parts[2 * m + 1]
+        re += zm.re * sum_re + zm.im * sum_im
+        im += zm.re * sum_im - zm.im * sum_re
+    return Complex(re, im)
 
 
 def _wave(z: Complex, num_harmonics: int) -> Complex:

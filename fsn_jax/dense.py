@@ -31,6 +31,9 @@ class PhasorDense(nn.Module):
     as a detector with a local oscillator does: ``a = r cos phi, b = r sin phi`` gives
     ``r cos(theta - phi)``. Half as many weights; what one group cannot see another can.
 
+    Given the local field of the phases it reads ``cos theta + g[0] coherence`` for the cosine and
+    ``sin theta + g[1] torque`` for the sine, with gains g of each phase that start at zero.
+
     Attributes:
       config: of the model.
       features: O.
@@ -48,10 +51,14 @@ class PhasorDense(nn.Module):
     angle: float | None = None
 
     @nn.compact
-    def __call__(self, z: Complex) -> Float[Array, "*shape O"]:
+    def __call__(self, z: Complex, field: Complex | None = None) -> Float[Array, "*shape O"]:
         """The reals in the compute dtype, from phasors of any shape that ends in N."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
+        if field is not None:
+            gains = self.param("field_gain", nn.initializers.zeros, (2, c.num_phases))
+            coherence, torque = (self._over_tokens(gain, z) for gain in gains)
+            z = Complex(z.re + coherence * field.re, z.im + torque * field.im)
         if c.features == "phasor":
             inputs = features(z)
             kernel = self.param(

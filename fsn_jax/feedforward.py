@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from fsn_jax.config import DType, FSNConfig
 from fsn_jax.dense import PhasorDense
-from fsn_jax.torus import phasor
+from fsn_jax.torus import Complex, phasor
 
 
 class SwiGLU(nn.Module):
@@ -47,11 +47,18 @@ class CollectiveModes(nn.Module):
     config: FSNConfig
 
     @nn.compact
-    def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
-        """The update of the phases, in radians, float32."""
+    def __call__(
+        self, theta: Float[Array, "B L N"], field: Complex | None = None
+    ) -> Float[Array, "B L N"]:
+        """The update of the phases, in radians, float32.
+
+        Args:
+          theta: phases in radians.
+          field: what the weights see besides, ``FrustratedAttention.field``.
+        """
         c = self.config
         z = phasor(theta)
-        drive = PhasorDense(c, c.num_modes, use_bias=True, name="weights")(z)
+        drive = PhasorDense(c, c.num_modes, use_bias=True, name="weights")(z, field)
         weight = jax.nn.silu(drive.astype(jnp.float32)).astype(c.dtype)
         start = nn.initializers.normal(c.num_modes**-0.5)
         shape = (c.num_modes, c.num_phases)
@@ -76,11 +83,18 @@ class PhasorSwiGLU(nn.Module):
     config: FSNConfig
 
     @nn.compact
-    def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
-        """The update of the phases, in radians, float32."""
+    def __call__(
+        self, theta: Float[Array, "B L N"], field: Complex | None = None
+    ) -> Float[Array, "B L N"]:
+        """The update of the phases, in radians, float32.
+
+        Args:
+          theta: phases in radians.
+          field: what the gate and the other factor see besides, ``FrustratedAttention.field``.
+        """
         c = self.config
         z = phasor(theta)
-        gate = PhasorDense(c, c.feedforward_width, angle=0.0, name="gate")(z)
-        up = PhasorDense(c, c.feedforward_width, angle=np.pi / 2, name="up")(z)
+        gate = PhasorDense(c, c.feedforward_width, angle=0.0, name="gate")(z, field)
+        up = PhasorDense(c, c.feedforward_width, angle=np.pi / 2, name="up")(z, field)
         down = nn.Dense(c.num_phases, use_bias=False, dtype=jnp.dtype(c.dtype), name="down")
         return down(jax.nn.silu(gate) * up).astype(jnp.float32)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from fsn_jax.attention import FrustratedAttention, LayerCache
 from fsn_jax.config import FSNConfig
 from fsn_jax.feedforward import CollectiveModes, PhasorSwiGLU
-from fsn_jax.torus import features, order_parameter, phasor
+from fsn_jax.torus import Complex, features, order_parameter, phasor
 
 
 @flax.struct.dataclass
@@ -46,22 +46,23 @@ class Block(nn.Module):
 
     def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
         """The phases after the block, in radians, float32."""
-        theta = theta + self.attention(theta)
+        field = self.attention.field(theta)
+        theta = theta + field.im
         if self.is_mutable_collection("diagnostics") and not self.is_initializing():
             self.sow("diagnostics", "order_parameter", order_parameter(theta))
-        return self._feed_forward(theta)
+        return self._feed_forward(theta, field)
 
     def extend(
         self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "B S N"], LayerCache]:
         """As ``__call__`` for S tokens at ``position`` and on, given a cache of those before."""
-        dtheta, cache = self.attention.extend(theta, cache, position)
-        return self._feed_forward(theta + dtheta), cache
+        field, cache = self.attention.extend_field(theta, cache, position)
+        return self._feed_forward(theta + field.im, field), cache
 
-    def _feed_forward(self, theta: Array) -> Array:
+    def _feed_forward(self, theta: Array, field: Complex) -> Array:
         if self.config.feedforward == "none":
             return theta
-        return theta + self.feedforward(theta)
+        return theta + self.feedforward(theta, field if self.config.field_features else None)
 
 
 def embedding_start(config: FSNConfig) -> jax.nn.initializers.Initializer:

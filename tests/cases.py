@@ -51,6 +51,12 @@ FSN_VARIANTS: dict[str, dict[str, Any]] = {
     "linear_values": {"values": "linear"},
     "gated_linear_values": {"score": "gated", "values": "linear"},
     "collective_modes": {"feedforward": "collective_modes"},
+    "field": {"field_features": True, "heads_per_phase": 3, "num_harmonics": 1},
+    "modes_field": {
+        "field_features": True,
+        "features": "quadrature",
+        "feedforward": "collective_modes",
+    },
     "no_feedforward": {"feedforward": "none"},
     "no_delay": {"delay": False},
     "no_angles": {"static_angles": False},

@@ -67,7 +67,9 @@ def causal_softmax(scores: Array) -> Array:
 # The coupling
 
 
-def coupling(theta: Array, attention: Array, kappa: Array) -> Array:
+def coupling(
+    theta: Array, attention: Array, kappa: Array, wave: Callable[[float], float] = math.sin
+) -> Array:
     """The frustrated kernel, in its Kuramoto-Sakaguchi form.
 
     With ``kappa = rho exp(-i alpha)``::
@@ -75,7 +77,8 @@ def coupling(theta: Array, attention: Array, kappa: Array) -> Array:
         dtheta[t,n] = sum_{tau,m} rho[tau,m,n] sum_{u: u+tau <= t} A[h(n),t,u]
                       sin(m (theta[u+tau,n] - theta[t,n]) - alpha[tau,m,n])
 
-    theta [B, L, N], attention [B, H, L, L], kappa [T, M, N] complex -> dtheta [B, L, N].
+    theta [B, L, N], attention [B, H, L, L], kappa [T, M, N] complex -> dtheta [B, L, N]. With
+    ``wave`` the cosine it is the coherence of each phase with the field that it is in.
     """
     batch, length, phases = theta.shape
     phases_per_head = phases // attention.shape[1]
@@ -95,7 +98,7 @@ def coupling(theta: Array, attention: Array, kappa: Array) -> Array:
                             update[b, t, n] += (
                                 rho
                                 * attention[b, head, t, u]
-                                * math.sin(harmonic * difference + minus_alpha)
+                                * wave(harmonic * difference + minus_alpha)
                             )
     return update
 
@@ -114,23 +117,32 @@ def kernel(params: Params, config: Any) -> Array:
 # The score
 
 
-def dense(params: Params, angles: Array) -> Array:
+def dense(
+    params: Params, angles: Array, coherence: Array | None = None, torque: Array | None = None
+) -> Array:
     """A dense layer inside a block: angles [N] of one token -> reals [O].
 
     It sees cosines and sines, or, if it has quadratures [2, G, N], one mixture of the two for each
-    of G equal groups of outputs.
+    of G equal groups of outputs. With the field [N] that the phases are in, cosines are shifted by
+    its coherence and sines by its torque, times a gain.
     """
     weights = params["kernel"]
     outputs = np.zeros(weights.shape[1])
+    phases = len(angles)
+    seen = features(angles)
+    if coherence is not None and torque is not None:
+        for n in range(phases):
+            seen[n] += params["field_gain"][0, n] * coherence[n]
+            seen[phases + n] += params["field_gain"][1, n] * torque[n]
     for o in range(outputs.size):
         if "quadrature" in params:
             cosine, sine = params["quadrature"]
             group = o // (outputs.size // len(cosine))
-            for n, x in enumerate(angles):
-                seen = cosine[group, n] * math.cos(x) + sine[group, n] * math.sin(x)
-                outputs[o] += seen * weights[n, o]
+            for n in range(phases):
+                mixed = cosine[group, n] * seen[n] + sine[group, n] * seen[phases + n]
+                outputs[o] += mixed * weights[n, o]
         else:
-            outputs[o] = features(angles) @ weights[:, o]
+            outputs[o] = seen @ weights[:, o]
     return outputs + params.get("bias", 0.0)
 
 
@@ -200,18 +212,20 @@ def attention_weights(params: Params, theta: Array, config: Any) -> Array:
 # The layers
 
 
-def frustrated_attention(params: Params, theta: Array, config: Any) -> Array:
-    """FrustratedAttention: theta [B, L, N] -> dtheta [B, L, N]."""
+def frustrated_attention(
+    params: Params, theta: Array, config: Any, wave: Callable[[float], float] = math.sin
+) -> Array:
+    """FrustratedAttention: theta [B, L, N] -> dtheta, or coherence (``coupling``), [B, L, N]."""
     weights = attention_weights(params.get("score", {}), theta, config)
     if config.values == "circular":
         kappa = kernel(params, config)
         if config.heads_per_phase == 1:
-            return coupling(theta, weights, kappa)
+            return coupling(theta, weights, kappa, wave)
         # A phase of block h hears head h + j by the kernel of rank j.
         update = np.zeros(theta.shape)
         for j in range(config.heads_per_phase):
             heard = [(block + j) % config.num_heads for block in range(config.num_heads)]
-            update += coupling(theta, weights[:, heard], kappa[:, :, j])
+            update += coupling(theta, weights[:, heard], kappa[:, :, j], wave)
         return update
     batch, length, phases = theta.shape
     update = np.zeros(theta.shape)
@@ -247,20 +261,32 @@ def kuramoto_attention(params: Params, theta: Array, config: Any) -> Array:
     return update
 
 
-def feedforward(params: Params, theta: Array, config: Any) -> Array:
-    """SwiGLU on phasors, or collective modes, or nothing: theta [B, L, N] -> dtheta [B, L, N]."""
+def feedforward(
+    params: Params,
+    theta: Array,
+    config: Any,
+    coherence: Array | None = None,
+    torque: Array | None = None,
+) -> Array:
+    """SwiGLU on phasors, or collective modes, or nothing: theta [B, L, N] -> dtheta [B, L, N].
+
+    With ``field_features`` it also sees the field [B, L, N] of the coupling before it.
+    """
     update = np.zeros(theta.shape)
     if config.feedforward == "none":
         return update
     batch, length, phases = theta.shape
     for b in range(batch):
         for t in range(length):
+            sight = [theta[b, t]]
+            if coherence is not None and torque is not None:
+                sight += [coherence[b, t], torque[b, t]]
             if config.feedforward == "swiglu":
-                gate, up = dense(params["gate"], theta[b, t]), dense(params["up"], theta[b, t])
+                gate, up = dense(params["gate"], *sight), dense(params["up"], *sight)
                 hidden = np.array([silu(g) * x for g, x in zip(gate, up, strict=True)])
                 update[b, t] = hidden @ params["down"]["kernel"]
                 continue
-            drive = dense(params["weights"], theta[b, t])
+            drive = dense(params["weights"], *sight)
             for n in range(phases):
                 field = 0j
                 for k in range(config.num_modes):
@@ -276,8 +302,13 @@ def fsn_from_angles(params: Params, theta: Array, config: Any) -> Array:
     theta = np.array(theta, dtype=np.float64)
     for i in range(config.num_layers):
         block = params[f"block_{i}"]
-        theta = theta + frustrated_attention(block.get("attention", {}), theta, config)
-        theta = theta + feedforward(block.get("feedforward", {}), theta, config)
+        attention = block.get("attention", {})
+        torque = frustrated_attention(attention, theta, config)
+        field = []
+        if config.field_features:
+            field = [frustrated_attention(attention, theta, config, math.cos), torque]
+        theta = theta + torque
+        theta = theta + feedforward(block.get("feedforward", {}), theta, config, *field)
     readout = params["readout"]
     return np.stack(
         [[features(x) @ readout["kernel"] + readout["bias"] for x in row] for row in theta]

@@ -32,7 +32,7 @@ def compiled(variant, implementation):
 @pytest.mark.parametrize(
     ("variant", "implementation"),
     [(variant, "xla") for variant in cases.FSN_VARIANTS]
-    + [(variant, "reference") for variant in ("full", "base_layer")],
+    + [(variant, "reference") for variant in ("full", "base_layer", "field", "modes_field")],
 )
 def test_against_oracle(variant, implementation):
     config, params, tokens, apply = compiled(variant, implementation)
@@ -44,7 +44,10 @@ def test_against_oracle(variant, implementation):
 
 @pytest.mark.parametrize(
     ("variant", "implementation"),
-    [(variant, "xla") for variant in ("full", "gated", "linear_values", "collective_modes")]
+    [
+        (variant, "xla")
+        for variant in ("full", "gated", "linear_values", "collective_modes", "field")
+    ]
     + [("full", "reference")],
 )
 def test_gradients_against_central_differences(variant, implementation):
@@ -180,6 +183,7 @@ def test_diagnostics_are_off_unless_asked_for():
 def small_configs(draw):
     heads = draw(st.integers(1, 3))
     score = draw(st.sampled_from(["projected", "gated", "static", "none"]))
+    values = draw(st.sampled_from(["circular", "linear"]))
     return cases.fsn_config(
         vocab_size=draw(st.integers(1, 5)),
         num_layers=draw(st.integers(1, 2)),
@@ -191,8 +195,9 @@ def small_configs(draw):
         signed_harmonics=draw(st.booleans()),
         score=score,
         score_phases=draw(st.integers(0, 3)) if score == "projected" else 0,
-        values=draw(st.sampled_from(["circular", "linear"])),
+        values=values,
         features=draw(st.sampled_from(["phasor", "quadrature"])),
+        field_features=draw(st.booleans()) if values == "circular" else False,
         feedforward=draw(st.sampled_from(["swiglu", "collective_modes", "none"])),
         feedforward_width=draw(st.integers(1, 4)),
         num_modes=draw(st.integers(1, 4)),

@@ -53,10 +53,12 @@ GROUPS = {
         "block/attention/score/query_gate/quadrature",
         "block/attention/score/key_gate/quadrature",
         "block/attention/value/quadrature",
+        "block/feedforward/gate/field_gain",
+        "block/feedforward/up/field_gain",
+        "block/feedforward/weights/field_gain",
     },
+    "tables": {"embedding/embedding", "readout/kernel"},
     "matrices": {
-        "embedding/embedding",
-        "readout/kernel",
         "block/attention/score/query/kernel",
         "block/attention/score/key/kernel",
         "block/attention/query/kernel",
@@ -118,7 +120,7 @@ def test_a_parameter_that_no_group_knows_is_refused():
 def test_nothing_but_matrices_decays():
     changes = update(PLAIN, EVERYTHING, jax.tree.map(np.zeros_like, EVERYTHING))
     for name, group in by_name(groups(EVERYTHING)).items():
-        expected = -1e-2 * 0.1 if group == "matrices" else 0.0
+        expected = -1e-2 * 0.1 if group in ("matrices", "tables") else 0.0
         np.testing.assert_allclose(changes[name], expected, rtol=1e-6, err_msg=name)
 
 
@@ -132,6 +134,39 @@ def test_a_factor_scales_its_own_group_alone(group):
         factor = 2.5 if of == f"{group}s" else 1.0
         assert np.abs(plain[name]).min() > 0
         np.testing.assert_allclose(scaled[name], factor * plain[name], rtol=1e-6, err_msg=name)
+
+
+def a_step_of_muon(config):
+    """The updates of a fresh tiny FSN by Muon and by Adam, from one random gradient."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes_of(config))
+    gradient = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
+    plain = dataclasses.replace(PLAIN, clip_norm=1e9)
+    muon = dataclasses.replace(plain, matrices="muon")
+    return by_name(gradient), update(muon, params, gradient), update(plain, params, gradient)
+
+
+@pytest.mark.parametrize("config", [MODELS[0], MODELS[-1]], ids=["fsn", "transformer"])
+def test_muon_turns_the_matrices_of_the_blocks_along_orthogonal_directions(config):
+    """Every singular value of the update is about the same; those of its gradient are not.
+
+    Newton and Schulz's iteration brings them between 0.7 and 1.2; U V' of the gradient's U S V' is
+    the direction. What is no matrix of a block gets Adam's update to the bit.
+    """
+    gradient, muon, adam = a_step_of_muon(config)
+    of_group = by_name(groups(shapes_of(config)))
+    turned = [name for name, group in of_group.items() if group == "matrices"]
+    assert turned and all(name.startswith("block_0") for name in turned)
+    for name, group in of_group.items():
+        if group != "matrices":
+            np.testing.assert_array_equal(muon[name], adam[name], err_msg=name)
+            continue
+        left, spread, right = np.linalg.svd(np.asarray(gradient[name], np.float64), False)
+        assert spread.max() > 1.5 * spread.min()
+        direction = muon[name] / (-1e-2 * 0.2 * max(muon[name].shape) ** 0.5)
+        along = np.diag(left.T @ direction @ right.T)
+        assert (along[spread > 0.1 * spread.max()] > 0.6).all() and (along < 1.3).all()
+        np.testing.assert_allclose((left * along) @ right, direction, atol=0.01, err_msg=name)
 
 
 def test_the_schedule_warms_up_peaks_and_ends_where_it_should():

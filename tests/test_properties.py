@@ -68,6 +68,7 @@ FSN_FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "score": st.sampled_from(["projected", "gated", "static", "none", "dot"]),
     "score_phases": st.sampled_from([0, 0, 1, 3]),
     "values": st.sampled_from(["circular", "linear"]),
+    "field_features": st.booleans(),
     "feedforward": st.sampled_from(["swiglu", "collective_modes", "none"]),
     "feedforward_width": st.sampled_from([0, 1, 8]),
     "num_modes": st.integers(0, 3),

@@ -59,6 +59,10 @@ SWITCHES = {
         },
     ),
     ("feedforward", "none"): (SWIGLU, {}),
+    ("field_features", True): (
+        (),
+        {name.replace("kernel", "field_gain"): (2, N) for name in SWIGLU[:2]},
+    ),
     ("features", "quadrature"): (
         (),
         {
@@ -205,6 +209,22 @@ def test_quadratures_are_dense_layers_whose_two_halves_share_a_matrix():
         feedforward={**feedforward, **{x: untie(feedforward[x]) for x in ("gate", "up")}},
     )
     assert_same((tied, params), (build()[0], free))
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "collective_modes"])
+def test_a_field_that_counts_for_nothing_is_no_field(kind):
+    sighted, params = build(field_features=True, feedforward=kind)
+    parts = params[BLOCK]["feedforward"].items()
+    readers = {k: part for k, part in parts if isinstance(part, dict) and "field_gain" in part}
+    assert readers
+    blind, without = dict(params[BLOCK]["feedforward"]), dict(params[BLOCK]["feedforward"])
+    for name, part in readers.items():
+        blind[name] = {**part, "field_gain": jnp.zeros_like(part["field_gain"])}
+        without[name] = {leaf: x for leaf, x in part.items() if leaf != "field_gain"}
+    unsighted = build(feedforward=kind)[0]
+    silent = with_block(params, feedforward=blind)
+    assert_same((sighted, silent), (unsighted, with_block(params, feedforward=without)))
+    assert np.abs(logits(sighted, params) - logits(sighted, silent)).max() > 0.01
 
 
 @pytest.mark.parametrize(

@@ -60,28 +60,33 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up, cosine decay, clipping, and a learning-rate factor per group.
+    """Adam with warm-up, cosine decay, clipping, and a learning-rate factor per group.
 
     Attributes:
+      matrices: what turns the gradients of the matrices inside the blocks into a direction:
+        ``adam``, or ``muon``, which makes their momentum orthogonal. All else is Adam's.
       peak_learning_rate: of the matrices, after warm-up.
       final_fraction: of the peak, at the last step.
       warmup_steps: of linear growth from zero.
       beta1: decay of the first moment.
       beta2: decay of the second moment.
       epsilon: of Adam's denominator.
-      weight_decay: of the matrices; every other group has none.
+      muon_beta: decay of Muon's momentum.
+      weight_decay: of all matrices, also of tables and readout; every other group has none.
       clip_norm: largest global norm of the gradient.
       angle_factor: learning rate of the embedding angles over that of the matrices.
       kernel_factor: the same for the coupling kernels, gains and collective modes.
       gate_factor: the same for score gates and inverse temperatures.
     """
 
+    matrices: Literal["adam", "muon"] = "adam"
     peak_learning_rate: float = 1e-2
     final_fraction: float = 0.1
     warmup_steps: int = 100
     beta1: float = 0.9
     beta2: float = 0.99
     epsilon: float = 1e-8
+    muon_beta: float = 0.95
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     angle_factor: float = 1.0
@@ -97,7 +102,7 @@ class OptimizerConfig:
             raise ConfigError(
                 f"OptimizerConfig.final_fraction must be from 0 to 1; got {self.final_fraction}"
             )
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_beta"):
             if not 0 <= getattr(self, name) < 1:  # at 1 a mean would never leave zero
                 raise ConfigError(
                     f"OptimizerConfig.{name} must be from 0 to below 1; got {getattr(self, name)}"

@@ -28,7 +28,7 @@ from train.errors import UserError
 from train.load import open_experiment_corpus
 from train.loop import check_experiment, train_steps_of
 from train.main import parse_config
-from train.optimizer import MATRICES, group_of, learning_rate_factors, make_optimizer
+from train.optimizer import DECAYED, group_of, learning_rate_factors, make_optimizer
 from train.program import Arguments, run_program, start_jax
 from train.run import default_folder, device_description
 from train.step import (
@@ -294,7 +294,7 @@ def _groups(experiment: ExperimentConfig, parameters: Sequence[Parameter]) -> li
             name=name,
             size=sizes[name],
             peak_learning_rate=optimizer.peak_learning_rate * factor,
-            weight_decay=optimizer.weight_decay if name == MATRICES else 0.0,
+            weight_decay=optimizer.weight_decay if name in DECAYED else 0.0,
         )
         for name, factor in learning_rate_factors(optimizer).items()
         if sizes[name]

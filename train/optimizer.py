@@ -1,14 +1,25 @@
-"""AdamW with warm-up and cosine decay, clipping, and parameter groups chosen by path."""
+"""Adam, or Muon for the matrices of the blocks, with decay, warm-up, cosine, clipping, and groups.
+
+Muon (K. Jordan and others, 2024; here that of Optax) replaces a matrix's momentum by the nearest
+orthogonal matrix. Scaled to the root mean square of a typical Adam update (J. Liu and others, arXiv
+2502.16982) it takes the learning rate and the decay of Adam.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
+from optax import contrib
 
 from train.config import OptimizerConfig
 
-ANGLES, KERNELS, GATES, MATRICES, VECTORS = "angles", "kernels", "gates", "matrices", "vectors"
+ANGLES, KERNELS, GATES, VECTORS = "angles", "kernels", "gates", "vectors"
+MATRICES, TABLES = "matrices", "tables"
+DECAYED = (MATRICES, TABLES)
+
+MUON_RMS = 0.2
+"""Root mean square of Muon's direction; Adam's is 0.2 to 0.4."""
 
 _GROUP_OF_LEAF = {
     "angles": ANGLES,
@@ -19,9 +30,10 @@ _GROUP_OF_LEAF = {
     "modes_imag": KERNELS,
     "gate": GATES,
     "quadrature": GATES,
+    "field_gain": GATES,
     "log_beta": GATES,
     "kernel": MATRICES,
-    "embedding": MATRICES,
+    "embedding": TABLES,
     "bias": VECTORS,
     "scale": VECTORS,
 }
@@ -39,7 +51,8 @@ def group_of(path: tuple[Any, ...]) -> str:
     names = [str(getattr(entry, "key", entry)) for entry in path]
     if any(name in ("query_gate", "key_gate") for name in names):
         return GATES
-    return _GROUP_OF_LEAF[names[-1]]
+    group = _GROUP_OF_LEAF[names[-1]]
+    return TABLES if group == MATRICES and names[0] == "readout" else group
 
 
 def groups(params: Any) -> Any:
@@ -54,6 +67,7 @@ def learning_rate_factors(config: OptimizerConfig) -> dict[str, float]:
         KERNELS: config.kernel_factor,
         GATES: config.gate_factor,
         MATRICES: 1.0,
+        TABLES: 1.0,
         VECTORS: 1.0,
     }
 
@@ -70,14 +84,14 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run: clip, Adam, decay of matrices, group factors, schedule."""
+    """The optimizer of a run: clip, Adam or Muon, decay, group factors, schedule."""
     factors = learning_rate_factors(config)
     decayed: Callable[[Any], Any] = lambda params: jax.tree.map(  # noqa: E731
-        lambda group: group == MATRICES, groups(params)
+        lambda group: group in DECAYED, groups(params)
     )
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        _direction(config),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.stateless(
             lambda updates, _: jax.tree_util.tree_map_with_path(
@@ -86,3 +100,28 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         ),
         optax.scale_by_learning_rate(learning_rate(config, num_steps)),
     )
+
+
+def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    if config.matrices == "adam":
+        return adam
+    muon = optax.chain(
+        contrib.scale_by_muon(
+            beta=config.muon_beta,
+            # Optax takes None for "all are matrices" only where nothing is masked.
+            weight_dimension_numbers=lambda updates: jax.tree.map(
+                lambda _: contrib.MuonDimensionNumbers(), updates
+            ),
+        ),
+        optax.stateless(
+            lambda updates, _: jax.tree.map(
+                lambda update: update * MUON_RMS * max(update.shape) ** 0.5, updates
+            )
+        ),
+    )
+
+    def labels(params: Any) -> Any:
+        return jax.tree.map(lambda group: "muon" if group == MATRICES else "adam", groups(params))
+
+    return optax.partition({"muon": muon, "adam": adam}, labels)

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from benchmarks.flax_attention import FlaxTransformer
 from fsn_jax import TransformerConfig
@@ -16,8 +18,9 @@ from fsn_jax.config import Implementation
 from fsn_jax.generate import CHUNK, stream
 from train.config import ExperimentConfig
 from train.errors import UserError
+from train.loop import cpu_devices, train_steps_of
 from train.optimizer import make_optimizer
-from train.step import build_model, data_mesh, init_state, make_train_steps
+from train.step import DATA_AXIS, build_model, data_mesh, init_state, replicated
 
 CORPUS_BYTES = 1_000_000
 
@@ -71,15 +74,17 @@ def _tokens(experiment: ExperimentConfig, *shape: int) -> jax.Array:
 
 def train_contender(name: str, experiment: ExperimentConfig, steps: int) -> Contender:
     """The whole train step on random text, ``steps`` of them a dispatch."""
-    model, mesh = _model(name, experiment), data_mesh()
+    model = _model(name, experiment)
+    mesh = data_mesh(jax.devices()[: cpu_devices(experiment, jax.device_count())])
     optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps)
     context, batch_size = experiment.data.context, experiment.training.batch_size
-    program = make_train_steps(
-        model, optimizer, mesh=mesh, context=context, placement="resident", log_every=steps
-    )
-    corpus = _tokens(experiment, CORPUS_BYTES).astype(jnp.uint8)
-    starts = jax.random.randint(
-        jax.random.key(0), (steps, batch_size), 0, CORPUS_BYTES - context - 1
+    program = train_steps_of(experiment, model, optimizer, mesh)
+    corpus = jax.device_put(_tokens(experiment, CORPUS_BYTES).astype(jnp.uint8), replicated(mesh))
+    starts = jax.device_put(
+        np.random.default_rng(1).integers(
+            0, CORPUS_BYTES - context - 1, (steps, batch_size), np.int32
+        ),
+        NamedSharding(mesh, P(None, DATA_AXIS)),
     )
     state = init_state(model, optimizer, seed=0, mesh=mesh)
     params = sum(leaf.size for leaf in jax.tree.leaves(state.params))

@@ -32,7 +32,7 @@ from fsn_jax import TransformerConfig
 from train.config import ExperimentConfig
 from train.errors import UserError
 from train.main import load_config
-from train.program import Arguments, run_program
+from train.program import Arguments, num_cores, run_program, start_jax
 from train.run import device_description, git_state, package_versions
 
 BASE = "transformer"
@@ -49,6 +49,12 @@ def experiment_for(options: argparse.Namespace, name: str, rung: str, length: in
     config.data.context = length
     config.training.batch_size = max(1, options.tokens // length)
     config.model.dtype = options.dtype
+    config.data.placement = "resident"
+    dispatch = options.steps
+    config.training.update(
+        num_steps=1000 * dispatch, steps_per_dispatch=dispatch, log_every=dispatch
+    )
+    config.evaluation.every = config.checkpoints.every = dispatch
     return ExperimentConfig.from_config_dict(config)
 
 
@@ -187,6 +193,7 @@ def program(argv: Sequence[str]) -> None:
     if options.torch_python and "torch" not in names:
         names.append("torch")
     check_options(options, names)
+    start_jax(cpu_devices=num_cores())
     about: dict[str, Any] = {"device": device_description(), "git": git_state()}
     print(f"{about['device']} · commit {(about['git']['commit'] or 'none')[:9]}", flush=True)
     done = read_rows(options.output)

@@ -92,8 +92,6 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
     steps_per_dispatch = 10 if pocket else 50
     every = 250 if pocket else 2000
     num_steps = math.ceil(characters / (batch_size * context) / every) * every
-    # The parts of a batch fit the caches of a CPU: a third more characters a second.
-    parts = 8 if pocket else 1
     return experiment(
         f"enwik8_{arm}",
         model=model,
@@ -101,7 +99,6 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
         optimizer=FSN_OPTIMIZER if isinstance(model, FSNConfig) else TRANSFORMER_OPTIMIZER,
         training=TrainingConfig(
             batch_size=batch_size,
-            accumulation_steps=parts,
             num_steps=num_steps,
             steps_per_dispatch=steps_per_dispatch,
             log_every=steps_per_dispatch * 5,

@@ -31,12 +31,53 @@ from train import loop
 from train.config import ExperimentConfig
 from train.corpus import Corpus
 from train.data import WindowOrder
-from train.loop import DivergedError, Evaluator
+from train.loop import DivergedError, Evaluator, cpu_devices, parts_of_batch
 from train.metrics import RowLog, read_rows
 from train.run import open_run
 from train.step import build_model, make_evaluate_rows, replicated
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "evaluation", "accumulation", "num_cores", "devices"),
+    [
+        (16, 32, 0, 6, 4),
+        (16, 32, 0, 64, 16),
+        (16, 32, 8, 64, 2),
+        (15, 32, 0, 8, 1),
+        (12, 9, 0, 8, 3),
+    ],
+)
+def test_a_cpu_is_divided_as_far_as_its_batches_are(
+    tmp_path, batch_size, evaluation, accumulation, num_cores, devices
+):
+    experiment = tiny_experiment(
+        tmp_path,
+        tmp_path / "run",
+        training__batch_size=batch_size,
+        training__accumulation_steps=accumulation,
+        evaluation__batch_size=evaluation,
+    )
+    assert cpu_devices(experiment, num_cores) == devices
+    loop.check_devices(experiment, devices)
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "context", "parts"),
+    [(0, 128, 4), (0, 256, 8), (0, 1024, 8), (0, 64, 2), (4, 128, 4)],
+)
+def test_a_batch_goes_through_a_cpu_in_parts_of_some_hundred_tokens(
+    tmp_path, accumulation, context, parts
+):
+    experiment = tiny_experiment(
+        tmp_path,
+        tmp_path / "run",
+        training__batch_size=16,
+        training__accumulation_steps=accumulation,
+        data__context=context,
+    )
+    assert parts_of_batch(experiment, mesh_of(2)) == parts
 
 
 class Crash(Exception):

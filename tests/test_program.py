@@ -1,5 +1,6 @@
 """What every program does around its work: errors, interruption, finding the devices."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,21 @@ def test_no_device_is_a_users_mistake(monkeypatch, error):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     with pytest.raises(UserError, match="no device for cuda .* unset JAX_PLATFORMS"):
         start_jax()
+
+
+@pytest.mark.parametrize(
+    ("flags", "devices"), [("", 3), ("--xla_force_host_platform_device_count=5", 5)]
+)
+def test_a_cpu_is_as_many_devices_as_asked_for_unless_the_user_has_said(flags, devices):
+    program = (
+        "from train.program import start_jax; start_jax(cpu_devices=3);"
+        "import jax; print(jax.device_count())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert int(done.stdout) == devices

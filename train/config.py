@@ -118,7 +118,8 @@ class TrainingConfig:
       num_steps: optimizer steps in the run.
       steps_per_dispatch: steps compiled into one call, so that a small model does not wait for
         the host.
-      accumulation_steps: parts that a batch is worked through in, to save memory.
+      accumulation_steps: parts that a batch is worked through in, to save memory; 0 leaves it to
+        the device: one part, or on a CPU parts that fit its caches.
       log_every: steps between rows of metrics.
       skipped_limit: steps with a NaN or infinite loss or gradient that may be skipped before the
         run stops.
@@ -129,7 +130,7 @@ class TrainingConfig:
     batch_size: int = 32
     num_steps: int = 1000
     steps_per_dispatch: int = 10
-    accumulation_steps: int = 1
+    accumulation_steps: int = 0
     log_every: int = 50
     skipped_limit: int = 0
     parameters: Literal["replicated", "sharded"] = "replicated"
@@ -137,11 +138,13 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_at_least(self, 1, "batch_size", "num_steps", "steps_per_dispatch")
-        check_at_least(self, 1, "accumulation_steps", "log_every")
+        check_at_least(self, 0, "accumulation_steps")
+        check_at_least(self, 1, "log_every")
         check_at_least(self, 0, "skipped_limit")
         _check_multiple(self, "num_steps", "steps_per_dispatch", self.steps_per_dispatch)
         _check_multiple(self, "log_every", "steps_per_dispatch", self.steps_per_dispatch)
-        _check_multiple(self, "batch_size", "accumulation_steps", self.accumulation_steps)
+        if self.accumulation_steps:
+            _check_multiple(self, "batch_size", "accumulation_steps", self.accumulation_steps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,10 +26,10 @@ from train.corpus import Corpus
 from train.data import WindowOrder
 from train.errors import UserError
 from train.load import open_experiment_corpus
-from train.loop import check_experiment, train_steps_of
+from train.loop import check_experiment, cpu_devices, train_steps_of
 from train.main import parse_config
 from train.optimizer import DECAYED, group_of, learning_rate_factors, make_optimizer
-from train.program import Arguments, run_program, start_jax
+from train.program import Arguments, num_cores, run_program, start_jax
 from train.run import default_folder, device_description
 from train.step import (
     DATA_AXIS,
@@ -457,7 +457,7 @@ def program(argv: Sequence[str]) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # to prepare a corpus is told on the way
         corpus = open_experiment_corpus(experiment)
     experiment = experiment.with_vocabulary(len(corpus.vocabulary))
-    start_jax()
+    start_jax(cpu_devices=cpu_devices(experiment, num_cores()))
     mesh = topology_mesh(options.topology) if options.topology else data_mesh()
     check_experiment(experiment, corpus, mesh.size)
     device = mesh.devices.flat[0]

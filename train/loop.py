@@ -5,6 +5,7 @@ Every process of a run goes through it in step; the one that opened the run's fo
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -80,10 +81,34 @@ class Outcome:
     resumed_from: int
 
 
+CACHED_TOKENS = 256
+"""Tokens a part of a batch has on a CPU: of these sizes the quickest, see docs/performance.md."""
+
+
+def cpu_devices(experiment: ExperimentConfig, num_cores: int) -> int:
+    """Devices to make of a CPU: as many as it has cores, or as divide its batches equally."""
+    training, evaluation = experiment.training, experiment.evaluation
+    rows = training.batch_size // max(1, training.accumulation_steps)
+    together = math.gcd(rows, evaluation.batch_size)
+    return max(n for n in range(1, num_cores + 1) if together % n == 0)
+
+
+def parts_of_batch(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> int:
+    """Parts that a device works through its windows of a batch in."""
+    training = experiment.training
+    if training.accumulation_steps or mesh.devices.flat[0].platform != "cpu":
+        return max(1, training.accumulation_steps)
+    rows = training.batch_size // mesh.size
+    fitting = max(1, CACHED_TOKENS // experiment.data.context)
+    return min(
+        parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= fitting
+    )
+
+
 def check_devices(experiment: ExperimentConfig, num_devices: int) -> None:
     """Raises UserError unless every device gets an equal share of each batch."""
     training, evaluation = experiment.training, experiment.evaluation
-    parts = num_devices * training.accumulation_steps
+    parts = num_devices * max(1, training.accumulation_steps)
     if training.batch_size % parts:
         raise UserError(
             f"config.training.batch_size must be a multiple of {num_devices} devices times "
@@ -132,7 +157,7 @@ def train_steps_of(
         mesh=mesh,
         context=experiment.data.context,
         placement=experiment.data.placement,
-        accumulation_steps=experiment.training.accumulation_steps,
+        accumulation_steps=parts_of_batch(experiment, mesh),
         log_every=experiment.training.log_every,
         layout=experiment.training.parameters,
     )

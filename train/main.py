@@ -16,10 +16,10 @@ from train.config import ExperimentConfig
 from train.errors import UserError
 from train.finish import finish
 from train.load import open_experiment_corpus
-from train.loop import check_experiment, train
+from train.loop import check_experiment, cpu_devices, train
 from train.processes import Joining, agree, first_does, loss_of_a_process, together
 from train.profiling import Span
-from train.program import Arguments, run_program, start_jax
+from train.program import Arguments, num_cores, run_program, start_jax
 from train.run import create_or_resume, default_folder, flatten
 
 HELP = """--profile=FIRST:LAST writes a trace of these steps to the run's folder.
@@ -139,7 +139,7 @@ def program(argv: Sequence[str]) -> None:
     joining, profile, argv = parse_options(argv)
     experiment = parse_config(argv)
     span = Span.parse(profile, experiment.training.num_steps) if profile else None
-    start_jax(joining)
+    start_jax(joining, cpu_devices=cpu_devices(experiment, num_cores()))
     try:
         _train(experiment, span)
     except Exception as error:

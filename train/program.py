@@ -1,6 +1,7 @@
 """What every program of this package does around its work."""
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -64,6 +65,11 @@ def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -
     return 0
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _end(line: str, status: int, *, together: bool) -> int:
     print(line, file=sys.stderr, flush=True)
     if not together and _others_wait():
@@ -83,10 +89,16 @@ def _others_wait() -> bool:
     return bool(jax.distributed.is_initialized() and jax.process_count() > 1)
 
 
-def start_jax(joining: "Joining | None" = None) -> None:
+def start_jax(joining: "Joining | None" = None, *, cpu_devices: int = 1) -> None:
     """Joins the other processes, finds the devices, and keeps compiled programs between runs.
 
     The programs are kept in $JAX_COMPILATION_CACHE_DIR, or under ~/.cache/fsn_jax.
+
+    Args:
+      joining: how to find the other processes.
+      cpu_devices: devices to make of a CPU, where neither the user has said nor other processes
+        share it: each works on its windows of a batch, which XLA spreads over cores better than a
+        single product.
 
     Raises:
       UserError: JAX finds no device, or the other processes of the run cannot be joined.
@@ -98,6 +110,11 @@ def start_jax(joining: "Joining | None" = None) -> None:
 
         join(joining)
 
+    asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    alone = joining is None or not joining.distributed and not joining.coordinator
+    if cpu_devices > 1 and alone and not asked and jax.config.values["jax_num_cpu_devices"] < 1:
+        with contextlib.suppress(RuntimeError):  # a program that called us has begun with them
+            jax.config.update("jax_num_cpu_devices", cpu_devices)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = Path("~/.cache/fsn_jax/compiled").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder))

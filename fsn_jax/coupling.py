@@ -51,10 +51,18 @@ def local_field(
     attention: Float[Array, "B H L L"],
     kappa: Complex64[Array, "T M N"],
 ) -> Complex64[Array, "B L N"]:
-    """The sum of ``coupling_update`` before its imaginary part is taken; same arguments.
+    """The sum of ``coupling_update`` before its imaginary part is taken.
 
     It is the field that each phase is in, seen from that phase: the imaginary part is the torque on
     it (its update, in radians), the real part its coherence with the field.
+
+    Args:
+      theta: as for ``coupling_update``.
+      attention: the same.
+      kappa: the same.
+
+    Raises:
+      ValueError: H does not divide N, or T is neither 1 nor 2.
     """
     batch, length, num_phases = theta.shape
     num_heads = attention.shape[1]

@@ -54,7 +54,7 @@ class CollectiveModes(nn.Module):
 
         Args:
           theta: phases in radians.
-          field: what the weights see besides, ``FrustratedAttention.field``.
+          field: ``[B, L, N]``, what the weights see besides: ``FrustratedAttention.field``.
         """
         c = self.config
         z = phasor(theta)
@@ -90,7 +90,8 @@ class PhasorSwiGLU(nn.Module):
 
         Args:
           theta: phases in radians.
-          field: what the gate and the other factor see besides, ``FrustratedAttention.field``.
+          field: ``[B, L, N]``, what the gate and the other factor see besides:
+            ``FrustratedAttention.field``.
         """
         c = self.config
         z = phasor(theta)

@@ -14,10 +14,10 @@ from small_runs import mesh_of
 
 from configs import ablations, enwik8, ladder
 from train.config import ExperimentConfig
-from train.loop import check_devices
+from train.loop import check_devices, train_steps_of
 from train.main import load_config
 from train.optimizer import make_optimizer
-from train.step import abstract_state, build_model, init_state, make_train_steps
+from train.step import abstract_state, build_model, init_state
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 FILES = sorted(FOLDER.glob("[!_]*.py"))
@@ -54,15 +54,9 @@ def steps_of(config: ExperimentConfig, context: int) -> tuple[Any, ...]:
     """The model, the optimizer and the compiled step of a config on one device."""
     model = build_model(config.model)
     optimizer = make_optimizer(config.optimizer, config.training.num_steps)
-    step = make_train_steps(
-        model,
-        optimizer,
-        mesh=mesh_of(1),
-        context=context,
-        placement="host",
-        accumulation_steps=config.training.accumulation_steps,
-        log_every=config.training.log_every,
-    )
+    data = dataclasses.replace(config.data, context=context, placement="host")
+    config = dataclasses.replace(config, data=data)
+    step = train_steps_of(config, model, optimizer, mesh_of(1))
     return model, optimizer, step
 
 

@@ -5,6 +5,7 @@ The draws are the same in every run. `pytest -m slow tests/test_properties.py` d
 """
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import os
@@ -36,10 +37,10 @@ from train.datasets import codeparrot, pycode
 from train.datasets.files import contents, find_files
 from train.errors import UserError
 from train.fetch import LocalFile, SourceFailure, copy_member
-from train.loop import check_experiment
+from train.loop import check_experiment, train_steps_of
 from train.optimizer import make_optimizer
 from train.prepare import prepare_corpus
-from train.step import build_model, init_state, make_train_steps, window_loss
+from train.step import build_model, init_state, window_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -149,15 +150,9 @@ def trains_or_is_refused(
     training, context = experiment.training, experiment.data.context
     network = build_model(experiment.model)
     optimizer = make_optimizer(experiment.optimizer, training.num_steps)
-    train_steps = make_train_steps(
-        network,
-        optimizer,
-        mesh=mesh,
-        context=context,
-        placement="host",
-        accumulation_steps=training.accumulation_steps,
-        log_every=training.log_every,
-        layout=training.parameters,
+    data = dataclasses.replace(experiment.data, placement="host")
+    train_steps = train_steps_of(
+        dataclasses.replace(experiment, data=data), network, optimizer, mesh
     )
     state = init_state(
         network, optimizer, seed=experiment.seed, mesh=mesh, layout=training.parameters

@@ -25,8 +25,10 @@ from train.config import (
 VOCABULARY = 205
 CHARACTERS_PER_EPOCH = 90_000_000
 
-FSN_OPTIMIZER = OptimizerConfig(matrices="muon", peak_learning_rate=2e-2, angle_factor=4.0)
-TRANSFORMER_OPTIMIZER = OptimizerConfig(matrices="muon", peak_learning_rate=1.5e-2)
+FSN_OPTIMIZER = OptimizerConfig(matrices="muon", peak_learning_rate=1.5e-2, angle_factor=4.0)
+TRANSFORMER_OPTIMIZER = OptimizerConfig(
+    matrices="muon", peak_learning_rate=1.5e-2, weight_decay=0.1
+)
 
 TRANSFORMER_POCKET = TransformerConfig(
     vocab_size=VOCABULARY, num_layers=4, width=64, num_heads=4, feedforward_width=178
@@ -38,16 +40,16 @@ FSN_POCKET = FSNConfig(
     vocab_size=VOCABULARY,
     num_layers=4,
     num_phases=64,
-    num_heads=4,
-    heads_per_phase=4,
+    num_heads=2,
+    heads_per_phase=2,
     num_harmonics=1,
-    score_phases=8,
+    score_phases=16,
     features="quadrature",
     field_features=True,
-    feedforward_width=191,
+    feedforward_width=196,
 )
 FSN_1M = match_parameters(
-    dataclasses.replace(FSN_POCKET, num_layers=6, num_phases=112, score_phases=14),
+    dataclasses.replace(FSN_POCKET, num_layers=6, num_phases=112, score_phases=28),
     TRANSFORMER_1M.num_params(),
 )
 

@@ -7,12 +7,12 @@ budget: about 100 characters a parameter.
 ======  ==========  ======  ===================  =================  =================
 rung    parameters  layers  characters (epochs)  FLOPs, FSN         FLOPs, transformer
 ======  ==========  ======  ===================  =================  =================
-pocket  0.23M       4       20M (0.2)            5.9e13             3.3e13
-1m      1.0M        6       98M (1.1)            1.5e15             7.8e14
-2m      2.0M        8       203M (2.3)           5.4e15             3.1e15
-4m      4.0M        8       400M (4.4)           2.2e16             1.1e16
-8m      8.0M        10      800M (8.9)           7.6e16             4.4e16
-16m     16.0M       12      1599M (18)           2.7e17             1.7e17
+pocket  0.23M       4       20M (0.2)            4.4e13             3.3e13
+1m      1.0M        6       98M (1.1)            1.1e15             7.8e14
+2m      2.0M        8       203M (2.3)           4.1e15             3.1e15
+4m      4.0M        8       400M (4.4)           1.6e16             1.1e16
+8m      8.0M        10      800M (8.9)           5.8e16             4.4e16
+16m     16.0M       12      1599M (18)           2.2e17             1.7e17
 ======  ==========  ======  ===================  =================  =================
 
 FLOPs are of the whole training, forward and backward, counted by ``flops_per_token``. The pocket
@@ -49,7 +49,7 @@ class Rung:
       num_params: aimed at.
       num_layers: blocks.
       width: N of the FSN and D of the transformer.
-      num_heads: H.
+      num_heads: H of the transformer; the FSN has as many fewer as at the pocket rung.
       batch_size: B.
       context: L.
     """
@@ -62,7 +62,9 @@ class Rung:
     context: int = 512
 
 
-POCKET = Rung(200_000, 4, enwik8.FSN_POCKET.num_phases, enwik8.FSN_POCKET.num_heads, 16, 256)
+POCKET = Rung(
+    200_000, 4, enwik8.FSN_POCKET.num_phases, enwik8.TRANSFORMER_POCKET.num_heads, 16, 256
+)
 RUNGS = {
     "pocket": POCKET,
     "1m": Rung(1_000_000, 6, 112, 4),
@@ -86,14 +88,15 @@ def model_of(arm: str) -> ModelConfig:
             pocket, num_layers=rung.num_layers, width=rung.width, num_heads=rung.num_heads
         )
         return match_parameters(wide, rung.num_params)
-    growth = rung.width / rung.num_heads / pocket.phases_per_head
+    num_heads = rung.num_heads * pocket.num_heads // POCKET.num_heads
+    growth = rung.width / num_heads / pocket.phases_per_head
     return match_parameters(
         dataclasses.replace(
             pocket,
             num_layers=rung.num_layers,
             num_phases=rung.width,
-            num_heads=rung.num_heads,
-            heads_per_phase=heads_heard(pocket, rung.num_heads),
+            num_heads=num_heads,
+            heads_per_phase=heads_heard(pocket, num_heads),
             score_phases=round(pocket.score_phases * growth),
         ),
         rung.num_params,

@@ -40,16 +40,16 @@ FSN_POCKET = FSNConfig(
     vocab_size=VOCABULARY,
     num_layers=4,
     num_phases=64,
-    num_heads=2,
-    heads_per_phase=2,
+    num_heads=4,
+    heads_per_phase=4,
     num_harmonics=1,
-    score_phases=16,
+    score_phases=8,
     features="quadrature",
     field_features=True,
-    feedforward_width=196,
+    feedforward_width=191,
 )
 FSN_1M = match_parameters(
-    dataclasses.replace(FSN_POCKET, num_layers=6, num_phases=112, score_phases=28),
+    dataclasses.replace(FSN_POCKET, num_layers=6, num_phases=112, score_phases=14),
     TRANSFORMER_1M.num_params(),
 )
 

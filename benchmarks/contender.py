@@ -9,8 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from benchmarks.flax_attention import FlaxTransformer
 from fsn_jax import TransformerConfig
@@ -20,7 +18,7 @@ from train.config import ExperimentConfig
 from train.errors import UserError
 from train.loop import cpu_devices, train_steps_of
 from train.optimizer import make_optimizer
-from train.step import DATA_AXIS, build_model, data_mesh, init_state, replicated
+from train.step import build_model, by_step_and_row, data_mesh, init_state, replicated
 
 CORPUS_BYTES = 1_000_000
 
@@ -84,7 +82,7 @@ def train_contender(name: str, experiment: ExperimentConfig, steps: int) -> Cont
         np.random.default_rng(1).integers(
             0, CORPUS_BYTES - context - 1, (steps, batch_size), np.int32
         ),
-        NamedSharding(mesh, P(None, DATA_AXIS)),
+        by_step_and_row(mesh),
     )
     state = init_state(model, optimizer, seed=0, mesh=mesh)
     params = sum(leaf.size for leaf in jax.tree.leaves(state.params))

@@ -137,7 +137,7 @@ def test_a_factor_scales_its_own_group_alone(group):
 
 
 def a_step_of_muon(config):
-    """The updates of a fresh tiny FSN by Muon and by Adam, from one random gradient."""
+    """The updates of a tiny model by Muon and by Adam, from one random gradient."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes_of(config))
     gradient = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)

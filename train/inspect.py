@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from train.config import ExperimentConfig
 from train.corpus import Corpus
@@ -32,10 +31,10 @@ from train.optimizer import DECAYED, group_of, learning_rate_factors, make_optim
 from train.program import Arguments, num_cores, run_program, start_jax
 from train.run import default_folder, device_description
 from train.step import (
-    DATA_AXIS,
     TrainState,
     abstract_state,
     build_model,
+    by_step_and_row,
     data_mesh,
     replicated,
 )
@@ -72,7 +71,7 @@ class Group:
       name: of the group.
       size: number of scalars.
       peak_learning_rate: after warm-up.
-      weight_decay: of AdamW.
+      weight_decay: of the group.
     """
 
     name: str
@@ -244,15 +243,15 @@ def _abstract_inputs(
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What the train step takes after the state, see ``make_train_steps``."""
     training, context = experiment.training, experiment.data.context
-    by_step_and_row = NamedSharding(mesh, P(None, DATA_AXIS))
+    by_rows = by_step_and_row(mesh)
     rows = (training.steps_per_dispatch, training.batch_size)
     if experiment.data.placement == "host":
         windows = (*rows, context + 1)
-        return (jax.ShapeDtypeStruct(windows, corpus.codec.dtype, sharding=by_step_and_row),)
+        return (jax.ShapeDtypeStruct(windows, corpus.codec.dtype, sharding=by_rows),)
     tokens = (corpus.num_tokens("train"),)
     return (
         jax.ShapeDtypeStruct(tokens, corpus.codec.dtype, sharding=replicated(mesh)),
-        jax.ShapeDtypeStruct(rows, jnp.int32, sharding=by_step_and_row),
+        jax.ShapeDtypeStruct(rows, jnp.int32, sharding=by_rows),
     )
 
 

@@ -46,6 +46,7 @@ from train.step import (
     TrainState,
     abstract_state,
     build_model,
+    by_step_and_row,
     data_mesh,
     init_state,
     make_evaluate_rows,
@@ -108,11 +109,11 @@ def parts_of_batch(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> int
 def check_devices(experiment: ExperimentConfig, num_devices: int) -> None:
     """Raises UserError unless every device gets an equal share of each batch."""
     training, evaluation = experiment.training, experiment.evaluation
-    parts = num_devices * max(1, training.accumulation_steps)
-    if training.batch_size % parts:
+    parts = max(1, training.accumulation_steps)
+    if training.batch_size % (num_devices * parts):
         raise UserError(
             f"config.training.batch_size must be a multiple of {num_devices} devices times "
-            f"config.training.accumulation_steps ({training.accumulation_steps}); "
+            f"config.training.accumulation_steps ({parts}); "
             f"got {training.batch_size}"
         )
     if evaluation.batch_size % num_devices:
@@ -370,12 +371,12 @@ def _batches(
     training = experiment.training
     per_dispatch = training.steps_per_dispatch
     ends = range(start + per_dispatch, training.num_steps + 1, per_dispatch)
-    by_step_and_row = NamedSharding(mesh, P(None, DATA_AXIS))
+    by_rows = by_step_and_row(mesh)
     if experiment.data.placement == "resident":
         tokens = place_tokens(corpus.tokens("train"), replicated(mesh))
         for end in ends:
             starts = order.starts_of_steps(end - per_dispatch, per_dispatch)
-            yield end, (tokens, _placed(starts, by_step_and_row))
+            yield end, (tokens, _placed(starts, by_rows))
         return
     # Bytes from the file: this process reads its own rows of each batch and nothing else.
     of_bytes = corpus.unit == "bytes"
@@ -391,7 +392,7 @@ def _batches(
     whole = (per_dispatch, training.batch_size, experiment.data.context + 1)
     for end in ends:
         rows = np.stack([next(batches) for _ in range(per_dispatch)])
-        yield end, (jax.make_array_from_process_local_data(by_step_and_row, rows, whole),)
+        yield end, (jax.make_array_from_process_local_data(by_rows, rows, whole),)
 
 
 def _placed(values: np.ndarray, sharding: NamedSharding) -> jax.Array:

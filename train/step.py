@@ -93,6 +93,11 @@ def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(ordered), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
+def by_step_and_row(mesh: Mesh) -> NamedSharding:
+    """``[K, B, ...]``: every device has its rows of each of K batches."""
+    return NamedSharding(mesh, P(None, DATA_AXIS))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds all of it."""
     return NamedSharding(mesh, P())
@@ -276,7 +281,7 @@ def make_train_steps(
     def report(state: TrainState, losses: Array) -> tuple[TrainState, Report]:
         return state, Report(**vars(state.tally), losses=losses)
 
-    everywhere, by_step_and_row = replicated(mesh), NamedSharding(mesh, P(None, DATA_AXIS))
+    everywhere, by_rows = replicated(mesh), by_step_and_row(mesh)
     of_state = everywhere
     if layout == "sharded":
         like = abstract_state(model, optimizer, mesh=mesh, layout=layout)
@@ -292,7 +297,7 @@ def make_train_steps(
 
         return jax.jit(
             resident_steps,
-            in_shardings=(of_state, everywhere, by_step_and_row),
+            in_shardings=(of_state, everywhere, by_rows),
             out_shardings=(of_state, everywhere),
             donate_argnums=0,
         )
@@ -302,7 +307,7 @@ def make_train_steps(
 
     return jax.jit(
         host_steps,
-        in_shardings=(of_state, by_step_and_row),
+        in_shardings=(of_state, by_rows),
         out_shardings=(of_state, everywhere),
         donate_argnums=0,
     )

@@ -284,6 +284,26 @@ CASES = [
         "config.optimizer.beta2 must be from 0 to below 1; got 1.5",
     ),
     Case(
+        "a momentum of Muon beyond one",
+        f"{FRESH} --config.optimizer.muon_beta=1.5",
+        "config.optimizer.muon_beta must be from 0 to below 1; got 1.5",
+    ),
+    Case(
+        "an optimizer that is not there",
+        f"{FRESH} --config.optimizer.matrices=sgd",
+        "config.optimizer.matrices must be one of 'adam', 'muon'; got 'sgd'",
+    ),
+    Case(
+        "a field of values that have none",
+        f"{FRESH} --config.model.values=linear --config.model.field_features",
+        "config.model.field_features must be False for values='linear', which have no field",
+    ),
+    Case(
+        "fewer than no parts",
+        f"{FRESH} --config.training.accumulation_steps=-1",
+        "config.training.accumulation_steps must be at least 0; got -1",
+    ),
+    Case(
         "a batch that does not divide into the devices",
         f"{FRESH} --config.training.batch_size=12",
         "config.training.batch_size must be a multiple of 8 devices times "

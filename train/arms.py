@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError
+from train.errors import UserError, no_run
 from train.metrics import read_rows
 from train.run import flatten
 
@@ -136,7 +136,7 @@ def read_run(folder: str | Path) -> RunRecord:
     """
     path = Path(folder)
     if not (path / "config.json").is_file():
-        raise UserError(f"{path} is not a run folder (no config.json); train one first")
+        raise no_run(path)
     return RunRecord(path)
 
 

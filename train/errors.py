@@ -23,6 +23,11 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+def no_run(folder: object) -> UserError:
+    """What to say of a folder that is named as a run's and is none."""
+    return UserError(f"{folder} is not a run folder (no config.json); train one first")
+
+
 class TryAgain(Exception):
     """The run stopped for a reason outside it; the same command goes on (exit status 75).
 

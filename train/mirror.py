@@ -24,7 +24,7 @@ from train.bucket import (
     place_in_cache,
     reaching,
 )
-from train.errors import UserError
+from train.errors import UserError, no_run
 from train.integrity import STEP_METADATA
 
 CONFIG, STARTS, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
@@ -144,7 +144,7 @@ def fetched_run(remote: str, cache: Path) -> Path:
     with reaching("the run", remote):
         source, target = epath.Path(remote), place_in_cache(remote, cache)
         if not (source / CONFIG).exists():
-            raise UserError(f"{remote} is not a run folder (no {CONFIG}); train one first")
+            raise no_run(remote)
         _copy_run(source, epath.Path(target))
     return target
 

@@ -32,7 +32,7 @@ import numpy as np
 from train.bucket import is_remote
 from train.config import ExperimentConfig
 from train.corpus import Corpus, default_cache
-from train.errors import UserError
+from train.errors import UserError, no_run
 from train.metrics import read_rows
 from train.mirror import Mirror, fetched_run
 from train.processes import first_does, together
@@ -195,7 +195,7 @@ def open_run(path: str | Path) -> RunFolder:
     """
     folder = fetched_run(str(path), default_cache() / "runs") if is_remote(path) else Path(path)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a run folder (no config.json); train one first")
+        raise no_run(folder)
     return RunFolder(folder)
 
 

@@ -25,10 +25,15 @@ from train.config import (
 VOCABULARY = 205
 CHARACTERS_PER_EPOCH = 90_000_000
 
-FSN_OPTIMIZER = OptimizerConfig(matrices="muon", peak_learning_rate=1.5e-2, angle_factor=4.0)
-TRANSFORMER_OPTIMIZER = OptimizerConfig(
-    matrices="muon", peak_learning_rate=1.5e-2, weight_decay=0.1
+OPTIMIZER = OptimizerConfig(
+    matrices="muon",
+    peak_learning_rate=1.5e-2,
+    final_fraction=0.0,
+    weight_decay=0.1,
+    angle_factor=4.0,
 )
+"""Of both arms, whose searches ended at the same values; a transformer has no angles."""
+
 
 TRANSFORMER_POCKET = TransformerConfig(
     vocab_size=VOCABULARY, num_layers=4, width=64, num_heads=4, feedforward_width=178
@@ -98,7 +103,7 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
         f"enwik8_{arm}",
         model=model,
         data=DataConfig(name="enwik8", context=context),
-        optimizer=FSN_OPTIMIZER if isinstance(model, FSNConfig) else TRANSFORMER_OPTIMIZER,
+        optimizer=OPTIMIZER,
         training=TrainingConfig(
             batch_size=batch_size,
             num_steps=num_steps,

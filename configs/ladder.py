@@ -118,7 +118,7 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
     every = per_dispatch * round(
         rung.num_params * CHARACTERS_PER_PARAMETER / per_step / per_dispatch / EVALUATIONS
     )
-    tuned = enwik8.FSN_OPTIMIZER if isinstance(model, FSNConfig) else enwik8.TRANSFORMER_OPTIMIZER
+    tuned = enwik8.OPTIMIZER
     return experiment(
         f"ladder_{arm}",
         model=model,

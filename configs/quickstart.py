@@ -6,7 +6,7 @@ The arm after a colon is ``fsn`` (default) or ``transformer``, on the same batch
 
 from ml_collections import ConfigDict
 
-from configs.enwik8 import FSN_OPTIMIZER, POCKET, TRANSFORMER_OPTIMIZER
+from configs.enwik8 import OPTIMIZER, POCKET
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -26,7 +26,7 @@ def get_config(arm: str = "fsn") -> ConfigDict:
         "quickstart" if arm == "fsn" else f"quickstart_{arm}",
         model=POCKET[f"{arm}_pocket"],
         data=DataConfig(name="enwik8", context=128),
-        optimizer=FSN_OPTIMIZER if arm == "fsn" else TRANSFORMER_OPTIMIZER,
+        optimizer=OPTIMIZER,
         training=TrainingConfig(batch_size=16, num_steps=1000, log_every=20),
         evaluation=EvaluationConfig(every=200, num_bytes=200_000),
         checkpoints=CheckpointConfig(every=200),

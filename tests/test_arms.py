@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from small_runs import write_record
 
-from train.arms import mean_and_deviation, read_arms, recorded_arms
+from train.arms import mean_and_deviation, read_arms, read_run, recorded_arms
 from train.errors import UserError
 
 
@@ -61,3 +62,14 @@ def test_no_run_and_a_damaged_one(tmp_path):
 def test_deviation_is_of_the_sample():
     assert mean_and_deviation([1.0, 3.0]) == pytest.approx((2.0, 2**0.5))
     assert mean_and_deviation([1.0]) == (1.0, None)
+
+
+def test_the_clock_goes_at_the_median_speed(tmp_path):
+    """One slow row, and rows of different lengths, as after a stop."""
+    folder = write_record(tmp_path, "one", curve=(4.0, 3.0, 2.0, 1.0))
+    rows = [{"step": s, "seconds": t} for s, t in ((1, 90.0), (2, 3.0), (4, 4.0))]
+    (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = read_run(folder)
+    assert [run.clock[row["characters"]] for row in run.validation] == [3.0, 6.0, 9.0, 12.0]
+    (folder / "timing.jsonl").unlink()
+    assert read_run(folder).clock == {}

@@ -15,7 +15,7 @@ from small_runs import write_record
 
 from fsn_jax.readings import LayerState
 from train import ladder, report
-from train.arms import read_arms, read_run
+from train.arms import read_arms
 from train.copy_depth import BUCKETS, FAR, tabulate
 from train.errors import UserError
 from train.readings import read_layer
@@ -108,13 +108,6 @@ def test_a_long_curve_is_thinned_and_keeps_its_end(tmp_path):
     (arm,) = read_arms([write_record(tmp_path, "long", curve=curve)]).values()
     thinned = report.points(arm, "train")
     assert len(thinned) <= report.MOST_POINTS and thinned[-1][1] == pytest.approx(curve[-1])
-
-
-def test_seconds_between_two_rows_of_the_clock_are_in_proportion(tmp_path):
-    folder = write_record(tmp_path, "one", curve=(4.0, 3.0, 2.0, 1.0))
-    rows = [{"step": 2, "seconds": 8.0}, {"step": 4, "seconds": 2.0}]
-    (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert list(report.clock(read_run(folder)).values()) == [4.0, 8.0, 9.0, 10.0]
 
 
 def test_an_unfinished_run_has_a_page_too(tmp_path):

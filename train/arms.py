@@ -65,6 +65,28 @@ class RunRecord:
         """Evaluations of the whole validation split."""
         return read_rows(self.path / "evaluations.jsonl")
 
+    @functools.cached_property
+    def test_reads(self) -> list[dict[str, Any]]:
+        """Evaluations of the test split."""
+        return read_rows(self.path / "test_reads.jsonl")
+
+    @functools.cached_property
+    def clock(self) -> dict[int, float]:
+        """Seconds of training by the time each number of characters had been seen.
+
+        At the run's median speed: what else the machine did meanwhile does not count. Empty if the
+        speed was not logged.
+        """
+        timing = read_rows(self.path / "timing.jsonl")
+        if not timing:
+            return {}
+        steps = [0, *(row["step"] for row in timing)]
+        by_step = statistics.median(
+            row["seconds"] / (after - before)
+            for row, before, after in zip(timing, steps, steps[1:], strict=False)
+        )
+        return {row["characters"]: round(row["step"] * by_step, 3) for row in self.rows}
+
     @property
     def seed(self) -> int:
         """Of parameters and data."""

@@ -13,11 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from train.arms import Arm, RunRecord, mean_and_deviation, read_arms
 from train.errors import UserError
-from train.metrics import read_rows
 from train.program import Arguments, run_program
 from train.run import flatten, write_atomically
 
@@ -61,14 +58,15 @@ def points(arm: Arm, kind: str) -> list[list[float | None]]:
 
     Returns:
       ``[characters, mean, lowest, highest, training FLOPs, seconds of training]``; FLOPs are None
-      before the run has ended, seconds (the seeds' mean) where they were not logged.
+      before the run has ended, seconds (``RunRecord.clock``, the seeds' mean) where they were not
+      logged.
     """
     curve = arm.curve(kind)
     every = -(-len(curve) // MOST_POINTS) or 1
     thinned = curve[::-1][::every][::-1]  # the last point stays
     summary = arm.runs[0].summary
     flops = summary["training_flops"] / summary["characters"] if summary else None
-    clocks = [clock(run) for run in arm.runs]
+    clocks = [run.clock for run in arm.runs]
     seconds = {
         seen: statistics.fmean(times[seen] for times in clocks)
         for seen, _ in thinned
@@ -83,20 +81,6 @@ def points(arm: Arm, kind: str) -> list[list[float | None]]:
         ]
         for seen, bpc in thinned
     ]
-
-
-def clock(run: RunRecord) -> dict[int, float]:
-    """Seconds spent in training steps by the time each number of characters had been seen."""
-    timing = read_rows(run.path / "timing.jsonl")
-    if not timing:
-        return {}
-    steps = [row["step"] for row in timing]
-    spent = np.cumsum([row["seconds"] for row in timing])
-    # An evaluation may fall between two rows of the clock.
-    return {
-        row["characters"]: round(float(np.interp(row["step"], [0, *steps], [0, *spent])), 3)
-        for row in run.rows
-    }
 
 
 def run_data(run: RunRecord) -> dict[str, Any]:

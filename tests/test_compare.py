@@ -1,0 +1,104 @@
+"""Two arms compared: the table against figures worked out by hand, what counts, refusals."""
+
+import json
+import math
+
+import pytest
+from small_runs import write_record
+
+from train import compare
+
+FSN = ((3.0, 2.40, 2.00), (3.2, 2.44, 2.02))
+TRANSFORMER = ((2.9, 2.50, 2.21), (2.7, 2.54, 2.25))
+FACTS = {"characters": 3_000_000}
+
+
+@pytest.fixture
+def records(tmp_path):
+    return [
+        write_record(tmp_path, arm, seed=seed, curve=curve, whole=curve[-1] + 0.1, **FACTS)
+        for arm, curves in (("fsn", FSN), ("transformer", TRANSFORMER))
+        for seed, curve in enumerate(curves)
+    ]
+
+
+def compared(folders, tmp_path, *options):
+    file = tmp_path / "out.json"
+    compare.program(["compare", *map(str, folders), f"--output={file}", *options])
+    return json.loads(file.read_text())
+
+
+def test_means_errors_and_what_they_decide(records, tmp_path, capsys):
+    found = compared(records, tmp_path)
+    assert (found["arm"], found["reference"]) == ("fsn", "transformer")
+    first, second, last = found["points"]
+    assert [p["characters"] for p in found["points"]] == [1_000_000, 2_000_000, 3_000_000]
+    # Deviations of 0.1414 each over two seeds: errors of 0.1 each, 0.1414 together.
+    assert first["difference"] == pytest.approx(0.3)
+    assert first["standard_error"] == pytest.approx(math.hypot(0.1, 0.1))
+    assert first["verdict"] == "above"
+    assert second["difference"] == pytest.approx(-0.1)
+    assert second["standard_error"] == pytest.approx(math.hypot(0.02, 0.02))
+    assert last["fsn"]["mean"] == pytest.approx(2.01)
+    assert last["verdict"] == found["end"] == "below"
+    # The first evaluation is within the first million characters, which do not count.
+    assert found["throughout"] == "below"
+    assert found["crossing"] == 2_000_000
+    assert found["whole_validation"]["difference"] == pytest.approx(-0.22)
+    assert "test" not in found
+    assert [run["record"] for run in found["runs"]["fsn"]] == ["fsn", "fsn_seed1"]
+    printed = capsys.readouterr().out
+    assert "2.0100 ± 0.0141" in printed
+    assert "at the end fsn is below" in printed
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+def test_the_other_way_round(records, tmp_path):
+    found = compared(records, tmp_path, "--reference=fsn")
+    assert (found["arm"], found["end"], found["crossing"]) == ("transformer", "above", None)
+
+
+def test_equal_time_is_when_the_faster_arm_has_ended(records, tmp_path):
+    # Rows of the clock: 5 s a step for the first seed, 6 s for the second.
+    for folder in records[2:]:
+        timing = [{"step": i, "seconds": 2.0} for i in (1, 2, 3)]
+        (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timing))
+    time = compared(records, tmp_path)["equal_time"]
+    assert time["seconds"] == 6.0
+    assert time["transformer"] == pytest.approx(2.23)
+    # 6 s is a tenth of the way from the first evaluation (5.5 s) to the second (11 s).
+    assert time["fsn"] == pytest.approx(3.1 + (6.0 - 5.5) / 5.5 * (2.42 - 3.1))
+
+
+def test_one_seed_decides_nothing(records, tmp_path):
+    found = compared([records[0], records[2]], tmp_path)
+    assert found["end"] == found["throughout"] == "undecided"
+    assert found["points"][-1]["standard_error"] is None
+
+
+def test_test_reads_are_compared_when_every_run_has_one(records, tmp_path):
+    for folder, bpc in zip(records, (2.0, 2.1, 2.4, 2.5), strict=True):
+        (folder / "test_reads.jsonl").write_text(json.dumps({"bpc": bpc}) + "\n")
+    assert compared(records, tmp_path)["test"]["difference"] == pytest.approx(-0.4)
+
+
+@pytest.mark.parametrize(
+    ("choose", "options", "message"),
+    [
+        (slice(0, 2), (), "name the runs of two arms; these are of fsn"),
+        (slice(0, 4), ("--reference=x",), "--reference must be one of fsn, transformer; got 'x'"),
+        (slice(0, 4), ("--output=x.txt",), "must be a .json in a folder that exists"),
+    ],
+)
+def test_wrong_inputs_are_one_line(records, tmp_path, choose, options, message):
+    with pytest.raises(compare.UserError, match=message):
+        compared(records[choose], tmp_path, *options)
+
+
+def test_arms_of_other_data_or_unfinished_are_refused(records, tmp_path):
+    other = write_record(tmp_path, "transformer_of_code", sha256="c0de", **FACTS)
+    with pytest.raises(compare.UserError, match="cannot be compared: different data"):
+        compared([records[0], other], tmp_path)
+    (records[0] / "summary.json").unlink()
+    with pytest.raises(compare.UserError, match="is not finished"):
+        compared(records, tmp_path)

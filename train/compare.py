@@ -1,0 +1,269 @@
+"""``python -m train.compare RUN ...``: two arms, evaluation by evaluation, over their seeds.
+
+A RUN is a run's folder or its record under ``results/``. Prints, for every evaluation that all runs
+share, mean and sample deviation of both arms and the difference of the means with its standard
+error; then how the arms stand at the end, throughout, and after equal time, as docs/protocol.md
+counts it. Writes the same as JSON and, beside it, a figure.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from train import verdicts
+from train.arms import Arm, read_arms
+from train.errors import UserError
+from train.figures import style
+from train.program import Arguments, check_json_output, run_program
+from train.run import write_atomically
+from train.verdicts import STANDARD_ERRORS, Loss
+
+FIRST_MILLION = 1_000_000
+
+
+def compare(one: Arm, other: Arm) -> dict[str, Any]:
+    """How arm ``one`` stands to ``other``; differences are ``one`` less ``other``, in BPC.
+
+    Returns:
+      ``points``, one an evaluation that all runs share; ``end``, ``throughout``, ``crossing`` (the
+      first number of characters from which ``one`` is below to the end, None if there is none) and
+      ``equal_time``; ``whole_validation`` and ``test`` if every run was evaluated on them; and
+      ``runs``, where they came from.
+
+    Raises:
+      UserError: the arms were not made alike, or share no evaluation.
+    """
+    try:
+        verdicts.check_comparable([one, other])
+    except verdicts.NotComparableError as unlike:
+        raise UserError(f"{one.name} and {other.name} cannot be compared: {unlike}") from None
+    ours, theirs = dict(one.curve()), dict(other.curve())
+    shared = sorted(ours.keys() & theirs.keys())
+    if not shared:
+        raise UserError(f"{one.name} and {other.name} share no evaluation")
+    points = [
+        {"characters": seen, **_apart(_loss(one, ours[seen]), _loss(other, theirs[seen]))}
+        for seen in shared
+    ]
+    above = [i for i, point in enumerate(points) if point["difference"] >= 0]
+    later = points[above[-1] + 1 :] if above else points
+    result: dict[str, Any] = {
+        "arm": one.name,
+        "reference": other.name,
+        "points": points,
+        "end": points[-1]["verdict"],
+        "throughout": _throughout(points),
+        "crossing": later[0]["characters"] if later else None,
+        "equal_time": equal_time(one, other),
+        "runs": {
+            arm.name: [
+                {
+                    "record": run.path.name,
+                    "seed": run.seed,
+                    "commit": run.provenance[0]["git"]["commit"],
+                    "device": run.provenance[0]["device"],
+                    "data": run.summary["data_sha256"],
+                }
+                for run in arm.runs
+            ]
+            for arm in (one, other)
+        },
+    }
+    for split, rows_of in (
+        ("whole_validation", lambda run: run.evaluations),
+        ("test", lambda run: run.test_reads),
+    ):
+        rows = {arm.name: [rows_of(run) for run in arm.runs] for arm in (one, other)}
+        if all(found for by_seed in rows.values() for found in by_seed):
+            ends = [
+                _loss(arm, [found[-1]["bpc"] for found in rows[arm.name]]) for arm in (one, other)
+            ]
+            result[split] = _apart(*ends)
+    return result
+
+
+def _loss(arm: Arm, values: Sequence[float]) -> Loss:
+    return Loss(arm.name, tuple(values), whole_split=False)
+
+
+def _apart(one: Loss, other: Loss) -> dict[str, Any]:
+    apart, error = verdicts.difference(one, other)
+    return {
+        one.arm: {"bpc": list(one.values), "mean": one.mean, "deviation": one.deviation},
+        other.arm: {"bpc": list(other.values), "mean": other.mean, "deviation": other.deviation},
+        "difference": apart,
+        "standard_error": error,
+        "verdict": _WORDS[verdicts.decide(apart, error)[0]],
+    }
+
+
+_WORDS = {"holds": "below", "fails": "above", "undecided": "undecided"}
+
+
+def _throughout(points: Sequence[Mapping[str, Any]]) -> str:
+    """``below`` if decidedly so at each evaluation after the first million characters."""
+    found = {point["verdict"] for point in points if point["characters"] > FIRST_MILLION}
+    return found.pop() if len(found) == 1 else "undecided" if "above" not in found else "mixed"
+
+
+def equal_time(one: Arm, other: Arm) -> dict[str, Any] | None:
+    """The difference when the faster arm has ended, by the clock; None if no speed was logged.
+
+    Mean losses of the seeds, between two evaluations on a straight line. The slower arm is then in
+    the middle of its schedule, with a learning rate that has yet to fall.
+    """
+    curves = {arm.name: _by_time(arm) for arm in (one, other)}
+    if not all(curves.values()):
+        return None
+    seconds = min(curve[-1][0] for curve in curves.values())
+    means = {
+        name: float(np.interp(seconds, [s for s, _ in curve], [bpc for _, bpc in curve]))
+        for name, curve in curves.items()
+    }
+    return {"seconds": seconds, **means, "difference": means[one.name] - means[other.name]}
+
+
+def _by_time(arm: Arm) -> list[tuple[float, float]]:
+    clocks = [run.clock for run in arm.runs]
+    if not all(clocks):
+        return []
+    return [
+        (statistics.fmean(clock[seen] for clock in clocks), statistics.fmean(bpc))
+        for seen, bpc in arm.curve()
+    ]
+
+
+def table_text(result: Mapping[str, Any]) -> str:
+    """The table and the summary as they are printed."""
+    names = result["arm"], result["reference"]
+    width = max(20, *map(len, names))
+    lines = [f"{'characters':>10}  " + "  ".join(f"{n:>{width}}" for n in names) + "  difference"]
+    for point in result["points"]:
+        lines.append(f"{point['characters'] / 1e6:>9.2f}M  " + _row_text(point, names, width))
+    for split in ("whole_validation", "test"):
+        if split in result:
+            name = {"whole_validation": "validation", "test": "test"}[split]
+            lines.append(f"{name:>10}  " + _row_text(result[split], names, width))
+    arm, reference = names
+    crossing = result["crossing"]
+    lines += [
+        "",
+        f"at the end {arm} is {result['end']}, counted from {STANDARD_ERRORS:g} standard errors on",
+        f"at every evaluation after the first million characters: {result['throughout']}",
+        f"its mean is below from {crossing / 1e6:.2f}M characters on to the end"
+        if crossing
+        else "its mean is not below at the end",
+    ]
+    if time := result["equal_time"]:
+        lines.append(
+            f"after {time['seconds']:.0f} s of training, when the faster arm has ended: "
+            f"{arm} {time[arm]:.4f}, {reference} {time[reference]:.4f} ({time['difference']:+.4f})"
+        )
+    return "\n".join(lines)
+
+
+def _row_text(row: Mapping[str, Any], names: Sequence[str], width: int) -> str:
+    def loss(name: str) -> str:
+        spread = "" if row[name]["deviation"] is None else f" ± {row[name]['deviation']:.4f}"
+        return f"{row[name]['mean']:.4f}{spread}"
+
+    cells = "  ".join(f"{loss(name):>{width}}" for name in names)
+    apart = verdicts.signed(row["difference"], row["standard_error"])
+    return f"{cells}  {apart}  {row['verdict']}"
+
+
+def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
+    """Loss against characters and against time, and the difference, with its standard errors."""
+    points = result["points"]
+    seen = [point["characters"] / 1e6 for point in points]
+    with style():
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+        for index, arm in enumerate((one, other)):
+            values = np.array([point[arm.name]["bpc"] for point in points])
+            label = f"{arm.name} ({values.shape[1]} seed{'s' if values.shape[1] > 1 else ''})"
+            colour = f"C{index}"
+            left.plot(seen, values.mean(axis=1), color=colour, marker="o", ms=3, label=label)
+            left.fill_between(
+                seen, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.25, lw=0
+            )
+            if curve := _by_time(arm):
+                minutes, mean = [s / 60 for s, _ in curve], [bpc for _, bpc in curve]
+                middle.plot(minutes, mean, color=colour, marker="o", ms=3)
+        apart = np.array([point["difference"] for point in points])
+        error = np.array([point["standard_error"] or 0.0 for point in points])
+        right.axhline(0, color="0.4", lw=1)
+        right.errorbar(
+            seen, apart, STANDARD_ERRORS * error, color="C0", marker="o", ms=3, capsize=2
+        )
+        late = apart[np.array(seen) > FIRST_MILLION / 1e6]
+        if late.size:
+            reach = 1.3 * np.abs(late).max() + STANDARD_ERRORS * error[-len(late) :].max()
+            right.set_ylim(-reach, reach)
+        ends = [points[-1][arm.name]["mean"] for arm in (one, other)]
+        for axes in (left, middle):
+            axes.set_ylim(min(ends) - 0.05, min(ends) + 0.95)
+            axes.set_ylabel("bits per character, validation")
+        left.set_xlabel("characters seen, millions")
+        left.legend(frameon=False)
+        middle.set_xlabel("minutes of training")
+        right.set_xlabel("characters seen, millions")
+        right.set_ylabel(f"{one.name} less {other.name}\nBPC, ± {STANDARD_ERRORS:g} s.e.")
+        figure.savefig(target, dpi=150)
+        plt.close(figure)
+
+
+def program(argv: Sequence[str]) -> None:
+    """Parses and calls."""
+    p = Arguments(prog="python -m train.compare", description=__doc__)
+    p.add_argument("runs", nargs="+", help="folders of the finished runs of two arms")
+    p.add_argument("--reference", default="", help="the arm to compare with; else the transformer")
+    p.add_argument("--output", type=Path, default=Path("comparison.json"), help="a .json")
+    options = p.parse_args(argv[1:])
+    check_json_output(options.output)
+    arms = read_arms(options.runs)
+    one, other = pair(arms, options.reference)
+    result = compare(one, other)
+    write_atomically(options.output, json.dumps(result, indent=1) + "\n")
+    picture = options.output.with_suffix(".png")
+    draw(result, one, other, picture)
+    print(table_text(result))
+    print(f"\n{options.output}\n{picture}")
+
+
+def pair(arms: Mapping[str, Arm], reference: str) -> tuple[Arm, Arm]:
+    """The arm and its reference.
+
+    Raises:
+      UserError: there are not two, one has a run that has not ended, or the reference is not clear.
+    """
+    if len(arms) != 2:
+        raise UserError(f"name the runs of two arms; these are of {', '.join(arms)}")
+    unfinished = [run.path for arm in arms.values() for run in arm.runs if not run.summary]
+    if unfinished:
+        raise UserError(
+            f"the run {unfinished[0]} is not finished; the command that began it goes on"
+        )
+    transformers = [name for name, arm in arms.items() if arm.architecture == "transformer"]
+    reference = reference or (transformers[0] if len(transformers) == 1 else "")
+    if reference not in arms:
+        raise UserError(f"--reference must be one of {', '.join(arms)}; got {reference!r}")
+    (one,) = (arm for name, arm in arms.items() if name != reference)
+    return one, arms[reference]
+
+
+def main() -> None:
+    """The command line."""
+    sys.exit(run_program(program, sys.argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -13,15 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
 from train import verdicts
 from train.arms import Arm, read_arms
-from train.errors import UserError
+from train.errors import UserError, unfinished
 from train.figures import style
 from train.program import Arguments, check_json_output, run_program
 from train.run import write_atomically
@@ -44,16 +41,10 @@ def compare(one: Arm, other: Arm) -> dict[str, Any]:
     """
     try:
         verdicts.check_comparable([one, other])
+        shared = verdicts.shared_evaluations(one, other)
     except verdicts.NotComparableError as unlike:
         raise UserError(f"{one.name} and {other.name} cannot be compared: {unlike}") from None
-    ours, theirs = dict(one.curve()), dict(other.curve())
-    shared = sorted(ours.keys() & theirs.keys())
-    if not shared:
-        raise UserError(f"{one.name} and {other.name} share no evaluation")
-    points = [
-        {"characters": seen, **_apart(_loss(one, ours[seen]), _loss(other, theirs[seen]))}
-        for seen in shared
-    ]
+    points = [{"characters": seen, **_apart(*losses)} for seen, *losses in shared]
     above = [i for i, point in enumerate(points) if point["difference"] >= 0]
     later = points[above[-1] + 1 :] if above else points
     result: dict[str, Any] = {
@@ -85,14 +76,11 @@ def compare(one: Arm, other: Arm) -> dict[str, Any]:
         rows = {arm.name: [rows_of(run) for run in arm.runs] for arm in (one, other)}
         if all(found for by_seed in rows.values() for found in by_seed):
             ends = [
-                _loss(arm, [found[-1]["bpc"] for found in rows[arm.name]]) for arm in (one, other)
+                Loss(name, tuple(found[-1]["bpc"] for found in by_seed), split != "test")
+                for name, by_seed in rows.items()
             ]
             result[split] = _apart(*ends)
     return result
-
-
-def _loss(arm: Arm, values: Sequence[float]) -> Loss:
-    return Loss(arm.name, tuple(values), whole_split=False)
 
 
 def _apart(one: Loss, other: Loss) -> dict[str, Any]:
@@ -172,11 +160,8 @@ def table_text(result: Mapping[str, Any]) -> str:
 
 
 def _row_text(row: Mapping[str, Any], names: Sequence[str], width: int) -> str:
-    def loss(name: str) -> str:
-        spread = "" if row[name]["deviation"] is None else f" ± {row[name]['deviation']:.4f}"
-        return f"{row[name]['mean']:.4f}{spread}"
-
-    cells = "  ".join(f"{loss(name):>{width}}" for name in names)
+    losses = (Loss(name, tuple(row[name]["bpc"]), whole_split=False) for name in names)
+    cells = "  ".join(f"{loss.text:>{width}}" for loss in losses)
     apart = verdicts.signed(row["difference"], row["standard_error"])
     return f"{cells}  {apart}  {row['verdict']}"
 
@@ -247,11 +232,9 @@ def pair(arms: Mapping[str, Arm], reference: str) -> tuple[Arm, Arm]:
     """
     if len(arms) != 2:
         raise UserError(f"name the runs of two arms; these are of {', '.join(arms)}")
-    unfinished = [run.path for arm in arms.values() for run in arm.runs if not run.summary]
-    if unfinished:
-        raise UserError(
-            f"the run {unfinished[0]} is not finished; the command that began it goes on"
-        )
+    for run in (run for arm in arms.values() for run in arm.runs):
+        if not run.summary:
+            raise unfinished(run.path)
     transformers = [name for name, arm in arms.items() if arm.architecture == "transformer"]
     reference = reference or (transformers[0] if len(transformers) == 1 else "")
     if reference not in arms:

@@ -28,6 +28,11 @@ def no_run(folder: object) -> UserError:
     return UserError(f"{folder} is not a run folder (no config.json); train one first")
 
 
+def unfinished(folder: object) -> UserError:
+    """What to say of a run that has not ended where only one that has will do."""
+    return UserError(f"the run {folder} is not finished; the command that began it goes on")
+
+
 class TryAgain(Exception):
     """The run stopped for a reason outside it; the same command goes on (exit status 75).
 

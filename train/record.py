@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.errors import UserError
+from train.errors import UserError, unfinished
 from train.program import Arguments, run_program
 from train.run import open_run
 
@@ -35,7 +35,7 @@ def record(run_dir: Path, results: Path, *, allow_modified: bool = False) -> Pat
     """
     run = open_run(run_dir)
     if not (run.path / "summary.json").is_file():
-        raise UserError(f"the run {run.path} is not finished; the command that began it goes on")
+        raise unfinished(run.path)
     for start in run.read_provenance():
         git = start["git"]
         if not allow_modified and (git["commit"] is None or git["modified"]):

@@ -69,9 +69,14 @@ class Loss:
         """Over the seeds, of the sample."""
         return mean_and_deviation(self.values)[1]
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
+        """Mean and deviation."""
         spread = "" if self.deviation is None else f" ± {self.deviation:.4f}"
-        return f"{self.arm} {self.mean:.4f}{spread} (n = {len(self.values)})"
+        return f"{self.mean:.4f}{spread}"
+
+    def __str__(self) -> str:
+        return f"{self.arm} {self.text} (n = {len(self.values)})"
 
 
 def final_losses(arms: Sequence[Arm]) -> list[Loss]:
@@ -100,6 +105,26 @@ def difference(one: Loss, other: Loss) -> tuple[float, float | None]:
 def signed(apart: float, error: float | None) -> str:
     """A difference as text."""
     return f"{apart:+.4f}" + ("" if error is None else f" ± {error:.4f} (s.e.)")
+
+
+def shared_evaluations(one: Arm, other: Arm) -> list[tuple[int, Loss, Loss]]:
+    """``(characters, loss of one, loss of the other)`` wherever every seed of both has a row.
+
+    Raises:
+      NotComparableError: nowhere.
+    """
+    ours, theirs = dict(one.curve()), dict(other.curve())
+    shared = [
+        (
+            seen,
+            Loss(one.name, tuple(ours[seen]), False),
+            Loss(other.name, tuple(theirs[seen]), False),
+        )
+        for seen in sorted(ours.keys() & theirs.keys())
+    ]
+    if not shared:
+        raise NotComparableError("no evaluation at the same number of characters")
+    return shared
 
 
 def check_comparable(
@@ -176,21 +201,13 @@ def below_throughout(arms: Sequence[Arm]) -> Verdict:
 
     One evaluation at which it is above, beyond the noise, is against it.
     """
-    one, other = arms
-    ours, theirs = dict(one.curve()), dict(other.curve())
-    shared = sorted(ours.keys() & theirs.keys())
-    if not shared:
-        raise NotComparableError("no evaluation at the same number of characters")
-    apart = [
-        difference(Loss(one.name, tuple(ours[c]), False), Loss(other.name, tuple(theirs[c]), False))
-        for c in shared
-    ]
+    apart = [difference(*losses) for _, *losses in shared_evaluations(*arms)]
     ahead = sum(found < 0 for found, _ in apart)
     end = below(arms)
-    text = f"{end.measured}; below at {ahead} of {len(shared)} evaluations"
+    text = f"{end.measured}; below at {ahead} of {len(apart)} evaluations"
     if any(decide(*found)[0] == "fails" for found in apart) or end.direction == "fails":
         return Verdict("fails", text)
-    if ahead < len(shared):
+    if ahead < len(apart):
         return Verdict("undecided", text, end.reason or "above at some, within the noise")
     return Verdict(end.direction, text, end.reason)
 
@@ -217,16 +234,8 @@ def tracks(arms: Sequence[Arm], *, within: float) -> Verdict:
 
 def early_only(arms: Sequence[Arm]) -> Verdict:
     """The first arm is below the second at the first shared evaluation and level at the end."""
-    one, other = arms
-    ours, theirs = dict(one.curve()), dict(other.curve())
-    shared = sorted(ours.keys() & theirs.keys())
-    if not shared:
-        raise NotComparableError("no evaluation at the same number of characters")
-    first = shared[0]
-    early, late = (
-        Loss(arm.name, tuple(curve[first]), False) for arm, curve in ((one, ours), (other, theirs))
-    )
-    start, start_error = difference(early, late)
+    first, *starts = shared_evaluations(*arms)[0]
+    start, start_error = difference(*starts)
     losses = final_losses(arms)
     end, end_error = difference(*losses)
     text = (

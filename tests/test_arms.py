@@ -5,15 +5,20 @@ import json
 import pytest
 from small_runs import write_record
 
-from train.arms import mean_and_deviation, read_arms, read_run, recorded_arms
+from train.arms import mean_and_deviation, read_arms, read_run, recorded_arms, reference_arm
 from train.errors import UserError
 
 
 def write_run(folder, name, *, seed=0, bpc=(3.0, 2.0), **settings):
     folder.mkdir(parents=True)
-    config = {"name": name, "seed": seed, "run_dir": "", "model": {"width": 8, **settings}}
+    model = {"architecture": "fsn", "width": 8, **settings}
+    data = {"name": "enwik8", "context": 8}
+    config = {"name": name, "seed": seed, "run_dir": "", "model": model, "data": data}
     (folder / "config.json").write_text(json.dumps(config))
-    rows = [{"kind": "validation", "characters": 10 * (i + 1), "bpc": b} for i, b in enumerate(bpc)]
+    rows = [
+        {"kind": "validation", "step": i + 1, "characters": 10 * (i + 1), "bpc": b}
+        for i, b in enumerate(bpc)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -57,6 +62,42 @@ def test_no_run_and_a_damaged_one(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json cannot be read"):
         read_arms([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what", "why"),
+    [
+        ("config.json", "[]", "config", "no name in []"),
+        ("config.json", '{"name": "one", "seed": "0"}', "config", "seed is '0'"),
+        ("summary.json", '{"parameters": 3}', "summary", "no characters in {'parameters': 3}"),
+        ("summary.json", "[{}, {}]", "summary", "no parameters in [{}, {}]"),
+        ("provenance.json", "[]", "provenance", "no list of starts"),
+        ("provenance.json", "{}", "provenance", "no list of starts"),
+        ("provenance.json", '[{"command": []}]', "provenance", "no git.commit in"),
+        ("metrics.jsonl", '{"kind": "train"}\n', "rows", "no step in"),
+        ("metrics.jsonl", b"\xff\n", "rows", "can't decode"),
+        ("timing.jsonl", '{"step": 1, "seconds": "5"}\n', "clock", "seconds is '5'"),
+        ("evaluations.jsonl", "3\n", "evaluations", "no bpc in 3"),
+        ("test_reads.jsonl", '{"bpc": null}\n', "test_reads", "bpc is None"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, what, why):
+    folder = write_record(tmp_path, "one")
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as refused:
+        getattr(read_run(folder), what)
+    assert str(refused.value).startswith(f"{folder / name} cannot be read (")
+    assert why in str(refused.value)
+
+
+def test_the_reference_is_named_or_the_only_transformer(tmp_path):
+    arms = read_arms(write_record(tmp_path, name) for name in ("fsn", "transformer", "base"))
+    assert reference_arm(arms) == "transformer"
+    assert reference_arm(arms, "base") == "base"
+    assert reference_arm({"fsn": arms["fsn"]}) == "fsn"
+    two = {name: arms[name] for name in ("fsn", "base")}
+    with pytest.raises(UserError, match="--reference must be one of fsn, base; got ''"):
+        reference_arm(two)
 
 
 def test_deviation_is_of_the_sample():

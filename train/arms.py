@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,52 @@ _MAY_DIFFER = {
 }
 """Settings that do not tell the runs of an arm apart: where things lie, and the seed."""
 
+_EVALUATION: dict[str, type] = {"bpc": float}
+_CONTENTS: dict[str, dict[str, type]] = {
+    "config.json": {
+        "name": str,
+        "seed": int,
+        "model.architecture": str,
+        "data.name": str,
+        "data.context": int,
+    },
+    "summary.json": {
+        "parameters": int,
+        "characters": int,
+        "characters_per_second": float,
+        "training_flops": float,
+        "seconds": float,
+        "validation.bpc": float,
+        "validation.bytes": int,
+        "validation.context": int,
+        "validation.stride": int,
+        "data_sha256": str,
+    },
+    "provenance.json": {
+        "command": list,
+        "git.commit": object,
+        "git.modified": bool,
+        "device": str,
+        "packages": dict,
+        "data.name": str,
+        "data.sha256": str,
+    },
+    "metrics.jsonl": {"kind": str, "step": int, "characters": int, "bpc": float},
+    "timing.jsonl": {"step": int, "seconds": float},
+    "evaluations.jsonl": _EVALUATION,
+    "test_reads.jsonl": _EVALUATION,
+}
+"""What each file of a record must say, by the dots that lead to it; a float may be written whole.
+
+Only what is read here and by those who read records through here.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
     """The evidence of one run.
+
+    Reading any of it raises UserError where a file is damaged.
 
     Attributes:
       path: its folder.
@@ -43,32 +85,33 @@ class RunRecord:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """Every setting, nested."""
-        return self._json("config.json")
+        (config,) = self._read("config.json")
+        return config
 
     @functools.cached_property
     def summary(self) -> dict[str, Any]:
         """What the run came to; empty if it has not ended."""
-        return self._json("summary.json") if (self.path / "summary.json").is_file() else {}
+        return next(iter(self._read("summary.json", optional=True)), {})
 
     @functools.cached_property
     def provenance(self) -> list[dict[str, Any]]:
         """One entry a start."""
-        return self._json("provenance.json")
+        return self._read("provenance.json")
 
     @functools.cached_property
     def rows(self) -> list[dict[str, Any]]:
         """The exact log."""
-        return read_rows(self.path / "metrics.jsonl")
+        return self._read("metrics.jsonl", optional=True)
 
     @functools.cached_property
     def evaluations(self) -> list[dict[str, Any]]:
         """Evaluations of the whole validation split."""
-        return read_rows(self.path / "evaluations.jsonl")
+        return self._read("evaluations.jsonl", optional=True)
 
     @functools.cached_property
     def test_reads(self) -> list[dict[str, Any]]:
         """Evaluations of the test split."""
-        return read_rows(self.path / "test_reads.jsonl")
+        return self._read("test_reads.jsonl", optional=True)
 
     @functools.cached_property
     def clock(self) -> dict[int, float]:
@@ -77,7 +120,7 @@ class RunRecord:
         At the run's median speed: what else the machine did meanwhile does not count. Empty if the
         speed was not logged.
         """
-        timing = read_rows(self.path / "timing.jsonl")
+        timing = self._read("timing.jsonl", optional=True)
         if not timing:
             return {}
         steps = [0, *(row["step"] for row in timing)]
@@ -102,14 +145,38 @@ class RunRecord:
         """Rows of the log that are evaluations."""
         return [row for row in self.rows if row["kind"] == "validation"]
 
-    def _json(self, name: str) -> Any:
+    def _read(self, name: str, *, optional: bool = False) -> list[dict[str, Any]]:
+        """The rows of a file, or the one object that it is; none if it may be missing and is."""
         file = self.path / name
+        if optional and not file.is_file():
+            return []
         try:
-            return json.loads(file.read_text())
+            if file.suffix == ".jsonl":
+                rows = read_rows(file)
+            else:
+                content = json.loads(file.read_text())
+                rows = content if name == "provenance.json" else [content]
+                if not isinstance(rows, list) or not rows:
+                    raise ValueError("no list of starts")
+            for row in rows:
+                _check(row, _CONTENTS[name])
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{file} cannot be read ({error}); restore it or leave {self.path} out"
             ) from None
+        return rows
+
+
+def _check(row: Any, fields: dict[str, type]) -> None:
+    """Raises ValueError where a field is missing or of another type."""
+    for place, kind in fields.items():
+        value = row
+        for key in place.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise ValueError(f"no {place} in {str(row)[:60]}")
+            value = value[key]
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f"{place} is {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +245,24 @@ def read_arms(folders: Iterable[str | Path]) -> dict[str, Arm]:
 def recorded_arms(results: Path) -> dict[str, Arm]:
     """The arms under ``results/``."""
     return read_arms(sorted(file.parent for file in results.glob("*/config.json")))
+
+
+def reference_arm(arms: Mapping[str, Arm], named: str = "") -> str:
+    """Name of the arm that the others are compared with: as named, else the only transformer's.
+
+    A single arm is its own.
+
+    Raises:
+      UserError: the named arm is not among them, or none is named and it is not clear.
+    """
+    candidates = [name for name, arm in arms.items() if arm.architecture == "transformer"]
+    if len(arms) == 1:
+        candidates = list(arms)
+    if not named and len(candidates) == 1:
+        return candidates[0]
+    if named not in arms:
+        raise UserError(f"--reference must be one of {', '.join(arms)}; got {named!r}")
+    return named
 
 
 def _arm(name: str, runs: list[RunRecord]) -> Arm:

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from train import verdicts
-from train.arms import Arm, read_arms
+from train.arms import Arm, read_arms, reference_arm
 from train.errors import UserError, unfinished
 from train.figures import style
 from train.program import Arguments, check_json_output, run_program
@@ -235,10 +235,7 @@ def pair(arms: Mapping[str, Arm], reference: str) -> tuple[Arm, Arm]:
     for run in (run for arm in arms.values() for run in arm.runs):
         if not run.summary:
             raise unfinished(run.path)
-    transformers = [name for name, arm in arms.items() if arm.architecture == "transformer"]
-    reference = reference or (transformers[0] if len(transformers) == 1 else "")
-    if reference not in arms:
-        raise UserError(f"--reference must be one of {', '.join(arms)}; got {reference!r}")
+    reference = reference_arm(arms, reference)
     (one,) = (arm for name, arm in arms.items() if name != reference)
     return one, arms[reference]
 

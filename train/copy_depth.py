@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from train.arms import mean_and_deviation, read_arms
+from train.arms import mean_and_deviation, read_arms, reference_arm
 from train.errors import UserError
 from train.figures import style
 from train.load import load
@@ -214,13 +214,11 @@ def measure(
     """Scores the runs and returns everything that the JSON holds.
 
     Raises:
-      UserError: a run cannot be loaded, the runs have different data, or there is no such
-        reference.
+      UserError: a run cannot be loaded, the runs have different data, or the reference is
+        not clear.
     """
     arms = read_arms(folders)
-    reference = reference or _first_transformer(arms)
-    if reference not in arms:
-        raise UserError(f"--reference must be one of {', '.join(arms)}; got {reference!r}")
+    reference = reference_arm(arms, reference)
     loaded = {
         name: [load(run.path, which=checkpoint) for run in arm.runs] for name, arm in arms.items()
     }
@@ -270,11 +268,6 @@ def measure(
         "provenance": provenance(corpus),
         "arms": table,
     }
-
-
-def _first_transformer(arms: dict[str, Any]) -> str:
-    baselines = [name for name, arm in arms.items() if arm.architecture == "transformer"]
-    return (baselines or list(arms))[0]
 
 
 def table_text(result: dict[str, Any]) -> str:
@@ -345,7 +338,7 @@ def program(argv: Sequence[str]) -> None:
     p = Arguments(prog="python -m train.copy_depth", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs with checkpoints")
     p.add_argument("--output", type=Path, default=Path("copy_depth.json"), help="a .json")
-    p.add_argument("--reference", default="", help="arm to compare with; else a transformer")
+    p.add_argument("--reference", default="", help="the arm to compare with; else the transformer")
     p.add_argument("--checkpoint", default="latest", help="best, latest or a step")
     p.add_argument("--windows", type=int, default=2000, help="of the validation split")
     p.add_argument("--length", type=int, default=0, help="characters each; 0: shortest context")

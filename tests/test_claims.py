@@ -10,6 +10,7 @@ import pytest
 from small_runs import write_record
 
 from train import claims, verdicts
+from train.arms import recorded_arms
 from train.errors import UserError
 from train.main import load_config, parse_config
 
@@ -31,7 +32,7 @@ def test_the_ledger_has_every_claim_and_every_test_exists():
     assert [claim["id"] for claim in LEDGER["claim"]] == [f"C{i}" for i in range(1, 10)]
     used = {e["test"] for claim in LEDGER["claim"] for e in claim["evidence"]}
     assert all(callable(getattr(verdicts, test)) for test in used)
-    assert set(claims.PAIRS) <= set(dir(verdicts))
+    assert {*claims.PAIRS, *claims.BOUNDED} <= set(dir(verdicts))
 
 
 def test_its_arms_are_those_of_configs():
@@ -39,7 +40,7 @@ def test_its_arms_are_those_of_configs():
         load_config(f"{file}:{arm}").name
         for file in (ROOT / "configs").glob("[!_]*.py")
         for arm in runpy.run_path(str(file))["ARMS"]
-    } | {"enwik8_transformer_1m_50_epochs"}
+    } | {"enwik8_transformer_50_epochs"}
     for claim in LEDGER["claim"]:
         for evidence in claim["evidence"]:
             arms = [a.format(rung=r) for a in evidence["arms"] for r in evidence.get("rungs", "-")]
@@ -63,6 +64,10 @@ def test_its_commands_make_the_arms_they_stand_beside():
                     assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
                 if "table" in evidence:
                     assert command.endswith(f"--output=results/{evidence['table']}")
+
+
+def judge(evidence, results):
+    return claims.judge(CLAIM, evidence, recorded_arms(results), results)
 
 
 def records(results, low=2.0, seeds=2, **facts):
@@ -92,30 +97,37 @@ def records(results, low=2.0, seeds=2, **facts):
 )
 def test_a_status_is_computed_from_the_records(tmp_path, made, status, reason):
     records(tmp_path, **made)
-    row = claims.judge(CLAIM, EVIDENCE, tmp_path)
+    row = judge(EVIDENCE, tmp_path)
     assert (row.status, row.reason) == (status, reason)
 
 
 def test_arms_of_different_data_are_not_compared(tmp_path):
     write_record(tmp_path, "one")
     write_record(tmp_path, "other", sha256="0000")
-    row = claims.judge(CLAIM, EVIDENCE, tmp_path)
+    row = judge(EVIDENCE, tmp_path)
     assert row.status == "not comparable" and "different data" in row.reason
 
 
-def test_a_table_must_be_there_readable_and_of_the_same_data(tmp_path):
+def test_a_table_must_be_there_readable_and_of_the_recorded_runs(tmp_path):
     write_record(tmp_path, "one")
     evidence = {"test": "readings", "arms": ["one"], "table": "read.json", "commands": []}
-    row = claims.judge(CLAIM, evidence, tmp_path)
+    row = judge(evidence, tmp_path)
     assert (row.status, row.reason) == ("not yet run", "no record of read.json")
-    page = {"kernel_coefficients": 1, "layers": [{"coefficients": [{"strength": [0.5]}]}]}
-    for data, status in (("da7a", "holds"), ("0000", "not comparable")):
-        full = {**page, "provenance": {"data": {"sha256": data}}}
+    coefficient = {"strength": [0.5], "angle": [0.0]}
+    page = {"kernel_coefficients": 1, "layers": [{"coefficients": [coefficient]}]}
+    run = {"seed": 0, "commit": "c0ffee", "step": 2}
+    for other, status in (
+        ({}, "holds"),
+        ({"seed": 1}, "not comparable"),
+        ({"commit": "decaf"}, "not comparable"),
+        ({"step": 1}, "not comparable"),
+    ):
+        full = {**page, **run, **other}
         (tmp_path / "read.json").write_text(json.dumps(full))
-        assert claims.judge(CLAIM, evidence, tmp_path).status == status
+        assert judge(evidence, tmp_path).status == status
     (tmp_path / "read.json").write_text("{}")
     with pytest.raises(UserError, match=r"read.json cannot be read"):
-        claims.judge(CLAIM, evidence, tmp_path)
+        judge(evidence, tmp_path)
 
 
 def test_a_ladder_is_judged_by_the_rungs_that_were_run(tmp_path):
@@ -123,12 +135,14 @@ def test_a_ladder_is_judged_by_the_rungs_that_were_run(tmp_path):
         "test": "ladder", "arms": ["fsn_{rung}", "transformer_{rung}"], "rungs": ["1m", "2m"],
         "commands": [],
     }  # fmt: skip
-    assert claims.judge(CLAIM, evidence, tmp_path).reason == "no record of any rung"
+    assert judge(evidence, tmp_path).reason == "no record of any rung"
     for rung, status in (("1m", "not comparable"), ("2m", "holds")):
-        write_record(tmp_path, f"fsn_{rung}", curve=(2.0,))
-        assert claims.judge(CLAIM, evidence, tmp_path).status in ("not yet run", "not comparable")
-        write_record(tmp_path, f"transformer_{rung}", curve=(2.1,))
-        assert claims.judge(CLAIM, evidence, tmp_path).status == status
+        for seed in range(2):
+            write_record(tmp_path, f"fsn_{rung}", seed=seed, curve=(2.0 + seed / 100,))
+        assert judge(evidence, tmp_path).status in ("not yet run", "not comparable")
+        for seed in range(2):
+            write_record(tmp_path, f"transformer_{rung}", seed=seed, curve=(2.1 + seed / 100,))
+        assert judge(evidence, tmp_path).status == status
 
 
 @pytest.fixture

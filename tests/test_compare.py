@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from small_runs import write_record
+from small_runs import write_evaluation, write_record
 
 from train import compare
 
@@ -49,7 +49,7 @@ def test_means_errors_and_what_they_decide(records, tmp_path, capsys):
     assert [run["record"] for run in found["runs"]["fsn"]] == ["fsn", "fsn_seed1"]
     printed = capsys.readouterr().out
     assert "2.0100 ± 0.0141" in printed
-    assert "at the end fsn is below" in printed
+    assert "at the end (whole validation split) fsn is below" in printed
     assert (tmp_path / "out.png").stat().st_size > 10_000
 
 
@@ -65,9 +65,10 @@ def test_equal_time_is_when_the_faster_arm_has_ended(records, tmp_path):
         (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timing))
     time = compared(records, tmp_path)["equal_time"]
     assert time["seconds"] == 6.0
-    assert time["transformer"] == pytest.approx(2.23)
-    # 6 s is a tenth of the way from the first evaluation (5.5 s) to the second (11 s).
-    assert time["fsn"] == pytest.approx(3.1 + (6.0 - 5.5) / 5.5 * (2.42 - 3.1))
+    assert time["transformer"]["mean"] == pytest.approx(2.23)
+    # A fifth of the way from the first evaluation to the second; just the first.
+    assert time["fsn"]["bpc"] == pytest.approx([3.0 - 0.6 / 5, 3.2])
+    assert time["verdict"] == "above"
 
 
 def test_one_seed_decides_nothing(records, tmp_path):
@@ -78,7 +79,7 @@ def test_one_seed_decides_nothing(records, tmp_path):
 
 def test_test_reads_are_compared_when_every_run_has_one(records, tmp_path):
     for folder, bpc in zip(records, (2.0, 2.1, 2.4, 2.5), strict=True):
-        (folder / "test_reads.jsonl").write_text(json.dumps({"bpc": bpc}) + "\n")
+        write_evaluation(folder, "test_reads.jsonl", bpc)
     assert compared(records, tmp_path)["test"]["difference"] == pytest.approx(-0.4)
 
 
@@ -87,7 +88,7 @@ def test_test_reads_are_compared_when_every_run_has_one(records, tmp_path):
     [
         (slice(0, 2), (), "name the runs of two arms; these are of fsn"),
         (slice(0, 4), ("--reference=x",), "--reference must be one of fsn, transformer; got 'x'"),
-        (slice(0, 4), ("--output=x.txt",), "must be a .json in a folder that exists"),
+        (slice(0, 4), ("--output=x.txt",), "must be a .json in a folder"),
     ],
 )
 def test_wrong_inputs_are_one_line(records, tmp_path, choose, options, message):

@@ -52,6 +52,16 @@ def test_refuses_an_unfinished_run(finished, tmp_path):
         record(finished, tmp_path / "results")
 
 
+def test_a_record_is_whole_or_not_there(finished, tmp_path):
+    (finished / "sample.txt").unlink()
+    with pytest.raises(UserError, match="has no sample.txt"):
+        record(finished, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+    (finished / "sample.txt").write_text("a sample")
+    target = record(finished, tmp_path / "results")
+    assert list((tmp_path / "results").iterdir()) == [target]
+
+
 def test_does_not_overwrite(finished, tmp_path):
     record(finished, tmp_path / "results")
     with pytest.raises(UserError, match="is there already"):

@@ -29,6 +29,7 @@ from small_runs import (
 
 from fsn_jax import FSN
 from train import data, loop, metrics
+from train.arms import read_run
 from train.corpus import Corpus
 from train.data import WindowOrder
 from train.errors import EXIT_USER_ERROR, UserError
@@ -249,6 +250,8 @@ def test_a_jump_of_the_loss_is_a_row_of_its_own(strange, tmp_path, monkeypatch, 
     assert spike["expected"] == first["loss"]
     assert spike["loss"] > 1.5 * first["loss"]
     assert f"step {BAD_STEP}: the loss is " in capsys.readouterr().out
+    run = read_run(tmp_path / "run")
+    assert len(run.losses["train"]) == 2 and sorted(run.clock) == list(run.losses["train"])
 
 
 def test_only_what_stands_out_is_a_spike():

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError, no_run
+from train.errors import UserError
 from train.metrics import read_rows
-from train.run import flatten
+from train.run import flatten, open_run
 
 _SEED = re.compile(r"_seed\d+$")
 _MAY_DIFFER = {
@@ -29,7 +29,14 @@ _MAY_DIFFER = {
 }
 """Settings that do not tell the runs of an arm apart: where things lie, and the seed."""
 
-_EVALUATION: dict[str, type] = {"bpc": float}
+_EVALUATION: dict[str, type] = {
+    "step": int,
+    "bpc": float,
+    "context": int,
+    "stride": int,
+    "data_sha256": str,
+}
+_LOSS: dict[str, type] = {"step": int, "characters": int, "bpc": float}
 _CONTENTS: dict[str, dict[str, type]] = {
     "config.json": {
         "name": str,
@@ -39,6 +46,7 @@ _CONTENTS: dict[str, dict[str, type]] = {
         "data.context": int,
     },
     "summary.json": {
+        "steps": int,
         "parameters": int,
         "characters": int,
         "characters_per_second": float,
@@ -52,14 +60,14 @@ _CONTENTS: dict[str, dict[str, type]] = {
     },
     "provenance.json": {
         "command": list,
-        "git.commit": object,
-        "git.modified": bool,
+        "git.commit": object,  # None, as the next, where the code was not under git
+        "git.modified": object,
         "device": str,
         "packages": dict,
         "data.name": str,
         "data.sha256": str,
     },
-    "metrics.jsonl": {"kind": str, "step": int, "characters": int, "bpc": float},
+    "metrics.jsonl": {"kind": str},
     "timing.jsonl": {"step": int, "seconds": float},
     "evaluations.jsonl": _EVALUATION,
     "test_reads.jsonl": _EVALUATION,
@@ -99,19 +107,23 @@ class RunRecord:
         return self._read("provenance.json")
 
     @functools.cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        """The exact log."""
-        return self._read("metrics.jsonl", optional=True)
+    def losses(self) -> dict[str, dict[int, float]]:
+        """By kind, ``train`` and ``validation``: BPC by the characters seen, in their order."""
+        kinds: dict[str, dict[int, float]] = {"train": {}, "validation": {}}
+        for row in self._log:
+            if row["kind"] in kinds:
+                kinds[row["kind"]][row["characters"]] = row["bpc"]
+        return kinds
 
     @functools.cached_property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Evaluations of the whole validation split."""
-        return self._read("evaluations.jsonl", optional=True)
+    def whole_validation(self) -> float | None:
+        """BPC of the last checkpoint on the whole validation split; None if it was not read."""
+        return self._of_the_end("evaluations.jsonl")
 
     @functools.cached_property
-    def test_reads(self) -> list[dict[str, Any]]:
-        """Evaluations of the test split."""
-        return self._read("test_reads.jsonl", optional=True)
+    def test(self) -> float | None:
+        """BPC of the last checkpoint on the test split; None if it was not read."""
+        return self._of_the_end("test_reads.jsonl")
 
     @functools.cached_property
     def clock(self) -> dict[int, float]:
@@ -128,7 +140,11 @@ class RunRecord:
             row["seconds"] / (after - before)
             for row, before, after in zip(timing, steps, steps[1:], strict=False)
         )
-        return {row["characters"]: round(row["step"] * by_step, 3) for row in self.rows}
+        return {
+            row["characters"]: round(row["step"] * by_step, 3)
+            for row in self._log
+            if row["kind"] in self.losses
+        }
 
     @property
     def seed(self) -> int:
@@ -140,10 +156,23 @@ class RunRecord:
         """The run's name without its seed."""
         return _SEED.sub("", self.config["name"])
 
-    @property
-    def validation(self) -> list[dict[str, Any]]:
-        """Rows of the log that are evaluations."""
-        return [row for row in self.rows if row["kind"] == "validation"]
+    @functools.cached_property
+    def _log(self) -> list[dict[str, Any]]:
+        return self._read("metrics.jsonl", optional=True)
+
+    def _of_the_end(self, name: str) -> float | None:
+        """The newest row of the run's own data, context and stride, and its last checkpoint."""
+        summary = self.summary
+        if not summary:
+            return None
+        wanted = {
+            "step": summary["steps"],
+            "context": summary["validation"]["context"],
+            "stride": summary["validation"]["stride"],
+            "data_sha256": summary["data_sha256"],
+        }
+        rows = [row for row in self._read(name, optional=True) if wanted.items() <= row.items()]
+        return float(rows[-1]["bpc"]) if rows else None
 
     def _read(self, name: str, *, optional: bool = False) -> list[dict[str, Any]]:
         """The rows of a file, or the one object that it is; none if it may be missing and is."""
@@ -160,6 +189,8 @@ class RunRecord:
                     raise ValueError("no list of starts")
             for row in rows:
                 _check(row, _CONTENTS[name])
+                if name == "metrics.jsonl" and row["kind"] in ("train", "validation"):
+                    _check(row, _LOSS)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{file} cannot be read ({error}); restore it or leave {self.path} out"
@@ -203,10 +234,7 @@ class Arm:
 
     def curve(self, kind: str = "validation") -> list[tuple[int, list[float]]]:
         """``(characters, BPC of each seed)`` wherever every seed has a row."""
-        by_seed = [
-            {row["characters"]: row["bpc"] for row in run.rows if row["kind"] == kind}
-            for run in self.runs
-        ]
+        by_seed = [run.losses[kind] for run in self.runs]
         shared = set.intersection(*(set(rows) for rows in by_seed)) if by_seed else set()
         return [(c, [rows[c] for rows in by_seed]) for c in sorted(shared)]
 
@@ -218,15 +246,12 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """One run.
+    """One run, of this machine or in a bucket.
 
     Raises:
       UserError: there is none.
     """
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise no_run(path)
-    return RunRecord(path)
+    return RunRecord(open_run(folder).path)
 
 
 def read_arms(folders: Iterable[str | Path]) -> dict[str, Arm]:
@@ -281,7 +306,15 @@ def _arm(name: str, runs: list[RunRecord]) -> Arm:
                 f"{first.path} and {run.path} have one name but differ in {', '.join(differ[:3])}; "
                 f"name them apart with --config.name"
             )
+        if _data(first) != _data(run):
+            raise UserError(
+                f"{first.path} and {run.path} have one name but saw different data; leave one out"
+            )
     return Arm(name, tuple(runs))
+
+
+def _data(run: RunRecord) -> str:
+    return str(run.provenance[0]["data"]["sha256"])
 
 
 def _settings(run: RunRecord) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from typing import Any
 from train import verdicts
 from train.arms import Arm, recorded_arms
 from train.errors import UserError
+from train.files import write_atomically
 from train.program import Arguments, run_program
-from train.run import write_atomically
 from train.verdicts import NotComparableError, NotRunError, Status, Verdict
 
 BEGIN = "<!-- claims: written by python -m train.claims from results/; do not edit -->"
@@ -27,9 +27,11 @@ PAIRS = {
     "below": verdicts.below,
     "below_throughout": verdicts.below_throughout,
     "every_seed_below": verdicts.every_seed_below,
-    "early_only": verdicts.early_only,
 }
 """Tests that take arms alone."""
+
+BOUNDED = {"tracks": verdicts.tracks, "early_only": verdicts.early_only}
+"""Tests that take a bound in BPC as well."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +57,13 @@ class Row:
     arms: tuple[Arm, ...]
 
 
-def judge(claim: Mapping[str, Any], evidence: Mapping[str, Any], results: Path) -> Row:
-    """The status of one line of evidence, from the records."""
-    recorded = recorded_arms(results)
+def judge(
+    claim: Mapping[str, Any],
+    evidence: Mapping[str, Any],
+    recorded: Mapping[str, Arm],
+    results: Path,
+) -> Row:
+    """The status of one line of evidence, from the records and the tables beside them."""
     arms: tuple[Arm, ...] = ()
     try:
         arms, verdict = _test(evidence, recorded, results)
@@ -105,22 +111,32 @@ def _test(
     if test == "readings":
         return arms, verdicts.readings(_table(results / evidence["table"], arms))
     verdicts.check_comparable(arms, same_budget=evidence.get("same_budget", True))
-    if test == "tracks":
-        return arms, verdicts.tracks(arms, within=evidence["within"])
+    if test in BOUNDED:
+        return arms, BOUNDED[test](arms, within=evidence["within"])
     return arms, PAIRS[test](arms)
 
 
 def _table(file: Path, arms: Sequence[Arm]) -> Mapping[str, Any]:
-    """What an analysis wrote, if it is of the data of these arms."""
+    """What an analysis wrote, if it is of recorded runs of these arms."""
     try:
         table = json.loads(file.read_text())
-        data = table["provenance"]["data"]["sha256"]
+        made_of = {
+            arm.name: {
+                (run["seed"], run["commit"], run["step"])
+                for run in (table["arms"][arm.name]["runs"] if "arms" in table else [table])
+            }
+            for arm in arms
+        }
     except FileNotFoundError:
         raise NotRunError(file.name) from None
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error!r}); make it again") from None
-    if any(arm.runs[0].summary["data_sha256"] != data for arm in arms):
-        raise NotComparableError(f"{file.name} is of other data than the records")
+    for arm in arms:
+        recorded = {
+            (run.seed, run.provenance[0]["git"]["commit"], run.summary["steps"]) for run in arm.runs
+        }
+        if not made_of[arm.name] <= recorded:
+            raise NotComparableError(f"{file.name} is of other runs of {arm.name} than the records")
     return table
 
 
@@ -174,7 +190,9 @@ def readme_block(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, END])
 
 
-def evidence_page(ledger: Mapping[str, Any], rows: Sequence[Row], results: Path) -> str:
+def evidence_page(
+    ledger: Mapping[str, Any], rows: Sequence[Row], recorded: Mapping[str, Arm]
+) -> str:
     """``docs/evidence.md``: every line of evidence with its runs, and the tables of arms."""
     parts = [
         "# Evidence\n",
@@ -195,7 +213,6 @@ def evidence_page(ledger: Mapping[str, Any], rows: Sequence[Row], results: Path)
         for row in rows:
             if row.claim["id"] == claim["id"]:
                 parts.append(_row_text(row))
-    recorded = recorded_arms(results)
     for table in ledger.get("table", []):
         parts.append(f"## {table['title']}\n\n{_arms_table(table, recorded)}\n")
     return "\n".join(parts)
@@ -280,15 +297,16 @@ def pages(root: Path) -> dict[Path, str]:
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{source} cannot be read ({error}); run in the repository") from None
     results = root / "results"
+    recorded = recorded_arms(results)
     rows = [
-        judge(claim, evidence, results)
+        judge(claim, evidence, recorded, results)
         for claim in ledger["claim"]
         for evidence in claim["evidence"]
     ]
     readme = root / "README.md"
     return {
         readme: replace_block(readme.read_text(), readme_block(rows)),
-        root / "docs" / "evidence.md": evidence_page(ledger, rows, results),
+        root / "docs" / "evidence.md": evidence_page(ledger, rows, recorded),
     }
 
 

@@ -6,7 +6,6 @@ error; then how the arms stand at the end, throughout, and after equal time, as 
 counts it. Writes the same as JSON and, beside it, a figure.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,11 +16,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from train import verdicts
-from train.arms import Arm, read_arms, reference_arm
+from train.arms import Arm, RunRecord, read_arms, reference_arm
 from train.errors import UserError, unfinished
 from train.figures import style
-from train.program import Arguments, check_json_output, run_program
-from train.run import write_atomically
+from train.files import check_json_output, write_json
+from train.program import Arguments, run_program
 from train.verdicts import STANDARD_ERRORS, Loss
 
 FIRST_MILLION = 1_000_000
@@ -69,17 +68,14 @@ def compare(one: Arm, other: Arm) -> dict[str, Any]:
             for arm in (one, other)
         },
     }
-    for split, rows_of in (
-        ("whole_validation", lambda run: run.evaluations),
-        ("test", lambda run: run.test_reads),
-    ):
-        rows = {arm.name: [rows_of(run) for run in arm.runs] for arm in (one, other)}
-        if all(found for by_seed in rows.values() for found in by_seed):
-            ends = [
-                Loss(name, tuple(found[-1]["bpc"] for found in by_seed), split != "test")
-                for name, by_seed in rows.items()
-            ]
+    for split in ("whole_validation", "test"):
+        ends = [
+            Loss(arm.name, tuple(getattr(run, split) for run in arm.runs)) for arm in (one, other)
+        ]
+        if not any(bpc is None for loss in ends for bpc in loss.values):
             result[split] = _apart(*ends)
+    if "whole_validation" in result:
+        result["end"] = result["whole_validation"]["verdict"]
     return result
 
 
@@ -106,28 +102,31 @@ def _throughout(points: Sequence[Mapping[str, Any]]) -> str:
 def equal_time(one: Arm, other: Arm) -> dict[str, Any] | None:
     """The difference when the faster arm has ended, by the clock; None if no speed was logged.
 
-    Mean losses of the seeds, between two evaluations on a straight line. The slower arm is then in
-    the middle of its schedule, with a learning rate that has yet to fall.
+    Losses between two evaluations are on a straight line. The slower arm is then in the middle of
+    its schedule, with a learning rate that has yet to fall.
     """
-    curves = {arm.name: _by_time(arm) for arm in (one, other)}
-    if not all(curves.values()):
+    curves = {arm.name: [_by_time(run) for run in arm.runs] for arm in (one, other)}
+    if not all(all(by_seed) for by_seed in curves.values()):
         return None
-    seconds = min(curve[-1][0] for curve in curves.values())
-    means = {
-        name: float(np.interp(seconds, [s for s, _ in curve], [bpc for _, bpc in curve]))
-        for name, curve in curves.items()
-    }
-    return {"seconds": seconds, **means, "difference": means[one.name] - means[other.name]}
-
-
-def _by_time(arm: Arm) -> list[tuple[float, float]]:
-    clocks = [run.clock for run in arm.runs]
-    if not all(clocks):
-        return []
-    return [
-        (statistics.fmean(clock[seen] for clock in clocks), statistics.fmean(bpc))
-        for seen, bpc in arm.curve()
+    seconds = min(
+        statistics.fmean(curve[-1][0] for curve in by_seed) for by_seed in curves.values()
+    )
+    losses = [
+        Loss(
+            name,
+            tuple(
+                float(np.interp(seconds, [s for s, _ in curve], [bpc for _, bpc in curve]))
+                for curve in by_seed
+            ),
+        )
+        for name, by_seed in curves.items()
     ]
+    return {"seconds": seconds, **_apart(*losses)}
+
+
+def _by_time(run: RunRecord) -> list[tuple[float, float]]:
+    """``(seconds of training, BPC)`` of each evaluation; empty if no speed was logged."""
+    return [(run.clock[seen], bpc) for seen, bpc in run.losses["validation"].items() if run.clock]
 
 
 def table_text(result: Mapping[str, Any]) -> str:
@@ -141,26 +140,28 @@ def table_text(result: Mapping[str, Any]) -> str:
         if split in result:
             name = {"whole_validation": "validation", "test": "test"}[split]
             lines.append(f"{name:>10}  " + _row_text(result[split], names, width))
-    arm, reference = names
+    arm = result["arm"]
     crossing = result["crossing"]
+    part = "whole validation split" if "whole_validation" in result else "last evaluation"
     lines += [
         "",
-        f"at the end {arm} is {result['end']}, counted from {STANDARD_ERRORS:g} standard errors on",
+        f"at the end ({part}) {arm} is {result['end']}, counted from {STANDARD_ERRORS:g} standard "
+        "errors on",
         f"at every evaluation after the first million characters: {result['throughout']}",
         f"its mean is below from {crossing / 1e6:.2f}M characters on to the end"
         if crossing
         else "its mean is not below at the end",
     ]
     if time := result["equal_time"]:
-        lines.append(
-            f"after {time['seconds']:.0f} s of training, when the faster arm has ended: "
-            f"{arm} {time[arm]:.4f}, {reference} {time[reference]:.4f} ({time['difference']:+.4f})"
-        )
+        lines += [
+            f"after {time['seconds']:.0f} s of training, when the faster arm has ended:",
+            " " * 12 + _row_text(time, names, width),
+        ]
     return "\n".join(lines)
 
 
 def _row_text(row: Mapping[str, Any], names: Sequence[str], width: int) -> str:
-    losses = (Loss(name, tuple(row[name]["bpc"]), whole_split=False) for name in names)
+    losses = (Loss(name, tuple(row[name]["bpc"])) for name in names)
     cells = "  ".join(f"{loss.text:>{width}}" for loss in losses)
     apart = verdicts.signed(row["difference"], row["standard_error"])
     return f"{cells}  {apart}  {row['verdict']}"
@@ -180,9 +181,12 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
             left.fill_between(
                 seen, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.25, lw=0
             )
-            if curve := _by_time(arm):
-                minutes, mean = [s / 60 for s, _ in curve], [bpc for _, bpc in curve]
-                middle.plot(minutes, mean, color=colour, marker="o", ms=3)
+            if clocks := [run.clock for run in arm.runs if run.clock]:
+                minutes = [
+                    statistics.fmean(clock[point["characters"]] for clock in clocks) / 60
+                    for point in points
+                ]
+                middle.plot(minutes, values.mean(axis=1), color=colour, marker="o", ms=3)
         apart = np.array([point["difference"] for point in points])
         error = np.array([point["standard_error"] or 0.0 for point in points])
         right.axhline(0, color="0.4", lw=1)
@@ -217,7 +221,7 @@ def program(argv: Sequence[str]) -> None:
     arms = read_arms(options.runs)
     one, other = pair(arms, options.reference)
     result = compare(one, other)
-    write_atomically(options.output, json.dumps(result, indent=1) + "\n")
+    write_json(options.output, result, indent=1)
     picture = options.output.with_suffix(".png")
     draw(result, one, other, picture)
     print(table_text(result))

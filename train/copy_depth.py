@@ -8,7 +8,6 @@ differences are paired. Prints a table; writes JSON and, beside it, a figure.
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +22,11 @@ from jax.sharding import Mesh
 from train.arms import mean_and_deviation, read_arms, reference_arm
 from train.errors import UserError
 from train.figures import style
+from train.files import check_json_output, write_json
 from train.load import load
 from train.metrics import bits_per_character
-from train.program import Arguments, check_json_output, run_program, start_jax
-from train.run import provenance, write_atomically
+from train.program import Arguments, run_program, start_jax
+from train.run import provenance
 from train.step import make_window_losses
 from train.suffix_match import SuffixMatch, match_suffixes
 
@@ -36,6 +36,8 @@ LEAST_DEPTH = (0, 1, 2, 3, 4, 8, 16)
 BUCKETS = ("0", "1", "2", "3", "4-7", "8-15", "16+")
 EVENTS = ("all", "copy", "other")
 DISTANCES = ("any", "near", "far")
+LEAST_RESAMPLES = 100
+"""Fewer say nothing about an interval of 95%, and might miss a rare cell altogether."""
 FAR = 64
 """Characters to the source beyond which a repetition is long-range."""
 
@@ -345,8 +347,8 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     options = p.parse_args(argv[1:])
     check_json_output(options.output)
-    if options.resamples < 1:
-        raise UserError(f"--resamples must be at least 1; got {options.resamples}")
+    if options.resamples < LEAST_RESAMPLES:
+        raise UserError(f"--resamples must be at least {LEAST_RESAMPLES}; got {options.resamples}")
     start_jax()
     result = measure(
         options.runs,
@@ -356,7 +358,7 @@ def program(argv: Sequence[str]) -> None:
         length=options.length,
         num_resamples=options.resamples,
     )
-    write_atomically(options.output, json.dumps(result) + "\n")
+    write_json(options.output, result)
     draw(result, options.output.with_suffix(".png"))
     print(table_text(result))
     print(f"\n{options.output}\n{options.output.with_suffix('.png')}")

@@ -16,7 +16,7 @@ import numpy as np
 from train.config import ExperimentConfig
 from train.errors import UserError
 from train.load import TrainedModel, load
-from train.loop import Evaluator, check_devices
+from train.loop import Evaluator
 from train.metrics import bits_per_character
 from train.program import Arguments, run_program, start_jax
 from train.run import device_description, git_state
@@ -64,9 +64,14 @@ def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> E
     Raises:
       UserError: the stride is longer than the context or the text shorter.
     """
-    experiment = trained.experiment
+    # Any number of devices will do: surplus rows score nothing.
+    batch_size = trained.experiment.evaluation.batch_size
+    batch_size += -batch_size % trained.mesh.size
+    experiment = dataclasses.replace(
+        trained.experiment,
+        evaluation=dataclasses.replace(trained.experiment.evaluation, batch_size=batch_size),
+    )
     stride = stride or experiment.evaluation_stride
-    check_devices(experiment, trained.mesh.size)
     rows = make_evaluate_rows(trained.model, mesh=trained.mesh)
     evaluator = Evaluator(experiment, rows, trained.mesh)
     began = time.perf_counter()

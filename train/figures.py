@@ -17,7 +17,6 @@ import matplotlib.pyplot as plt
 from train.arms import read_arms
 from train.errors import UserError
 from train.program import Arguments, run_program
-from train.run import open_run
 
 
 def style() -> Any:
@@ -28,7 +27,7 @@ def style() -> Any:
     )  # fmt: skip
 
 
-def loss_curve(runs: Sequence[Path], target: Path) -> None:
+def loss_curve(runs: Sequence[str | Path], target: Path) -> None:
     """Bits per character against characters seen: training as a thin line, validation as dots.
 
     Runs that differ in their seed alone are one curve, their mean, in a band from the lowest to the
@@ -70,15 +69,14 @@ def loss_curve(runs: Sequence[Path], target: Path) -> None:
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     p = Arguments(prog="python -m train.figures", description=__doc__)
-    p.add_argument("runs", nargs="+", type=Path, help="folders of runs or of their records")
+    p.add_argument("runs", nargs="+", help="folders of runs or of their records")
     p.add_argument("--output", type=Path, required=True, help="the picture to write, a .png")
     options = p.parse_args(argv[1:])
-    folders = [open_run(run).path for run in options.runs]
     if options.output.suffix != ".png":
         raise UserError(f"--output={options.output} must end in .png")
     if not options.output.parent.is_dir():
         raise UserError(f"--output={options.output}: there is no folder {options.output.parent}")
-    loss_curve(folders, options.output)
+    loss_curve(options.runs, options.output)
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ checkpoint and stride already read are reported from there, not computed again.
 import sys
 from collections.abc import Sequence
 
+from train.bucket import is_remote
+from train.errors import UserError
 from train.evaluate import append_evaluation, checked_stride, evaluate, parser
 from train.load import load
 from train.metrics import read_rows
@@ -16,6 +18,11 @@ from train.program import run_program, start_jax
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     options = parser(__doc__ or "", "python -m train.final_test").parse_args(argv[1:])
+    if is_remote(options.run):
+        raise UserError(
+            f"the test split is read once and each use recorded in the run's folder; copy "
+            f"{options.run} to this machine, and the folder back afterwards"
+        )
     start_jax()
     trained = load(options.run, which=options.checkpoint)
     stride = checked_stride(options.stride, trained.experiment)

@@ -6,10 +6,11 @@ from typing import Any
 from train.config import ExperimentConfig
 from train.corpus import Corpus
 from train.figures import loss_curve
+from train.files import write_atomically
 from train.load import TrainedModel
 from train.loop import Outcome
 from train.metrics import read_rows
-from train.run import RunFolder, write_atomically
+from train.run import RunFolder
 from train.sample import sample_bytes
 from train.step import build_model, data_mesh, on_host
 
@@ -48,10 +49,11 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
         },
         "data_sha256": corpus.sha256,
     }
-    write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     loss_curve([run.path], run.path / "loss.png")
     text = _sample(experiment, corpus, run, params, outcome.step)
     (run.path / "sample.txt").write_bytes(text)
+    # Last: a run with a summary has ended, and has everything.
+    write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     print(
         f"\nvalidation {last['bpc']:.4f} BPC on {last['bytes']:,} bytes (context "

@@ -6,7 +6,6 @@ and the others run on. Then the final losses are tabled and drawn against parame
 FLOPs. The same command again does what is left. ``--config.FIELD=VALUE`` is passed on to every arm.
 """
 
-import json
 import math
 import runpy
 import signal
@@ -23,9 +22,10 @@ from train.arms import RunRecord, mean_and_deviation, read_arms
 from train.config import ExperimentConfig
 from train.errors import EXIT_INTERRUPTED, EXIT_TRY_AGAIN, TryAgain, UserError
 from train.figures import style
+from train.files import check_json_output, write_json
 from train.main import parse_config
-from train.program import Arguments, check_json_output, run_program
-from train.run import default_folder, git_state, open_run, write_atomically
+from train.program import Arguments, run_program
+from train.run import default_folder, git_state, open_run
 
 LEAST_RUNGS = 3
 """Of one architecture, before a slope is fitted."""
@@ -51,7 +51,7 @@ def plan(file: str, arms: Sequence[str], seeds: Sequence[int], changes: Sequence
     """The runs of a file of arms; every one of them is checked before the first is made.
 
     Raises:
-      UserError: the file has no such arm, or a setting is wrong.
+      UserError: the file has no such arm, a setting is wrong, or two runs have one folder.
     """
     if not Path(file).is_file():
         raise UserError(f"--config={file}: there is no file {file}; see configs/ for some")
@@ -70,6 +70,15 @@ def plan(file: str, arms: Sequence[str], seeds: Sequence[int], changes: Sequence
                 arguments += [f"--config.seed={seed}", f"--config.name={name}_seed{seed}"]
             experiment = parse_config(["train", *arguments])
             jobs.append(Job(experiment.name, tuple(arguments), experiment))
+    by_folder: dict[Path, str] = {}
+    for job in jobs:
+        folder = default_folder(job.experiment)
+        if folder in by_folder:
+            raise UserError(
+                f"{by_folder[folder]} and {job.name} would both be the run {folder}; name each arm "
+                f"and seed once, and leave config.name and config.run_dir to the file"
+            )
+        by_folder[folder] = job.name
     return jobs
 
 
@@ -93,7 +102,10 @@ def is_finished(job: Job) -> bool:
     folder = default_folder(job.experiment)
     if not (folder / "summary.json").is_file():
         return False
-    return open_run(folder).read_config().to_dict() == job.experiment.to_dict()
+    trained, wanted = open_run(folder).read_config(), job.experiment
+    if wanted.vocabulary_from_corpus:
+        wanted = wanted.with_vocabulary(trained.model.vocab_size)
+    return trained.to_dict() == wanted.to_dict()
 
 
 def train_in_a_process(job: Job) -> int:
@@ -267,7 +279,7 @@ def program(argv: Sequence[str]) -> None:
     folders = [default_folder(job.experiment) for job in jobs if is_finished(job)]
     if folders:
         found = result(folders, failed)
-        write_atomically(options.output, json.dumps(found, indent=1) + "\n")
+        write_json(options.output, found, indent=1)
         draw(found, options.output.with_suffix(".png"))
         print(f"\n{result_text(found)}\n\n{options.output}\n{options.output.with_suffix('.png')}")
     if failed:

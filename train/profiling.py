@@ -22,14 +22,12 @@ class Span:
     last: int
 
     @classmethod
-    def parse(cls, text: str, num_steps: int) -> "Span | None":
-        """From ``FIRST:LAST``; None from an empty text.
+    def parse(cls, text: str, num_steps: int) -> "Span":
+        """From ``FIRST:LAST``.
 
         Raises:
           UserError: it is not of that form, or not within a run of ``num_steps``.
         """
-        if not text:
-            return None
         match = re.fullmatch(r"(\d+):(\d+)", text)
         if not match:
             raise UserError(f"--profile takes FIRST:LAST, two steps such as 20:40; got {text!r}")

@@ -31,12 +31,6 @@ class Arguments(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def check_json_output(output: Path) -> None:
-    """Raises UserError unless ``--output`` names a .json that can be written."""
-    if output.suffix != ".json" or not output.parent.is_dir():
-        raise UserError(f"--output={output} must be a .json in a folder that exists")
-
-
 def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Runs a program; whatever stops it on purpose becomes one line on stderr and a status.
 

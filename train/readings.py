@@ -6,7 +6,6 @@ frustration that the text brings into the delayed coupling, over windows of the 
 Writes JSON and, beside it, two figures.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,9 +32,10 @@ from fsn_jax.torus import order_parameter
 from train.copy_depth import spread_windows
 from train.errors import UserError
 from train.figures import style
+from train.files import check_json_output, write_json
 from train.load import load
-from train.program import Arguments, check_json_output, run_program, start_jax
-from train.run import provenance, write_atomically
+from train.program import Arguments, run_program, start_jax
+from train.run import provenance
 
 POINTS = 65
 """Of a coupling curve, from -pi to pi."""
@@ -284,7 +284,7 @@ def program(argv: Sequence[str]) -> None:
         num_windows=options.windows,
         length=options.length,
     )
-    write_atomically(options.output, json.dumps(page) + "\n")
+    write_json(options.output, page)
     kernels = options.output.with_name(f"{options.output.stem}_kernels.png")
     depth = options.output.with_name(f"{options.output.stem}_depth.png")
     draw_kernels(page, kernels)

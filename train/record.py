@@ -6,6 +6,7 @@ and summary; no checkpoints.
 
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ EVIDENCE = (
 IF_THERE = ("evaluations.jsonl", "test_reads.jsonl")
 
 
-def record(run_dir: Path, results: Path, *, allow_modified: bool = False) -> Path:
+def record(run_dir: str | Path, results: Path, *, allow_modified: bool = False) -> Path:
     """Copies one run's evidence to ``results/<name>`` and returns that folder.
 
     Seeds other than 0 get a ``_seed<n>`` after the name, unless it ends so already.
@@ -49,19 +50,24 @@ def record(run_dir: Path, results: Path, *, allow_modified: bool = False) -> Pat
     target = results / (experiment.name if named else experiment.name + suffix)
     if target.exists():
         raise UserError(f"{target} is there already; remove it to record the run anew")
-    target.mkdir(parents=True)
     for name in EVIDENCE:
-        shutil.copyfile(run.path / name, target / name)
-    for name in IF_THERE:
-        if (run.path / name).exists():
-            shutil.copyfile(run.path / name, target / name)
+        if not (run.path / name).is_file():
+            raise UserError(f"the run {run.path} has no {name}; the command that made it mends it")
+    results.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=results, prefix=".record-") as beside:
+        copy = Path(beside) / target.name
+        copy.mkdir()
+        for name in (*EVIDENCE, *IF_THERE):
+            if (run.path / name).exists():
+                shutil.copyfile(run.path / name, copy / name)
+        copy.rename(target)
     return target
 
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     p = Arguments(prog="python -m train.record", description=__doc__)
-    p.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    p.add_argument("runs", nargs="+", help="folders of finished runs")
     p.add_argument("--results", type=Path, default=Path("results"))
     p.add_argument("--allow_modified", action="store_true", help="also of uncommitted code")
     options = p.parse_args(argv[1:])

@@ -15,8 +15,9 @@ from typing import Any
 
 from train.arms import Arm, RunRecord, mean_and_deviation, read_arms
 from train.errors import UserError
+from train.files import write_atomically
 from train.program import Arguments, run_program
-from train.run import flatten, write_atomically
+from train.run import flatten
 
 KINDS = ("copy_depth", "ladder", "readings")
 MOST_POINTS = 400
@@ -27,9 +28,9 @@ def arm_data(arm: Arm) -> dict[str, Any]:
     """What the page shows of an arm."""
     first = arm.runs[0]
     finished = [run for run in arm.runs if run.summary]
-    losses = [run.validation[-1]["bpc"] for run in arm.runs if run.validation]
-    mean, deviation = mean_and_deviation(losses) if losses else (None, None)
-    whole = [run.evaluations[-1]["bpc"] for run in arm.runs if run.evaluations]
+    curve = arm.curve()
+    mean, deviation = mean_and_deviation(curve[-1][1]) if curve else (None, None)
+    whole = [bpc for run in arm.runs if (bpc := run.whole_validation) is not None]
     sample = first.path / "sample.txt"
     return {
         "name": arm.name,
@@ -41,7 +42,7 @@ def arm_data(arm: Arm) -> dict[str, Any]:
         "device": first.provenance[0]["device"],
         "bpc": mean,
         "deviation": deviation,
-        "whole_split": mean_and_deviation(whole)[0] if whole else None,
+        "whole_split": statistics.fmean(whole) if len(whole) == len(arm.runs) else None,
         "validation": points(arm, "validation"),
         "train": points(arm, "train"),
         "config": {
@@ -99,7 +100,7 @@ def run_data(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def page_data(folders: Sequence[Path], added: Sequence[Path]) -> dict[str, Any]:
+def page_data(folders: Sequence[str | Path], added: Sequence[Path]) -> dict[str, Any]:
     """Everything that the page holds.
 
     Raises:
@@ -155,7 +156,7 @@ def render(data: dict[str, Any], title: str) -> str:
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     p = Arguments(prog="python -m train.report", description=__doc__)
-    p.add_argument("runs", nargs="+", type=Path, help="folders of runs or of their records")
+    p.add_argument("runs", nargs="+", help="folders of runs or of their records")
     p.add_argument("--add", nargs="+", type=Path, default=[], help="JSON of the other programs")
     p.add_argument("--output", type=Path, default=Path("report.html"), help="an .html")
     p.add_argument("--title", default="FSN: report of runs")

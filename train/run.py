@@ -33,6 +33,7 @@ from train.bucket import is_remote
 from train.config import ExperimentConfig
 from train.corpus import Corpus, default_cache
 from train.errors import UserError, no_run
+from train.files import write_atomically
 from train.metrics import read_rows
 from train.mirror import Mirror, fetched_run
 from train.processes import first_does, together
@@ -127,7 +128,7 @@ class RunFolder:
 
 def default_folder(experiment: ExperimentConfig) -> Path:
     """The folder that a config names."""
-    return Path(experiment.run_dir or Path("runs") / experiment.name)
+    return Path(experiment.run_dir or Path("runs") / experiment.name).expanduser()
 
 
 def create_or_resume(experiment: ExperimentConfig, corpus: Corpus) -> RunFolder:
@@ -343,13 +344,6 @@ def parameter_table(params: Any) -> str:
     rows.append(("total", "", f"{total:,}"))
     name, shape, size = (max(len(row[i]) for row in rows) for i in range(3))
     return "".join(f"{r[0]:<{name}}  {r[1]:<{shape}}  {r[2]:>{size}}\n" for r in rows)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file so that a crash leaves the old one or the new one."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 def package_versions() -> dict[str, str]:

@@ -7,17 +7,22 @@ that the runs evaluated at their end.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from train.arms import Arm, mean_and_deviation
+from train.arms import Arm, RunRecord, mean_and_deviation
 from train.copy_depth import BUCKETS, find_cell
 
 Status = Literal["holds", "fails", "not yet run", "not comparable"]
 Direction = Literal["holds", "fails", "undecided"]
 
+DIRECTIONS: tuple[Direction, ...] = ("fails", "undecided", "holds")
+"""Of a claim in parts, the first of these that any part has."""
+
 STANDARD_ERRORS = 2.0
+NOISE = f"within {STANDARD_ERRORS:g} standard errors"
 MATCHED = 0.01
 """Parameters of matched arms differ by no more."""
 
@@ -57,7 +62,7 @@ class Loss:
 
     arm: str
     values: tuple[float, ...]
-    whole_split: bool
+    whole_split: bool = False
 
     @property
     def mean(self) -> float:
@@ -81,14 +86,14 @@ class Loss:
 
 def final_losses(arms: Sequence[Arm]) -> list[Loss]:
     """The final losses of arms, all on the same part of the validation split."""
-    whole = all(run.evaluations for arm in arms for run in arm.runs)
+    whole = all(run.whole_validation is not None for arm in arms for run in arm.runs)
 
-    def values(arm: Arm) -> tuple[float, ...]:
-        if whole:
-            return tuple(run.evaluations[-1]["bpc"] for run in arm.runs)
-        return tuple(run.summary["validation"]["bpc"] for run in arm.runs)
+    def of(run: RunRecord) -> float:
+        if whole and run.whole_validation is not None:
+            return run.whole_validation
+        return float(run.summary["validation"]["bpc"])
 
-    return [Loss(arm.name, values(arm), whole) for arm in arms]
+    return [Loss(arm.name, tuple(map(of, arm.runs)), whole) for arm in arms]
 
 
 def difference(one: Loss, other: Loss) -> tuple[float, float | None]:
@@ -117,8 +122,8 @@ def shared_evaluations(one: Arm, other: Arm) -> list[tuple[int, Loss, Loss]]:
     shared = [
         (
             seen,
-            Loss(one.name, tuple(ours[seen]), False),
-            Loss(other.name, tuple(theirs[seen]), False),
+            Loss(one.name, tuple(ours[seen])),
+            Loss(other.name, tuple(theirs[seen])),
         )
         for seen in sorted(ours.keys() & theirs.keys())
     ]
@@ -135,18 +140,21 @@ def check_comparable(
     Raises:
       NotComparableError: naming what differs.
     """
-    facts: dict[str, Callable[[Arm], Any]] = {
-        "data": lambda arm: arm.runs[0].summary["data_sha256"],
-        "context": lambda arm: arm.config["data"]["context"],
-        "evaluated characters": lambda arm: arm.runs[0].summary["validation"]["bytes"],
-        "evaluation stride": lambda arm: arm.runs[0].summary["validation"]["stride"],
+    facts: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+        "data": lambda summary: summary["data_sha256"],
+        "context": lambda summary: summary["validation"]["context"],
+        "evaluated characters": lambda summary: summary["validation"]["bytes"],
+        "evaluation stride": lambda summary: summary["validation"]["stride"],
     }
     if same_budget:
-        facts["budget"] = characters
+        facts["budget"] = lambda summary: summary["characters"]
     for what, of in facts.items():
-        found = {arm.name: of(arm) for arm in arms}
-        if len(set(found.values())) > 1:
-            listed = ", ".join(f"{name} {value}" for name, value in found.items())
+        found: dict[Any, str] = {}
+        for arm in arms:
+            for run in arm.runs:
+                found.setdefault(of(run.summary), run.path.name)
+        if len(found) > 1:
+            listed = ", ".join(f"{name} {value}" for value, name in found.items())
             raise NotComparableError(f"different {what}: {listed}")
     sizes = {arm.name: parameters(arm) for arm in arms}
     if same_size and max(sizes.values()) > (1 + MATCHED) * min(sizes.values()):
@@ -184,7 +192,7 @@ def decide(apart: float, error: float | None) -> tuple[Direction, str]:
     if error is None:
         return "undecided", "one seed"
     if abs(apart) <= STANDARD_ERRORS * error:
-        return "undecided", f"within {STANDARD_ERRORS:g} standard errors"
+        return "undecided", NOISE
     return ("holds" if apart < 0 else "fails"), ""
 
 
@@ -199,13 +207,16 @@ def below(arms: Sequence[Arm]) -> Verdict:
 def below_throughout(arms: Sequence[Arm]) -> Verdict:
     """The first arm is below the second at every evaluation that they share.
 
-    One evaluation at which it is above, beyond the noise, is against it.
+    Above beyond the noise at the end, or at two evaluations that follow each other, is against it:
+    of as many evaluations as a run has, one is so by chance too often.
     """
     apart = [difference(*losses) for _, *losses in shared_evaluations(*arms)]
     ahead = sum(found < 0 for found, _ in apart)
+    above = [decide(*found)[0] == "fails" for found in apart]
+    twice = any(map(all, itertools.pairwise(above)))
     end = below(arms)
     text = f"{end.measured}; below at {ahead} of {len(apart)} evaluations"
-    if any(decide(*found)[0] == "fails" for found in apart) or end.direction == "fails":
+    if twice or end.direction == "fails":
         return Verdict("fails", text)
     if ahead < len(apart):
         return Verdict("undecided", text, end.reason or "above at some, within the noise")
@@ -222,31 +233,45 @@ def every_seed_below(arms: Sequence[Arm]) -> Verdict:
     return Verdict("holds" if count == len(one.values) else "fails", text)
 
 
+def _bounded(apart: float, error: float, within: float) -> Direction:
+    """Whether a difference is within a bound, noise and all: holds, fails or undecided."""
+    noise = STANDARD_ERRORS * error
+    if abs(apart) + noise <= within:
+        return "holds"
+    return "fails" if abs(apart) - noise > within else "undecided"
+
+
 def tracks(arms: Sequence[Arm], *, within: float) -> Verdict:
-    """The first arm ends within so many BPC of the second, to either side."""
+    """The first arm ends within so many BPC of the second, to either side, noise and all."""
     one, other = final_losses(arms)
     apart, error = difference(one, other)
     text = f"{one}, {other}: {signed(apart, error)}, to be within {within}"
     if error is None:
         return Verdict("undecided", text, "one seed")
-    return Verdict("holds" if abs(apart) <= within else "fails", text)
+    direction = _bounded(apart, error, within)
+    return Verdict(direction, text, NOISE if direction == "undecided" else "")
 
 
-def early_only(arms: Sequence[Arm]) -> Verdict:
-    """The first arm is below the second at the first shared evaluation and level at the end."""
+def early_only(arms: Sequence[Arm], *, within: float) -> Verdict:
+    """The first arm is below the second at the first shared evaluation and level at the end.
+
+    Args:
+      arms: two.
+      within: so many BPC are level, noise and all.
+    """
     first, *starts = shared_evaluations(*arms)[0]
     start, start_error = difference(*starts)
     losses = final_losses(arms)
     end, end_error = difference(*losses)
     text = (
         f"{losses[0]}, {losses[1]}: {signed(start, start_error)} at {first / 1e6:.3g}M characters, "
-        f"{signed(end, end_error)} at the end"
+        f"{signed(end, end_error)} at the end, to be within {within}"
     )
     if start_error is None or end_error is None:
         return Verdict("undecided", text, "one seed")
-    level = abs(end) <= STANDARD_ERRORS * end_error
-    faster = start < -STANDARD_ERRORS * start_error
-    return Verdict("holds" if level and faster else "fails", text)
+    parts = {decide(start, start_error)[0], _bounded(end, end_error, within)}
+    direction = next(found for found in DIRECTIONS if found in parts)
+    return Verdict(direction, text, NOISE if direction == "undecided" else "")
 
 
 def copy_depth(table: Mapping[str, Any], *, full: str, base: str) -> Verdict:
@@ -268,28 +293,38 @@ def copy_depth(table: Mapping[str, Any], *, full: str, base: str) -> Verdict:
 
     behind, ahead = cells(base, BUCKETS), cells(full, BUCKETS[4:])
     kinds = {
-        f"{distance} {events}": find_cell(rows[base], events, distance, "all")["mean"]
+        f"{distance} {events}": find_cell(rows[base], events, distance, "all")
         for events in ("copy", "other")
         for distance in ("near", "far")
     }
-    worst = max((kind for kind in kinds if kinds[kind] is not None), key=lambda kind: kinds[kind])
+    kinds = {kind: cell for kind, cell in kinds.items() if cell["n"]}
+    worst = max(kinds, key=lambda kind: kinds[kind]["mean"])
+    far = kinds.get("far copy")
+    elsewhere = [cell for kind, cell in kinds.items() if kind != "far copy"]
     parts = {
         "base behind": [cell["low"] > 0 for cell in behind],
         "FSN ahead": [cell["high"] < 0 for cell in ahead],
+        "worst on far copies": [far is not None and far["low"] > c["high"] for c in elsewhere],
     }
-    against = any(cell["high"] < 0 for cell in behind) or any(cell["low"] > 0 for cell in ahead)
+    against = (
+        any(cell["high"] < 0 for cell in behind)
+        or any(cell["low"] > 0 for cell in ahead)
+        or any(far is not None and far["high"] < cell["low"] for cell in elsewhere)
+    )
     text = (
         f"95% intervals: base behind the transformer at {sum(parts['base behind'])} of "
-        f"{len(behind)} depths, most on {worst} events ({kinds[worst]:+.3f}); FSN ahead at "
+        f"{len(behind)} depths, most on {worst} events ({kinds[worst]['mean']:+.3f}); FSN ahead at "
         f"{sum(parts['FSN ahead'])} of {len(ahead)} depths from four on ("
         + ", ".join(f"{cell['bucket']}: {cell['mean']:+.3f}" for cell in ahead)
         + ")"
     )
-    if against or worst != "far copy":
+    if any(len(arm["runs"]) < 2 for arm in table["arms"].values()):
+        return Verdict("undecided", text, "one seed")
+    if against:
         return Verdict("fails", text)
     if all(map(all, parts.values())):
         return Verdict("holds", text)
-    return Verdict("undecided", text, "some intervals hold zero")
+    return Verdict("undecided", text, "some intervals overlap")
 
 
 def ladder(pairs: Mapping[str, Sequence[Arm]], *, rungs: int) -> Verdict:
@@ -304,14 +339,17 @@ def ladder(pairs: Mapping[str, Sequence[Arm]], *, rungs: int) -> Verdict:
         check_comparable(arms)
         apart[rung] = difference(*final_losses(arms))
     text = ", ".join(f"{rung} {signed(*found)}" for rung, found in apart.items())
-    signs = [found < 0 for found, _ in apart.values()]
-    if len(signs) < rungs:
-        return Verdict("undecided", text, f"{len(signs)} of {rungs} rungs")
-    return Verdict("holds" if all(signs) else "fails", text)
+    decided = dict(decide(*found) for found in apart.values())
+    if "fails" in decided:
+        return Verdict("fails", text)
+    if len(apart) < rungs:
+        return Verdict("undecided", text, f"{len(apart)} of {rungs} rungs")
+    direction = next(found for found in DIRECTIONS if found in decided)
+    return Verdict(direction, text, decided[direction])
 
 
 def readings(page: Mapping[str, Any]) -> Verdict:
-    """Every coefficient of every layer's kernel has a reading.
+    """Every coefficient of every layer's kernel has a finite strength and angle.
 
     Args:
       page: what ``python -m train.readings`` wrote.
@@ -321,7 +359,8 @@ def readings(page: Mapping[str, Any]) -> Verdict:
         strength
         for layer in layers
         for coefficient in layer["coefficients"]
-        for strength in coefficient["strength"]
+        for strength, angle in zip(coefficient["strength"], coefficient["angle"], strict=True)
+        if math.isfinite(strength) and math.isfinite(angle)
     ]
     read, total = len(every), sum(map(abs, every))
     repelling = sum(-strength for strength in every if strength < 0) / (total or 1.0)

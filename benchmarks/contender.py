@@ -131,7 +131,7 @@ def forward_contender(name: str, experiment: ExperimentConfig, steps: int) -> Co
 def sample_contender(name: str, experiment: ExperimentConfig, steps: int) -> Contender:
     """A character of cached sampling at position L, the cache just long enough."""
     chunks = max(2, steps)
-    model = _model(name, experiment)
+    model = build_model(experiment.model)
     prompt = _tokens(experiment, 1, experiment.data.context)
     variables = jax.jit(model.init)(jax.random.key(0), prompt[:, :2])
 

@@ -134,8 +134,6 @@ def measure_row(options: argparse.Namespace, key: dict[str, Any]) -> dict[str, A
     return {
         **key,
         "batch_size": batch,
-        "rounds": options.rounds,
-        "steps": options.steps,
         "results": results,
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
@@ -202,12 +200,15 @@ def program(argv: Sequence[str]) -> None:
             for measure in options.measures.split(","):
                 kept = [n for n in names if measure != "sample" or n in ("fsn", BASE)]
                 key = {
+                    "config": options.config,
                     "rung": rung,
                     "length": length,
                     "measure": measure,
                     "tokens": options.tokens,
                     "dtype": options.dtype,
                     "contenders": kept,
+                    "rounds": options.rounds,
+                    "steps": options.steps,
                     **about,
                 }
                 found = [row for row in done if all(row.get(k) == v for k, v in key.items())]

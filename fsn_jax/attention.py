@@ -25,12 +25,14 @@ from fsn_jax.causal import (
 from fsn_jax.config import FSNConfig
 from fsn_jax.coupling import delayed_values, fold_values, local_field, unfold_sum
 from fsn_jax.dense import PhasorDense
-from fsn_jax.torus import Complex, multiply, phasor, rotary_phasor
+from fsn_jax.torus import Complex, multiply, rotary_phasor, token_phasor
 
 
 @flax.struct.dataclass
 class LayerCache:
     """What a layer keeps of the tokens it has seen: slot u holds position u.
+
+    Tokens past its last slot cannot be kept: what is computed for them is NaN.
 
     Attributes:
       key: ``[B, H, C, E]``.
@@ -59,8 +61,10 @@ def extend_sum(
     Queries and keys are ``[B, H, S, E]``, values ``[B, H, S, G]``, ``position`` an int32 scalar.
     """
     cache = LayerCache(_put(cache.key, key, position), _put(cache.value, value, position))
-    total = causal_sum_cached(query, cache.key, cache.value, position, include_self=include_self)
-    return total, cache
+    summed = causal_sum_cached(query, cache.key, cache.value, position, include_self=include_self)
+    # A slice that does not fit is moved to where it does: silently, over tokens of before.
+    fits = position + query.shape[2] <= cache.key.shape[2]
+    return summed._replace(total=jnp.where(fits, summed.total, jnp.nan)), cache
 
 
 def attention_entropy(weights: Float[Array, "*shape L"]) -> Float[Array, "*shape"]:
@@ -89,10 +93,10 @@ class PhaseScore(nn.Module):
             self.query_gate = PhasorDense(c, c.num_phases, use_bias=True, kernel_init=small)
             self.key_gate = PhasorDense(c, c.num_phases, use_bias=True, kernel_init=small)
         elif c.score == "static":
-            self.gate = self.param("gate", nn.initializers.ones, (c.num_phases,))
+            self.gate = self.param("gate", nn.initializers.ones, (c.num_phases,), jnp.float32)
         if c.score != "none":
-            start = np.log(c.score_sharpness / np.sqrt(pairs))
-            self.log_beta = self.param("log_beta", nn.initializers.constant(start), (heads,))
+            start = nn.initializers.constant(np.log(c.score_sharpness / np.sqrt(pairs)))
+            self.log_beta = self.param("log_beta", start, (heads,), jnp.float32)
 
     def __call__(
         self, z: Complex, rotary: Complex
@@ -171,7 +175,8 @@ class _PhaseAttention(nn.Module):
 
     def weights(self, theta: Float[Array, "B L N"]) -> Float[Array, "B H L L"]:
         """The attention ``A`` itself, which the layer's sum does not form."""
-        return attention_weights(*self.score(phasor(theta), self._rotary(theta.shape[1])))
+        z = token_phasor(theta, self.config.num_phases)
+        return attention_weights(*self.score(z, self._rotary(theta.shape[1])))
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
         """A cache for ``capacity`` tokens of each of ``batch`` sequences."""
@@ -184,15 +189,20 @@ class _PhaseAttention(nn.Module):
         raise NotImplementedError
 
 
+SOFTPLUS_FLOOR = 0.01
+"""The least that a positive coefficient starts at: zero is infinitely far down a softplus."""
+
+
 def _softplus_inverse(x: np.ndarray) -> np.ndarray:
-    return np.log(np.expm1(np.maximum(x, 1e-2)))
+    return np.log(np.expm1(np.maximum(x, SOFTPLUS_FLOOR)))
 
 
 def kernel_start(config: FSNConfig) -> np.ndarray:
     """Initial in-phase coefficients of the kernel; frustration angles start at 0.
 
     ``[T, M, N]``, or ``[T, M, J, N]`` if a phase hears J > 1 heads; only the first of them is heard
-    at the start.
+    at the start. A kernel that must not be negative (``signed_harmonics=False``) starts at
+    ``SOFTPLUS_FLOOR`` where this says less.
     """
     m = np.arange(1, config.num_harmonics + 1)
     wave = {"sawtooth": (-1.0) ** (m + 1) / m, "first_harmonic": 1.0 * (m == 1)}
@@ -231,16 +241,30 @@ class FrustratedAttention(_PhaseAttention):
         real = start if c.signed_harmonics else _softplus_inverse(start)
         self.kernel_real = self.param("kernel_real", lambda _: jnp.asarray(real, jnp.float32))
         if c.static_angles:
-            self.kernel_imag = self.param("kernel_imag", nn.initializers.zeros, start.shape)
+            self.kernel_imag = self.param(
+                "kernel_imag", nn.initializers.zeros, start.shape, jnp.float32
+            )
 
     def kappa(self) -> Complex:
-        """The coupling kernel, real and imaginary parts; shapes as in ``kernel_start``."""
+        """The coupling kernel ``[T, M, J, N]``, real and imaginary parts.
+
+        ``jax.lax.complex(*kappa)[:, :, j]`` is what ``fsn_jax.coupling`` takes, for the j-th of the
+        heads that a phase hears.
+        """
         c = self.config
         real = self.kernel_real if c.signed_harmonics else jax.nn.softplus(self.kernel_real)
-        return Complex(real, self.kernel_imag if c.static_angles else jnp.zeros_like(real))
+        imag = self.kernel_imag if c.static_angles else jnp.zeros_like(real)
+        shape = (c.num_delays, c.num_harmonics, c.heads_per_phase, c.num_phases)
+        return Complex(real.reshape(shape), imag.reshape(shape))
 
     def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
-        """The update of the phases, in radians, float32."""
+        """The update of the phases, in radians, float32.
+
+        Differentiable in reverse mode; for forward mode take ``implementation="reference"``.
+
+        Raises:
+          ValueError: ``theta`` is not ``[B, L, num_phases]``.
+        """
         return self.field(theta).im
 
     def field(self, theta: Float[Array, "B L N"]) -> Complex:
@@ -250,7 +274,7 @@ class FrustratedAttention(_PhaseAttention):
         phase with its field. Dense values have no coherence: zero.
         """
         c = self.config
-        z = phasor(theta)
+        z = token_phasor(theta, c.num_phases)
         query, key = self.score(z, self._rotary(theta.shape[1]))
         self._sow_entropy(query, key)
         if c.values == "linear":
@@ -266,7 +290,7 @@ class FrustratedAttention(_PhaseAttention):
     def extend(
         self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "B S N"], LayerCache]:
-        """As ``__call__`` for S tokens at ``position`` and on, given a cache of those before."""
+        """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
         field, cache = self.extend_field(theta, cache, position)
         return field.im, cache
 
@@ -275,7 +299,7 @@ class FrustratedAttention(_PhaseAttention):
     ) -> tuple[Complex, LayerCache]:
         """As ``extend``, but the whole ``field``."""
         c = self.config
-        z = phasor(theta)
+        z = token_phasor(theta, c.num_phases)
         rotary = self._rotary_at(position, theta.shape[1], cache.key.shape[2])
         query, key = self.score(z, rotary)
         if c.values == "linear":
@@ -334,12 +358,9 @@ class FrustratedAttention(_PhaseAttention):
 
     def _reference(self, theta: Array, attention: Array) -> Complex:
         kappa = jax.lax.complex(*self.kappa())
-        if self.config.heads_per_phase == 1:
-            field = local_field(theta, attention, kappa)
-        else:
-            heard = range(self.config.heads_per_phase)
-            by_rank = jnp.stack([jnp.roll(attention, -j, axis=1) for j in heard])
-            field = jax.vmap(local_field, in_axes=(None, 0, 2))(theta, by_rank, kappa).sum(axis=0)
+        heard = range(self.config.heads_per_phase)
+        by_rank = jnp.stack([jnp.roll(attention, -j, axis=1) for j in heard])
+        field = jax.vmap(local_field, in_axes=(None, 0, 2))(theta, by_rank, kappa).sum(axis=0)
         return Complex(field.real, field.imag)
 
     def _linear_output(self, summed: CausalSum) -> Complex:
@@ -366,8 +387,12 @@ class KuramotoAttention(_PhaseAttention):
         self.gain = self.param("gain", lambda _: jnp.asarray(start, jnp.float32))
 
     def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
-        """The update of the phases, in radians, float32."""
-        z = phasor(theta)
+        """The update of the phases, in radians, float32.
+
+        Raises:
+          ValueError: ``theta`` is not ``[B, L, num_phases]``.
+        """
+        z = token_phasor(theta, self.config.num_phases)
         query, key = self.score(z, self._rotary(theta.shape[1]))
         self._sow_entropy(query, key)
         return self._pull(z, self._causal_sum(query, key, self._values(z), include_self=True))
@@ -375,8 +400,8 @@ class KuramotoAttention(_PhaseAttention):
     def extend(
         self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "B S N"], LayerCache]:
-        """As ``__call__`` for S tokens at ``position`` and on, given a cache of those before."""
-        z = phasor(theta)
+        """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
+        z = token_phasor(theta, self.config.num_phases)
         query, key = self.score(z, self._rotary_at(position, theta.shape[1], cache.key.shape[2]))
         summed, cache = extend_sum(query, key, self._values(z), cache, position, include_self=True)
         return self._pull(z, summed), cache

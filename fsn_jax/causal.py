@@ -4,9 +4,9 @@
 strict past, ``sum_{u < t} A[t, u] v_u``, and the weight ``A[t, t]`` apart from it; the transformer
 needs the whole sum. Queries carry the temperature.
 
-``causal_sum`` works through blocks of queries, each against the keys before its end only, and its
-backward pass computes the weights again from their normaliser: half the work of the full square
-and no ``[B, H, L, L]`` array in either direction.
+``causal_sum`` works through blocks of queries, each against the keys before the end of its segment,
+and its backward pass computes the weights again from their normaliser: for long sequences a little
+more than half the work of the full square, and no ``[B, H, L, L]`` array in either direction.
 """
 
 import functools
@@ -134,19 +134,18 @@ def causal_sum(
       include_self: whether a token's own value is in its sum.
       implementation: ``reference`` goes through the whole matrix and has all derivatives; ``xla``
         goes block by block; ``pallas`` is a fused kernel for GPUs and TPUs (interpreted, slowly, on
-        a CPU); ``auto`` is the fastest that works on this machine.
+        a CPU); ``auto`` takes the kernel where the program runs on the GPU or TPU that this machine
+        has, and it works, and no compiler has to divide it: on one device, or in ``shard_map``.
     """
+    length = query.shape[2]
     if implementation == "auto":
         implementation = _fastest(query, value)
-    if implementation == "reference":
+    if implementation == "reference" or not length:
         return _causal_sum_reference(query, key, value, include_self=include_self)
-    if implementation == "pallas":
-        return _causal_sum(query, key, value, include_self, True)
-    length = query.shape[2]
     # Padded keys come after every real query and padded queries are cut off, so zeros will do.
     rows = ((0, 0), (0, 0), (0, -length % _block(length)), (0, 0))
     query, key, value = (jnp.pad(x, rows) for x in (query, key, value))
-    total, self_weight = _causal_sum(query, key, value, include_self, False)
+    total, self_weight = _causal_sum(query, key, value, include_self, implementation)
     return CausalSum(total[:, :, :length], self_weight[:, :, :length])
 
 
@@ -158,24 +157,37 @@ def _causal_sum_reference(
 
 
 def _fastest(query: Array, value: Array) -> Implementation:
+    """``xla``, or ``auto``: the kernel wherever the program is lowered for it, else ``xla``."""
     if jax.default_backend() not in ("gpu", "tpu"):
         return "xla"
+    if jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
+        return "xla"  # a kernel in a program that jax.jit divides by itself is gathered or refused
     length, score_width = query.shape[2:]
     works = kernels.works(length, score_width, value.shape[3], value.dtype.name)
-    return "pallas" if works else "xla"
+    return "auto" if works else "xla"
+
+
+def _by_blocks_or_fused(
+    implementation: Implementation,
+    by_blocks: Callable[..., tuple[Array, ...]],
+    fused: Callable[..., tuple[Array, ...]],
+) -> Callable[..., tuple[Array, ...]]:
+    if implementation == "xla":
+        return by_blocks
+    return functools.partial(fused, otherwise=by_blocks if implementation == "auto" else None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _causal_sum(
-    query: Array, key: Array, value: Array, include_self: bool, fused: bool
+    query: Array, key: Array, value: Array, include_self: bool, implementation: Implementation
 ) -> CausalSum:
-    return _causal_sum_forward(query, key, value, include_self, fused)[0]
+    return _causal_sum_forward(query, key, value, include_self, implementation)[0]
 
 
 def _causal_sum_forward(
-    query: Array, key: Array, value: Array, include_self: bool, fused: bool
+    query: Array, key: Array, value: Array, include_self: bool, implementation: Implementation
 ) -> tuple[CausalSum, tuple[Array, ...]]:
-    strict = kernels.forward if fused else _strict_forward
+    strict = _by_blocks_or_fused(implementation, _strict_forward, kernels.forward)
     total, self_weight, log_normaliser = strict(query, key, value)
     if include_self:
         total += self_weight[..., None] * value
@@ -184,14 +196,17 @@ def _causal_sum_forward(
 
 
 def _causal_sum_backward(
-    include_self: bool, fused: bool, residuals: tuple[Array, ...], gradient: CausalSum
+    include_self: bool,
+    implementation: Implementation,
+    residuals: tuple[Array, ...],
+    gradient: CausalSum,
 ) -> tuple[Array, Array, Array]:
     query, key, value, total, self_weight, log_normaliser = residuals
     d_total, d_self = gradient
     mean = jnp.sum(d_total * total, axis=-1) + d_self * self_weight
     d_own = d_self + _own_inner(d_total, value) if include_self else d_self
     d_own_score = (self_weight * (d_own - mean))[..., None]
-    strict = kernels.backward if fused else _strict_backward
+    strict = _by_blocks_or_fused(implementation, _strict_backward, kernels.backward)
     d_query, d_key, d_value = strict(
         query, key, value, log_normaliser, d_total.astype(value.dtype), mean
     )

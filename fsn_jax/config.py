@@ -117,16 +117,20 @@ class FSNConfig:
       feedforward: ``swiglu``, ``collective_modes`` (no MLP) or ``none``.
       feedforward_width: F, of the SwiGLU.
       num_modes: K, of the collective modes.
-      rotary_base: longest over shortest period of the rotary drift, as in RoPE.
+      rotary_base: of the rotary drift, as in RoPE: pair p of R turns by ``rotary_base**(-p / R)``
+        radians a position.
       embedding_init: distribution of the embedding angles at the start.
       embedding_scale: standard deviation of the normal ones, in radians.
       score_sharpness: initial inverse temperature in units of ``1 / sqrt(R)``.
       kernel_init: ``first_harmonic`` (the others start at zero) or ``sawtooth`` (rho_m proportional
         to ``(-1)**(m+1) / m``, which in full moves a phase onto the attended one in one step).
-      kernel_scale: the first harmonic's initial coefficient, for each delay.
+      kernel_scale: the first harmonic's initial coefficient, for each delay and the first head that
+        a phase hears; what starts at zero starts at 0.01 if ``signed_harmonics`` is off.
       dtype: of the matrix products; angles, softmax and logits are float32 always.
       remat: recompute each block in the backward pass instead of keeping its activations.
-      implementation: of the coupling; ``auto`` takes the fastest one for the backend.
+      implementation: of the coupling; ``auto`` takes the fastest one for the backend, ``xla`` goes
+        block by block, ``pallas`` is a fused kernel for one GPU or TPU or inside ``shard_map``,
+        ``reference`` is the definition, the only one with forward-mode derivatives.
     """
 
     vocab_size: int = 256
@@ -248,8 +252,10 @@ class FSNConfig:
         """
         n, inputs = self.num_phases, self._inputs
         pairs = _mean_causal_pairs(context)
+        # Heads that read a quadrature each are computed from both, in one product.
+        by_head = inputs if self.num_heads == 1 else 2 * n
         score_dense = {
-            "projected": 2 * inputs * (2 * self.num_heads * self.score_pairs),
+            "projected": 2 * by_head * (2 * self.num_heads * self.score_pairs),
             "gated": 2 * inputs * n,
             "static": 0,
             "none": 0,

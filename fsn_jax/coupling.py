@@ -73,7 +73,7 @@ def local_field(
         raise ValueError(f"kappa has {num_delays} delays; 1 or 2 are supported")
 
     def mean_field(weights: Array, z: Array) -> Array:
-        by_head = z.reshape(batch, length, num_heads, -1)
+        by_head = z.reshape(batch, length, num_heads, num_phases // num_heads)
         return jnp.einsum("bhtu,buhp->bthp", weights, by_head).reshape(z.shape)
 
     def one_harmonic(m: Array, kappa_m: Array) -> Array:
@@ -95,7 +95,8 @@ def fold_values(
 ) -> Float[Array, "B H L twoMP"]:
     """Folds the kernel into the values: ``v[u, m] = kappa[0, m] z_u**m + kappa[1, m] z_{u+1}**m``.
 
-    For ``u < t`` both delays share the weight ``A[t, u]``, so a single sum serves them.
+    For ``u < t`` both delays share the weight ``A[t, u]``, so a single sum serves them. It must be
+    over the strict past: the value of token t holds its successor, which t must not see.
 
     Args:
       z: phasors of the phases that each head couples, ``[B, H, L, P]``; one head stands for all if
@@ -131,7 +132,8 @@ def unfold_sum(
 
     Args:
       z: phasors of the receiving tokens, as for ``fold_values``.
-      total: ``S[t, m] = sum_{u < t} A[t, u] v[u, m]`` over folded values.
+      total: ``S[t, m] = sum_{u < t} A[t, u] v[u, m]`` over folded values, u = t left out, though A
+        is normalised over ``u <= t``.
       self_weight: ``A[t, t]``. A token meets itself at phase difference zero, where only the
         frustration angle pushes.
       kappa: the kernel by head, ``[T, M, H, P]``.
@@ -225,8 +227,8 @@ def _shift(z: Complex) -> Complex:
 
 
 def coupling_function(
-    kappa: Complex64[Array, "T M N"], num_points: int = 256
-) -> Float[Array, "T N points"]:
+    kappa: Complex64[Array, "T M *shape"], num_points: int = 256
+) -> Float[Array, "T *shape points"]:
     """``Gamma(phi) = Im sum_m kappa[m] exp(i m phi)`` over one turn: the kernel as a curve.
 
     ``phi`` is the phase of the source less that of the receiver, from -pi to pi; the curve is the
@@ -235,4 +237,4 @@ def coupling_function(
     phi = jnp.linspace(-jnp.pi, jnp.pi, num_points)
     harmonics = jnp.arange(1, kappa.shape[1] + 1)
     waves = jnp.exp(1j * harmonics[:, None] * phi[None])
-    return jnp.imag(jnp.einsum("tmn,mx->tnx", kappa, waves))
+    return jnp.imag(jnp.einsum("tm...,mx->t...x", kappa, waves))

@@ -14,7 +14,7 @@ def _random_quadrature(groups: int, phases: int) -> nn.initializers.Initializer:
     """Cosines and sines of uniform angles, ``[2, G, N]``."""
 
     def start(key: Array, *_: object) -> Array:
-        angle = jax.random.uniform(key, (groups, phases), maxval=2 * np.pi)
+        angle = jax.random.uniform(key, (groups, phases), jnp.float32, maxval=2 * np.pi)
         return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
 
     return start
@@ -56,7 +56,8 @@ class PhasorDense(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         if field is not None:
-            gains = self.param("field_gain", nn.initializers.zeros, (2, c.num_phases))
+            zeros = nn.initializers.zeros
+            gains = self.param("field_gain", zeros, (2, c.num_phases), jnp.float32)
             coherence, torque = (self._over_tokens(gain, z) for gain in gains)
             z = Complex(z.re + coherence * field.re, z.im + torque * field.im)
         if c.features == "phasor":
@@ -80,7 +81,7 @@ class PhasorDense(nn.Module):
                 kernel = (by_phase * grouped).reshape(2 * c.num_phases, self.features)
         y = inputs.astype(dtype) @ kernel.astype(dtype)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y += self._over_tokens(bias, z).astype(dtype)
         return y
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from fsn_jax.config import DType, FSNConfig
 from fsn_jax.dense import PhasorDense
-from fsn_jax.torus import Complex, phasor
+from fsn_jax.torus import Complex, token_phasor
 
 
 class SwiGLU(nn.Module):
@@ -55,9 +55,12 @@ class CollectiveModes(nn.Module):
         Args:
           theta: phases in radians.
           field: ``[B, L, N]``, what the weights see besides: ``FrustratedAttention.field``.
+
+        Raises:
+          ValueError: ``theta`` is not ``[B, L, num_phases]``.
         """
         c = self.config
-        z = phasor(theta)
+        z = token_phasor(theta, c.num_phases)
         drive = PhasorDense(c, c.num_modes, use_bias=True, name="weights")(z, field)
         weight = jax.nn.silu(drive.astype(jnp.float32)).astype(c.dtype)
         start = nn.initializers.normal(c.num_modes**-0.5)
@@ -66,7 +69,7 @@ class CollectiveModes(nn.Module):
             jnp.einsum(
                 "blk,kn->bln",
                 weight,
-                self.param(name, start, shape).astype(c.dtype),
+                self.param(name, start, shape, jnp.float32).astype(c.dtype),
                 preferred_element_type=jnp.float32,
             )
             for name in ("modes_real", "modes_imag")
@@ -92,9 +95,12 @@ class PhasorSwiGLU(nn.Module):
           theta: phases in radians.
           field: ``[B, L, N]``, what the gate and the other factor see besides:
             ``FrustratedAttention.field``.
+
+        Raises:
+          ValueError: ``theta`` is not ``[B, L, num_phases]``.
         """
         c = self.config
-        z = phasor(theta)
+        z = token_phasor(theta, c.num_phases)
         gate = PhasorDense(c, c.feedforward_width, angle=0.0, name="gate")(z, field)
         up = PhasorDense(c, c.feedforward_width, angle=np.pi / 2, name="up")(z, field)
         down = nn.Dense(c.num_phases, use_bias=False, dtype=jnp.dtype(c.dtype), name="down")

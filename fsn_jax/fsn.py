@@ -4,6 +4,7 @@ Source: arXiv 2606.18694, reconstructed; docs/model.md has the equations and doc
 the published text leaves open.
 """
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -55,7 +56,7 @@ class Block(nn.Module):
     def extend(
         self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "B S N"], LayerCache]:
-        """As ``__call__`` for S tokens at ``position`` and on, given a cache of those before."""
+        """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
         field, cache = self.attention.extend_field(theta, cache, position)
         return self._feed_forward(theta + field.im, field), cache
 
@@ -73,6 +74,10 @@ def embedding_start(config: FSNConfig) -> jax.nn.initializers.Initializer:
     return nn.initializers.uniform(2 * np.pi)
 
 
+sum_in_float32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+"""Of logits: two that differ by less than bfloat16 tells apart are not the same."""
+
+
 class FSN(nn.Module):
     """The language model: angles in, frustrated synchronization, logits out.
 
@@ -86,7 +91,7 @@ class FSN(nn.Module):
         self.embedding = PhaseEmbedding(c)
         block = nn.remat(Block) if c.remat else Block
         self.blocks = [block(c, name=f"block_{i}") for i in range(c.num_layers)]
-        self.readout = nn.Dense(c.vocab_size, dtype=jnp.dtype(c.dtype))
+        self.readout = nn.Dense(c.vocab_size, dtype=jnp.dtype(c.dtype), dot_general=sum_in_float32)
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
         """Logits, float32, before any softmax."""
@@ -98,7 +103,10 @@ class FSN(nn.Module):
     def extend(
         self, tokens: Int[Array, "B S"], cache: Cache
     ) -> tuple[Float[Array, "B S V"], Cache]:
-        """Logits of S tokens that follow those in the cache, and the cache with them in it."""
+        """Logits of S tokens that follow those in the cache, and the cache with them in it.
+
+        They are NaN for tokens that the cache has no room for.
+        """
         theta = self.embedding(tokens)
         layers = []
         for block, layer in zip(self.blocks, cache.layers, strict=True):
@@ -112,7 +120,7 @@ class FSN(nn.Module):
         return Cache(layers, jnp.zeros((), jnp.int32))
 
     def _logits(self, theta: Array) -> Array:
-        return self.readout(features(phasor(theta))).astype(jnp.float32)
+        return self.readout(features(phasor(theta)))
 
 
 class PhaseEmbedding(nn.Module):
@@ -124,5 +132,6 @@ class PhaseEmbedding(nn.Module):
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L N"]:
         """The tokens' phases before the first block, in radians, float32."""
         c = self.config
-        angles = self.param("angles", embedding_start(c), (c.vocab_size, c.num_phases))
+        shape = (c.vocab_size, c.num_phases)
+        angles = self.param("angles", embedding_start(c), shape, jnp.float32)
         return jnp.take(angles, tokens, axis=0)

@@ -4,8 +4,9 @@ The cache holds, for each layer, keys and values of the tokens seen; for an FSN 
 folded phasor powers, and the newest one waits for its successor (the one-step delay). Logits are
 those of the full forward pass.
 
-Two programs are compiled for a model and a batch: one reads a prompt, one draws ``CHUNK`` tokens.
-Temperature, top-k and top-p are their inputs, so that other settings compile nothing.
+For a model and a batch one program is compiled that draws ``CHUNK`` tokens, and one for each length
+of a prompt that reads it. Temperature, top-k and top-p are their inputs, so that other settings
+compile nothing.
 """
 
 import functools
@@ -20,7 +21,8 @@ import numpy.typing as npt
 from jaxtyping import Array, Bool, Float, Int
 
 from fsn_jax.config import ConfigError
-from fsn_jax.fsn import Cache
+from fsn_jax.fsn import FSN, Cache
+from fsn_jax.transformer import Transformer
 
 Variables = Mapping[str, Any]
 Tokens = Sequence[int] | Int[np.ndarray, " _"]
@@ -52,7 +54,7 @@ def likeliest(
     within = (rank < top_k) | (top_k == 0)
     probability = jax.nn.softmax(jnp.where(within, descending, -jnp.inf), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    within &= (before < top_p) | (top_p == 1)
+    within &= (before < top_p) | (top_p == 1) | (rank == 0)
     # Both conditions hold for the first so many ranks: those of the tokens kept.
     count = within.sum(axis=-1, keepdims=True)
     return jnp.argsort(order, axis=-1) < count
@@ -111,7 +113,7 @@ def _sample_chunk(
 
 
 def stream(
-    model: nn.Module,
+    model: FSN | Transformer,
     variables: Variables,
     prompt: Int[Array, "B S"],
     *,
@@ -123,7 +125,7 @@ def stream(
     top_p: float = 1.0,
     stop: Sequence[Tokens] = (),
 ) -> Iterator[Int[Array, "B n"]]:
-    """Yields the tokens that follow ``prompt``, a few at a time.
+    """The tokens that follow ``prompt``, a few at a time.
 
     When ``context`` tokens are reached, or the prompt is longer, the model goes on from the last
     half of a context: neither model was trained to look further back.
@@ -142,20 +144,39 @@ def stream(
         with ``NO_TOKEN``; nothing more is drawn when all rows have ended.
 
     Raises:
-      ConfigError: an argument is out of range.
+      ConfigError: an argument is out of range, before anything is drawn.
     """
     if prompt.shape[1] < 1:
         raise ConfigError("prompt must hold at least one token")
+    known = model.config.vocab_size
+    if not 0 <= np.min(prompt) <= np.max(prompt) < known:
+        raise ConfigError(
+            f"prompt must hold tokens from 0 to {known - 1}, the model's vocabulary; got "
+            f"{np.min(prompt)} to {np.max(prompt)}"
+        )
     if context < 2:
         raise ConfigError(f"context must be at least 2; got {context}")
     check_sampling(num_tokens=num_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    ending = _Ending(stop, prompt.shape[0])
     settings = {
         "temperature": jnp.float32(temperature),
         "top_k": jnp.int32(top_k),
         "top_p": jnp.float32(top_p),
     }
-    window, drawn = prompt, 0
+    ending = _Ending(stop, prompt.shape[0]) if stop else None
+    return _drawn(model, variables, jnp.asarray(prompt), num_tokens, key, context, settings, ending)
+
+
+def _drawn(
+    model: nn.Module,
+    variables: Variables,
+    window: Array,
+    num_tokens: int,
+    key: Array,
+    context: int,
+    settings: dict[str, Array],
+    ending: "_Ending | None",
+) -> Iterator[Array]:
+    drawn = 0
     while drawn < num_tokens:
         if window.shape[1] >= context:
             window = window[:, -(context // 2) :]
@@ -168,7 +189,7 @@ def stream(
             tokens = tokens[:, : min(CHUNK, num_tokens - drawn, context - window.shape[1])]
             window = jnp.concatenate([window, tokens], axis=1)
             drawn += tokens.shape[1]
-            if not stop:
+            if ending is None:
                 yield tokens
                 continue
             yield jnp.asarray(ending.cut(np.asarray(tokens)))
@@ -203,7 +224,7 @@ class _Ending:
 
 
 def generate(
-    model: nn.Module,
+    model: FSN | Transformer,
     variables: Variables,
     prompt: Int[Array, "B S"],
     *,

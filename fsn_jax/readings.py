@@ -75,7 +75,6 @@ def trace_layers(
         states = []
         for block in model.blocks:
             kappa = jax.lax.complex(*block.attention.kappa())
-            kappa = kappa if kappa.ndim == 4 else kappa[:, :, None]
             coupled, after = theta + block.attention(theta), block(theta)
             weights = block.attention.weights(theta)
             states.append(LayerState(theta, coupled, after, weights, kappa))

@@ -33,7 +33,7 @@ def _polynomial_phasor(theta: Array) -> Complex:
 
     XLA calls the C library's scalar cosine on the CPU, about nine times dearer than this, and
     fuses it into each of its many readers again; these few multiplications cost next to nothing
-    even where they are repeated, and give the same bits of the same formula on every backend.
+    even where they are repeated, and are the same formula on every backend.
     """
     quadrant = jnp.round(theta * (2 / np.pi))
     r = theta
@@ -66,13 +66,29 @@ def phasor(theta: Float[Array, "*shape"]) -> Complex:
     """``exp(i theta)``, computed once and reused by the derivative.
 
     Args:
-      theta: angles in radians, any shape, below about 1e4; float32, since bfloat16 would round
-        an angle of a few turns by more than a tenth of a radian.
+      theta: angles in radians, any shape, below about 1e4; worked on in float32. Keep them so:
+        bfloat16 rounds an angle of a few turns by more than a tenth of a radian.
 
     Returns:
-      Cosines and sines, of the shape of ``theta``.
+      Cosines and sines, float32, of the shape of ``theta``.
+
+    Raises:
+      TypeError: the angles are complex.
     """
-    return _phasor(theta)
+    if jnp.iscomplexobj(theta):
+        raise TypeError("phases are real angles; for complex z take jnp.angle(z)")
+    return _phasor(jnp.asarray(theta, jnp.float32))
+
+
+def token_phasor(theta: Float[Array, "B L N"], num_phases: int) -> Complex:
+    """``phasor`` of the states of tokens, whose shape it checks.
+
+    Raises:
+      ValueError: ``theta`` is not ``[B, L, num_phases]``.
+    """
+    if theta.ndim != 3 or theta.shape[-1] != num_phases:
+        raise ValueError(f"theta must be [B, L, num_phases={num_phases}]; got {theta.shape}")
+    return phasor(theta)
 
 
 def multiply(x: Complex, y: Complex) -> Complex:
@@ -112,5 +128,5 @@ def order_parameter(theta: Float[Array, "*shape N"], harmonic: int = 1) -> Float
 
     The Kuramoto order parameter for ``harmonic`` m = 1, Daido's for m > 1.
     """
-    z = phasor(harmonic * theta.astype(jnp.float32))
+    z = phasor(harmonic * jnp.asarray(theta, jnp.float32))
     return jnp.sqrt(z.re.mean(axis=-1) ** 2 + z.im.mean(axis=-1) ** 2)

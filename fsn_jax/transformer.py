@@ -15,7 +15,7 @@ from fsn_jax.attention import LayerCache, extend_sum
 from fsn_jax.causal import CausalSum, causal_sum, merge_heads, split_heads
 from fsn_jax.config import TransformerConfig
 from fsn_jax.feedforward import SwiGLU
-from fsn_jax.fsn import Cache
+from fsn_jax.fsn import Cache, sum_in_float32
 from fsn_jax.torus import Complex, multiply, rotary_phasor
 
 RMS_EPSILON = 1e-6
@@ -48,7 +48,7 @@ class RotaryAttention(nn.Module):
     def extend(
         self, x: Float[Array, "B S D"], cache: LayerCache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
-        """As ``__call__`` for S tokens at ``position`` and on, given a cache of those before."""
+        """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
         table = self._rotary(cache.key.shape[2])
         rotary = Complex(
             *(jax.lax.dynamic_slice_in_dim(part, position, x.shape[1], axis=0) for part in table)
@@ -104,7 +104,7 @@ class TransformerBlock(nn.Module):
     def extend(
         self, x: Float[Array, "B S D"], cache: LayerCache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
-        """As ``__call__`` for S tokens at ``position`` and on, given a cache of those before."""
+        """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
         update, cache = self.attention.extend(self.attention_norm(x), cache, position)
         x = x + update
         return x + self.feedforward(self.feedforward_norm(x)), cache
@@ -125,7 +125,12 @@ class Transformer(nn.Module):
         self.blocks = [block(c, name=f"block_{i}") for i in range(c.num_layers)]
         self.final_norm = nn.RMSNorm(epsilon=RMS_EPSILON)
         if not c.tied_embedding:
-            self.readout = nn.Dense(c.vocab_size, use_bias=False, dtype=jnp.dtype(c.dtype))
+            self.readout = nn.Dense(
+                c.vocab_size,
+                use_bias=False,
+                dtype=jnp.dtype(c.dtype),
+                dot_general=sum_in_float32,
+            )
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
         """Logits, float32, before any softmax."""
@@ -137,7 +142,10 @@ class Transformer(nn.Module):
     def extend(
         self, tokens: Int[Array, "B S"], cache: Cache
     ) -> tuple[Float[Array, "B S V"], Cache]:
-        """Logits of S tokens that follow those in the cache, and the cache with them in it."""
+        """Logits of S tokens that follow those in the cache, and the cache with them in it.
+
+        They are NaN for tokens that the cache has no room for.
+        """
         x = self.embedding(tokens)
         layers = []
         for block, layer in zip(self.blocks, cache.layers, strict=True):
@@ -152,8 +160,7 @@ class Transformer(nn.Module):
 
     def _logits(self, x: Array) -> Array:
         x = self.final_norm(x)
-        if self.config.tied_embedding:
-            logits = self.embedding.attend(x.astype(self.config.dtype))
-        else:
-            logits = self.readout(x)
-        return logits.astype(jnp.float32)
+        if not self.config.tied_embedding:
+            return self.readout(x)
+        x, table = (a.astype(self.config.dtype) for a in (x, self.embedding.embedding))
+        return jnp.einsum("bld,vd->blv", x, table, preferred_element_type=jnp.float32)

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 
-from fsn_jax import FrustratedAttention, KuramotoAttention
+from fsn_jax import CollectiveModes, FrustratedAttention, KuramotoAttention
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 SCORES = ("projected", "gated", "static", "none")
@@ -49,6 +49,23 @@ def test_every_switch_against_oracle(score, implementation):
         actual = layer.apply(variables, theta)
         assert actual.dtype == jnp.float32
         np.testing.assert_allclose(actual, expected, **TOLERANCE, err_msg=str(switches))
+
+
+@pytest.mark.parametrize("layer", [FrustratedAttention, KuramotoAttention, CollectiveModes])
+def test_phases_of_another_width_are_refused(layer):
+    layer = layer(cases.fsn_config(num_phases=8, num_heads=2))
+    expected = r"theta must be \[B, L, num_phases=8\]; got \(2, 5, 7\)"
+    with pytest.raises(ValueError, match=expected):
+        layer.init(jax.random.key(0), jnp.zeros((2, 5, 7)))
+
+
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
+def test_no_tokens_are_no_update(implementation):
+    layer = FrustratedAttention(
+        cases.fsn_config(num_phases=8, num_heads=2, implementation=implementation)
+    )
+    variables = cases.random_variables(layer, cases.angles(1, 3, 8))
+    assert layer.apply(variables, jnp.zeros((2, 0, 8))).shape == (2, 0, 8)
 
 
 @pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)

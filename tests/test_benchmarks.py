@@ -54,6 +54,11 @@ def test_rows_are_written_and_not_measured_again(tmp_path, timed, capsys):
     assert capsys.readouterr().out == first
     assert run(path, "--again") == 0
     assert len(path.read_text().splitlines()) == 2
+    asked = len(timed)
+    for other in ("--rounds=1", "--steps=3"):
+        assert run(path, other) == 0
+        assert len(timed) > asked, other
+        asked = len(timed)
 
 
 @pytest.mark.parametrize(

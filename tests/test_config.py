@@ -178,6 +178,19 @@ def training_flops(products):
             ],
         ),
         (
+            # A quadrature a phase for each head: its queries are computed from both.
+            {"features": "quadrature"},
+            [
+                (CONTEXT, 12, 12),
+                (CONTEXT, 12, 12),
+                (2 * PAIRS, 6, 1),
+                (2 * PAIRS, 1, 12),
+                (CONTEXT, 6, 7),
+                (CONTEXT, 6, 7),
+                (CONTEXT, 7, 6),
+            ],
+        ),
+        (
             {"score": "static", "values": "linear", "feedforward": "none"},
             [(2 * PAIRS, 6, 1), (CONTEXT, 12, 6), (2 * PAIRS, 1, 3), (CONTEXT, 6, 6)],
         ),

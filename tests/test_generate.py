@@ -69,6 +69,17 @@ def test_cached_logits_are_those_of_the_full_pass(name):
     np.testing.assert_allclose(np.concatenate(logits, axis=1), full, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["full", "transformer"])
+def test_what_the_cache_has_no_room_for_is_nan(name):
+    model, variables = built(name)
+    extend = cases.quick_jit(functools.partial(model.apply, method="extend"))
+    cache = model.apply(variables, 1, 4, method="empty_cache")
+    for position, token in enumerate(cases.tokens(1, 6).T):
+        logits, cache = extend(variables, token[:, None], cache)
+        assert bool(jnp.isnan(logits).all()) == (position >= 4)
+        assert bool(jnp.isnan(logits).any()) == (position >= 4)
+
+
 def test_the_base_layer_extends_as_it_is_called():
     """``KuramotoAttention`` is in no model: its own cache, cut after two and five tokens."""
     layer = KuramotoAttention(cases.fsn_config(**cases.BASE_LAYER))
@@ -268,6 +279,8 @@ def test_a_stop_sequence_in_the_prompt_does_not_end_the_text():
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("prompt", jnp.zeros((1, 0), jnp.int32)),
+        ("prompt", jnp.full((1, 2), 11)),
+        ("prompt", jnp.full((1, 2), -1)),
         ("stop", [[1], []]),
     ],
 )
@@ -282,5 +295,5 @@ def test_refuses_a_bad_argument_in_one_line_that_names_it(argument, value):
         argument: value,
     }
     with pytest.raises(ConfigError, match=argument) as caught:
-        generate(model, variables, **arguments)
+        stream(model, variables, **arguments)  # before anything is asked of it
     assert "\n" not in str(caught.value)

@@ -26,7 +26,7 @@ def kernel(request, monkeypatch):
     """Runs one of the kernels in JAX, with small blocks."""
     chosen = KERNELS[request.param]
     monkeypatch.setattr(chosen, "BLOCK", SMALL_BLOCK)
-    monkeypatch.setattr(kernels, "_by_platform", lambda run, *arrays: run(chosen, True, *arrays))
+    monkeypatch.setattr(kernels, "_by_platform", lambda run, _, *arrays: run(chosen, True, *arrays))
 
 
 def exact(query, key, value, d_total, d_self, include_self):
@@ -146,7 +146,7 @@ def test_a_kernel_that_fails_is_reported_and_not_used(monkeypatch):
     """As on a GPU whose compiler refuses it, or where it computes something else."""
     kernels.works.cache_clear()
 
-    def refuses(*_):
+    def refuses(*_, **__):
         raise NotImplementedError("no such tile")
 
     monkeypatch.setattr(kernels, "forward", refuses)
@@ -156,7 +156,7 @@ def test_a_kernel_that_fails_is_reported_and_not_used(monkeypatch):
     kernels.works.cache_clear()
     wrong = functools.partial(kernels.backward)
     monkeypatch.undo()
-    monkeypatch.setattr(kernels, "backward", lambda *a: tuple(2 * g for g in wrong(*a)))
+    monkeypatch.setattr(kernels, "backward", lambda *a, **_: tuple(2 * g for g in wrong(*a)))
     with pytest.warns(UserWarning, match="fused kernel is not used.*a gradient is off"):
         assert not kernels.works(16, 2, 4, "float32")
 
@@ -166,8 +166,67 @@ def test_a_kernel_that_fails_is_reported_and_not_used(monkeypatch):
     kernels.works.cache_clear()
 
 
+SHAPE = jax.ShapeDtypeStruct((8, 2, 16, 4), jnp.float32)
+
+
+def auto(x):
+    return causal_sum(x, x, x, include_self=False).total
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """A machine that says it has a GPU whose kernels work."""
+    monkeypatch.setattr(kernels, "works", lambda *_: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize(
+    ("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "__gpu$xla.gpu.triton")]
+)
+def test_auto_keeps_the_kernel_out_of_a_program_that_the_compiler_divides(platform, call):
+    """A batch over eight devices: by ``jax.jit`` in blocks, by ``shard_map`` with the kernel."""
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    by_data = jax.sharding.NamedSharding(mesh, spec)
+    divided = jax.jit(auto, in_shardings=by_data)
+    mapped = jax.jit(jax.shard_map(auto, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    for program, count in ((divided, 0), (mapped, 1)):
+        exported = jax.export.export(
+            program,
+            platforms=[platform],
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(call)],
+        )(SHAPE)
+        assert exported.mlir_module().count(f"@{call}(") == count
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_auto_never_interprets(monkeypatch):
+    """A program placed on, or exported for, the CPU of a machine with a GPU runs in blocks."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    x = cases.angles(8, 2, 16, 4)
+    gradients = jax.jit(jax.grad(lambda x: jnp.sin(auto(x)).sum()))
+    by_blocks = jax.jit(
+        jax.grad(
+            lambda x: jnp.sin(
+                causal_sum(x, x, x, include_self=False, implementation="xla").total
+            ).sum()
+        )
+    )
+    # A function of its own: what another test has traced of `auto` is remembered.
+    assert "pallas_call" in str(jax.make_jaxpr(lambda x: auto(x))(SHAPE))
+    np.testing.assert_array_equal(gradients(x), by_blocks(x))
+    hlo = jax.export.export(gradients, platforms=["cpu"])(SHAPE).mlir_module()
+    interpreted = jax.export.export(
+        jax.jit(lambda x: causal_sum(x, x, x, include_self=False, implementation="pallas").total),
+        platforms=["cpu"],
+    )(SHAPE).mlir_module()
+    assert "dynamic_update_slice" in interpreted and "dynamic_update_slice" not in hlo
+
+
 def test_auto_takes_the_kernel_where_it_works(monkeypatch):
     """On a GPU or TPU, asked for the sizes at hand; a CPU keeps the blocks."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     asked = []
     shape = jax.ShapeDtypeStruct((1, 2, 16, 4), jnp.float32)
 

@@ -93,6 +93,8 @@ def test_bfloat16_compute(name):
     assert {leaf.dtype for leaf in kept} == {jnp.dtype("float32")}
     (loss, logits), gradients = step(coarse)(exact.params, exact.tokens)
     assert logits.dtype == loss.dtype == jnp.float32
+    rounded = logits.astype(jnp.bfloat16).astype(jnp.float32)
+    assert np.mean(logits != rounded) > 0.9, "the last sum is not rounded to bfloat16"
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
     error = np.sqrt(np.mean(np.square(logits - exact.logits))) / np.std(exact.logits)
     assert 1e-4 < error < 0.05
@@ -100,6 +102,18 @@ def test_bfloat16_compute(name):
     ours, theirs = all_leaves(exact.gradients), all_leaves(gradients)
     assert np.isfinite(theirs).all()
     assert np.linalg.norm(ours - theirs) < 0.1 * np.linalg.norm(ours)
+
+
+@main_models
+def test_double_precision_elsewhere_leaves_a_model_as_it_is(name):
+    """``jax_enable_x64``, as another library may set it: parameters and logits stay float32."""
+    tokens = cases.tokens(1, 5)
+    for changes in ({}, {"implementation": "reference"}):
+        model = MODELS[name](**changes)
+        with jax.enable_x64(True):
+            logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), tokens)
+        leaves = jax.tree.leaves((logits, variables))
+        assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}, changes
 
 
 def test_bfloat16_keeps_the_angles_of_an_fsn():

@@ -17,6 +17,16 @@ def test_phasor_is_the_complex_exponential():
     np.testing.assert_allclose(z[1], expected.imag, atol=1e-6)
 
 
+def test_angles_of_another_type_are_worked_on_in_float32():
+    """The cosine of a bfloat16 angle is that of the number that it is."""
+    theta = cases.angles(100, turns=50.0).astype(jnp.bfloat16)
+    z = torus.phasor(theta)
+    assert z.re.dtype == z.im.dtype == jnp.float32
+    np.testing.assert_allclose(z.re, np.cos(np.asarray(theta, np.float64)), atol=1e-6)
+    with pytest.raises(TypeError, match="real angles|Type-check error"):
+        torus.phasor(jnp.exp(1j * cases.angles(3)))
+
+
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_phasor_derivative(mode):
     """The hand-written derivative: d cos = -sin, d sin = cos, in both modes and to second order."""

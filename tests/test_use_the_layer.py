@@ -71,7 +71,13 @@ def test_the_other_fields_do_not_change_a_layer():
 
 
 def test_the_coupling_as_a_function(first):
-    (names,) = run("The coupling as a pure function", first[-1])
+    names, folded = run("The coupling as a pure function", first[-1])
+    theta, update = folded["theta"], jax.jit(folded["folded_update"])
+    weights = folded["attention_weights"](folded["query"], folded["key"])
+    expected = coupling_update(theta, weights, folded["kappa"])
+    np.testing.assert_allclose(folded["folded"], expected, rtol=1e-4, atol=1e-5)
+    before = update(theta)[:, :40]
+    np.testing.assert_array_equal(update(theta.at[:, 40:].add(1.0))[:, :40], before)
     assert names["dtheta"].shape == (2, 64, 32)
     assert names["gamma"].shape == (2, 32, 256)
     phi = np.linspace(-np.pi, np.pi, 256)

@@ -4,11 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
+from fsn_jax import FSN, Transformer
 from train.checkpoint import Checkpoints
 from train.config import ExperimentConfig
 from train.corpus import Corpus, open_corpus
@@ -31,7 +31,7 @@ class LanguageModel:
       corpus_name: of the text that the vocabulary is of.
     """
 
-    model: nn.Module
+    model: FSN | Transformer
     params: Any
     vocabulary: Vocabulary
     context: int
@@ -59,7 +59,7 @@ class TrainedModel:
     run: RunFolder
     experiment: ExperimentConfig
     corpus: Corpus
-    model: nn.Module
+    model: FSN | Transformer
     params: Any
     step: int
     mesh: Mesh

@@ -49,17 +49,16 @@ BAND = (10, 50, 90)
 def measure(state: LayerState) -> dict[str, Any]:
     """Every reading of a layer that is computed from its kernel and states, as arrays."""
     strength, angle = coefficients(state.kappa)
-    heard = range(state.kappa.shape[2])
     entropy = attention_entropy(state.attention)[:, :, 1:]
     most = jnp.log(jnp.arange(2, state.attention.shape[-1] + 1))[None, None]
-    frustration = data_frustration(state.before, state.attention, len(heard))
+    frustration = data_frustration(state.before, state.attention, state.kappa.shape[2])
     mean = resultant(frustration)
     states = {"before": state.before, "coupled": state.coupled, "after": state.after}
     return {
         "strength": strength,
         "angle": angle,
         "repulsiveness": repulsiveness(strength),
-        "curves": jnp.stack([coupling_function(state.kappa[:, :, j], POINTS) for j in heard]),
+        "curves": coupling_function(state.kappa, POINTS),
         "entropy": entropy.mean(axis=(0, 2)),
         "relative_entropy": (entropy / most).mean(axis=(0, 2)),
         "order": {
@@ -96,7 +95,7 @@ def read_layer(state: LayerState) -> dict[str, Any]:
         "coupling": [
             {"delay": delay, "head": head}
             | {
-                f"p{level}": _round(np.percentile(found["curves"][head, delay], level, axis=0))
+                f"p{level}": _round(np.percentile(found["curves"][delay, head], level, axis=0))
                 for level in BAND
             }
             for delay in range(num_delays)

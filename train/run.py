@@ -377,7 +377,7 @@ def _processor() -> str:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the code that runs and whether the tree differs from it."""
+    """Commit of the code that runs and whether the tree differs from it, but for ``results/``."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
@@ -389,7 +389,7 @@ def git_state() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    diff = git("diff", "HEAD")
+    diff = git("diff", "HEAD", "--", ":(top)", ":(top,exclude)results")
     return {
         "commit": git("rev-parse", "HEAD"),
         "modified": bool(diff) if diff is not None else None,

@@ -77,7 +77,7 @@ class TrainState:
     tally: Tally
 
 
-def build_model(config: ModelConfig) -> nn.Module:
+def build_model(config: ModelConfig) -> FSN | Transformer:
     """The Flax module of a model's configuration."""
     return FSN(config) if isinstance(config, FSNConfig) else Transformer(config)
 

@@ -17,17 +17,23 @@ from jax import Array
 from fsn_jax.config import Implementation
 from fsn_jax.kernels import gpu, tpu
 
+Elsewhere = Callable[..., tuple[Array, ...]] | None
+"""What runs on platforms without a kernel."""
 
-def forward(query: Array, key: Array, value: Array) -> tuple[Array, ...]:
+
+def forward(
+    query: Array, key: Array, value: Array, *, otherwise: Elsewhere = None
+) -> tuple[Array, ...]:
     """The strict sum ``[B, H, L, G]``, self weights and log normalisers ``[B, H, L]``, float32.
 
-    Compiled for the platform that the program is lowered for; on a CPU the GPU's kernel is
-    interpreted, which is slow and for tests.
+    Compiled for the platform that the program is lowered for.
 
     Args:
       query: ``[B, H, L, E]``, float32 or bfloat16.
       key: as ``query``.
       value: ``[B, H, L, G]``.
+      otherwise: takes the same arrays on a platform that has no kernel; None interprets the GPU's,
+        which is slow and for tests.
     """
     leading, width = value.shape[:3], value.shape[3]
 
@@ -35,7 +41,7 @@ def forward(query: Array, key: Array, value: Array) -> tuple[Array, ...]:
         total, own, log = kernel.forward(*_pack(kernel, width, *arrays), interpret=interpret)
         return tuple(_unpack(x, leading) for x in (total[..., :width], own[..., 0], log[..., 0]))
 
-    return _by_platform(run, query, key, value)
+    return _by_platform(run, otherwise, query, key, value)
 
 
 def backward(
@@ -45,6 +51,8 @@ def backward(
     log_normaliser: Array,
     d_total: Array,
     mean: Array,
+    *,
+    otherwise: Elsewhere = None,
 ) -> tuple[Array, ...]:
     """Gradients of the strict sum by query, key and value, float32.
 
@@ -55,6 +63,7 @@ def backward(
       log_normaliser: of ``forward``.
       d_total: gradient by the sum, in the type of ``value``.
       mean: mean of the gradient by the weights, under the weights, ``[B, H, L]``.
+      otherwise: as for ``forward``.
     """
     leading, widths = value.shape[:3], [x.shape[3] for x in (query, key, value)]
 
@@ -64,15 +73,17 @@ def backward(
             _unpack(x[..., :width], leading) for x, width in zip(gradients, widths, strict=True)
         )
 
-    return _by_platform(run, query, key, value, log_normaliser, d_total, mean)
+    return _by_platform(run, otherwise, query, key, value, log_normaliser, d_total, mean)
 
 
-def _by_platform(run: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
+def _by_platform(
+    run: Callable[..., tuple[Array, ...]], otherwise: Elsewhere, *arrays: Array
+) -> tuple[Array, ...]:
     return jax.lax.platform_dependent(
         *arrays,
         tpu=functools.partial(run, tpu, False),
         cuda=functools.partial(run, gpu, False),
-        default=functools.partial(run, gpu, True),
+        default=otherwise or functools.partial(run, gpu, True),
     )
 
 

@@ -85,6 +85,40 @@ def trace_layers(
     return states
 
 
+class AttentionTargets(NamedTuple):
+    """What a head attends to: mean weights, from 0 to 1.
+
+    Attributes:
+      itself: of a token for itself, where the coupling has nothing to pull at but its own angle.
+      previous: for the token before.
+      repeat: for all earlier tokens that end the same two characters as the token, together. The
+        delayed term couples to their successors: a head with much of it copies (is an induction
+        head, in one layer).
+    """
+
+    itself: Float[Array, " H"]
+    previous: Float[Array, " H"]
+    repeat: Float[Array, " H"]
+
+
+def attention_targets(
+    attention: Float[Array, "B H L L"], tokens: Int[Array, "B L"]
+) -> AttentionTargets:
+    """Where the weights of each head go, over the tokens that have such a target."""
+    batch, length = tokens.shape
+    same = tokens[:, :, None] == tokens[:, None, :]
+    before = jnp.pad(same[:, :-1, :-1], ((0, 0), (1, 0), (1, 0)))
+    own, one_before = (jnp.eye(length, k=-step, dtype=bool)[None] for step in (0, 1))
+    masks = (own, one_before, same & before & jnp.tri(length, k=-1, dtype=bool)[None])
+
+    def mean(mask: Array) -> Array:
+        mask = jnp.broadcast_to(mask, (batch, length, length))[:, None]
+        received = jnp.where(mask, attention, 0).sum(axis=(0, 2, 3))
+        return received / jnp.maximum(mask.any(axis=-1).sum(), 1)
+
+    return AttentionTargets(*map(mean, masks))
+
+
 class WeightedAngles(NamedTuple):
     """Angles in radians and how much each of them counts."""
 

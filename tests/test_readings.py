@@ -12,6 +12,7 @@ from fsn_jax import FSN
 from fsn_jax.attention import attention_entropy
 from fsn_jax.coupling import coupling_update
 from fsn_jax.readings import (
+    attention_targets,
     coefficients,
     data_frustration,
     repulsiveness,
@@ -148,6 +149,21 @@ def test_entropy_of_even_and_of_single_weights():
     np.testing.assert_allclose(entropy, [np.log(8), 0], atol=1e-6)
 
 
+def test_attention_to_repeats_is_over_the_tokens_that_have_one():
+    """Worked out by hand: of ``abcab``, only the last b ends a pair that was there before."""
+    tokens = jnp.array([[0, 1, 2, 0, 1]])
+    attention = np.zeros((1, 2, 5, 5), np.float32)
+    attention[0, 0] = np.eye(5)
+    attention[0, 0, 4] = [0.1, 0.7, 0.0, 0.2, 0.0]
+    attention[0, 1] = np.tril(np.ones((5, 5))) / np.arange(1, 6)[:, None]
+    found = cases.quick_jit(attention_targets)(jnp.asarray(attention), tokens)
+    np.testing.assert_allclose(found.repeat, [0.7, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(found.itself, [4 / 5, np.mean(1 / np.arange(1, 6))], rtol=1e-6)
+    np.testing.assert_allclose(found.previous, [0.2 / 4, np.mean(1 / np.arange(2, 6))], rtol=1e-6)
+    nothing = cases.quick_jit(attention_targets)(jnp.asarray(attention), jnp.arange(5)[None])
+    np.testing.assert_array_equal(nothing.repeat, 0)
+
+
 def test_a_histogram_over_the_circle_shares_the_weight():
     share = readings.circle_histogram(np.array([0.01, 0.02, 3.1]), np.array([1.0, 2.0, 1.0]))
     assert share.sum() == pytest.approx(1)
@@ -173,6 +189,8 @@ def test_the_program_reads_every_coefficient_of_a_run(finished_arms, tmp_path, c
         assert curve["p50"][half] == pytest.approx(np.median(middle), abs=1e-4)
     assert len(layer["attention_entropy"]) == 2
     assert all(0 <= share <= 1 for share in layer["relative_entropy"])
+    for weights in layer["attention_to"].values():
+        assert len(weights) == 2 and all(0 <= weight <= 1 for weight in weights)
     for order in layer["order"].values():
         assert 0 <= order["token"] <= 1 and len(order["coordinates"]) == 8
     assert sum(layer["data_frustration"]["histogram"]) == pytest.approx(1, abs=1e-3)

@@ -2,7 +2,8 @@
 
 For every layer: the coupling function of both delays, frustration angles, signed Daido coefficients
 and how repulsive each harmonic is, all from the kernel; attention entropy, order parameters and the
-frustration that the text brings into the delayed coupling, over windows of the validation split.
+frustration that the text brings into the delayed coupling, and what each head attends to, over
+windows of the validation split.
 Writes JSON and, beside it, two figures.
 """
 
@@ -22,6 +23,7 @@ from fsn_jax.attention import attention_entropy
 from fsn_jax.coupling import coupling_function
 from fsn_jax.readings import (
     LayerState,
+    attention_targets,
     coefficients,
     data_frustration,
     repulsiveness,
@@ -46,7 +48,7 @@ BAND = (10, 50, 90)
 
 
 @jax.jit
-def measure(state: LayerState) -> dict[str, Any]:
+def measure(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
     """Every reading of a layer that is computed from its kernel and states, as arrays."""
     strength, angle = coefficients(state.kappa)
     entropy = attention_entropy(state.attention)[:, :, 1:]
@@ -61,6 +63,7 @@ def measure(state: LayerState) -> dict[str, Any]:
         "curves": coupling_function(state.kappa, POINTS),
         "entropy": entropy.mean(axis=(0, 2)),
         "relative_entropy": (entropy / most).mean(axis=(0, 2)),
+        "attention_to": attention_targets(state.attention, tokens)._asdict(),
         "order": {
             place: {
                 "token": order_parameter(theta).mean(),
@@ -74,9 +77,9 @@ def measure(state: LayerState) -> dict[str, Any]:
     }
 
 
-def read_layer(state: LayerState) -> dict[str, Any]:
-    """The readings of one layer, as plain values."""
-    found = jax.device_get(measure(state))
+def read_layer(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
+    """The readings of one layer over some text, as plain values."""
+    found = jax.device_get(measure(state, tokens))
     num_delays, num_harmonics, heard, _ = state.kappa.shape
     return {
         "coefficients": [
@@ -103,6 +106,7 @@ def read_layer(state: LayerState) -> dict[str, Any]:
         ],
         "attention_entropy": _round(found["entropy"]),
         "relative_entropy": _round(found["relative_entropy"]),
+        "attention_to": {name: _round(x) for name, x in found["attention_to"].items()},
         "order": {
             place: {name: _round(value) for name, value in order.items()}
             for place, order in found["order"].items()
@@ -169,7 +173,7 @@ def read(
         * config.num_harmonics
         * config.num_heads
         * config.phases_per_kernel,
-        "layers": [read_layer(state) for state in states],
+        "layers": [read_layer(state, tokens) for state in states],
         "provenance": provenance(trained.corpus),
     }
 
@@ -229,11 +233,11 @@ def _rose(axis: Any, edges: npt.NDArray[Any], share: npt.NDArray[Any], color: st
 
 
 def draw_depth(page: dict[str, Any], target: Path) -> None:
-    """Order parameters, attention entropy and the text's frustration through the layers."""
+    """Order parameters, attention (entropy, repeats) and the text's frustration through layers."""
     layers = page["layers"]
     depth = np.arange(len(layers))
     with style():
-        figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+        figure, axes = plt.subplots(1, 4, figsize=(14.5, 3.4), layout="constrained")
         by_depth = [layers[0]["order"]["before"], *(layer["order"]["after"] for layer in layers)]
         coordinates = np.array([order["coordinates"] for order in by_depth])
         places = np.arange(len(by_depth))
@@ -254,10 +258,14 @@ def draw_depth(page: dict[str, Any], target: Path) -> None:
         axes[1].plot(depth, entropy, marker="o", lw=1)
         axes[1].set_ylabel("attention entropy / log of what is seen")
         axes[1].set_ylim(0, 1)
+        repeat = np.array([layer["attention_to"]["repeat"] for layer in layers])
+        axes[2].plot(depth, repeat, marker="o", lw=1)
+        axes[2].set_ylabel("attention to repeats of two characters")
+        axes[2].set_ylim(0, max(0.1, 1.1 * repeat.max()))
         length = np.array([layer["data_frustration"]["length"] for layer in layers])
-        axes[2].boxplot(length.T, positions=depth, widths=0.5)
-        axes[2].set_ylabel("constancy of the text's frustration")
-        axes[2].set_ylim(0, 1)
+        axes[3].boxplot(length.T, positions=depth, widths=0.5)
+        axes[3].set_ylabel("constancy of the text's frustration")
+        axes[3].set_ylim(0, 1)
         for axis in axes[1:]:
             axis.set_xticks(depth, [str(i + 1) for i in depth])
         for axis in axes:
@@ -294,7 +302,9 @@ def program(argv: Sequence[str]) -> None:
 
 def summary_text(page: dict[str, Any]) -> str:
     """A line a layer: what the kernel and the states come to."""
-    lines = ["layer  repulsive (delay 0; 1)  |angle|  entropy  order  text's frustration"]
+    lines = [
+        "layer  repulsive (delay 0; 1)  |angle|  entropy  to repeats  order  text's frustration"
+    ]
     for number, layer in enumerate(page["layers"], 1):
         repelling = "; ".join(
             " ".join(f"{share:.2f}" for share in by_harmonic)
@@ -304,6 +314,7 @@ def summary_text(page: dict[str, Any]) -> str:
         lines.append(
             f"{number:5}  {repelling:23}  {angles.mean():7.3f}  "
             f"{np.mean(layer['attention_entropy']):7.3f}  "
+            f"{np.max(layer['attention_to']['repeat']):10.3f}  "
             f"{np.mean(layer['order']['after']['coordinates']):5.3f}  "
             f"{np.mean(layer['data_frustration']['length']):18.3f}"
         )

@@ -40,7 +40,8 @@ def readings_result():
     """What readings writes, of made-up states of two layers."""
     theta = cases.angles(1, 5, 4)
     state = LayerState(theta, theta, theta, cases.random_attention(1, 2, 5), jnp.ones((2, 1, 2, 4)))
-    layer = read_layer(state._replace(kappa=state.kappa * (0.3 - 0.2j)))
+    kappa = state.kappa * (0.3 - 0.2j)
+    layer = read_layer(state._replace(kappa=kappa), jnp.array([[0, 1, 2, 0, 1]]))
     return {
         "kind": "readings", "run": "fsn", "step": 20, "windows": 1, "length": 5,
         "layers": [layer, layer],
@@ -154,7 +155,7 @@ def test_every_chart_is_drawn_without_fault_request_or_overflow(made, tab, width
     assert tab.run("document.title") == "A <title> & more"
     assert tab.run("document.documentElement.scrollWidth") <= width
     charts = tab.run("[...document.querySelectorAll('.plot > svg')].map(s => s.ariaLabel)")
-    assert len(charts) == 8 and all(charts)
+    assert len(charts) == 9 and all(charts)
     assert lines(tab, "loss-curves") == 2 and lines(tab, "scale-ladder") == 4
     assert lines(tab, "copy-depth") == 1
     assert tab.run("document.querySelectorAll('.roses svg').length") == 3

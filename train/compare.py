@@ -205,7 +205,7 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
         left.legend(frameon=False)
         middle.set_xlabel("minutes of training")
         right.set_xlabel("characters seen, millions")
-        right.set_ylabel(f"{one.name} less {other.name}\nBPC, ± {STANDARD_ERRORS:g} s.e.")
+        right.set_ylabel(f"{one.name}\nless {other.name}\nBPC, ± {STANDARD_ERRORS:g} s.e.")
         figure.savefig(target, dpi=150)
         plt.close(figure)
 

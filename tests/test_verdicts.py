@@ -198,10 +198,13 @@ def depth_table(base, full, *, far_copy=0.5, width=0.01):
         ]
 
     return {
+        "reference": "plain",
         "arms": {
+            "plain": {"difference": [], "runs": [{}, {}]},
+            "beside": {"difference": [], "runs": [{}]},  # an arm that the claim is not about
             "base": {"difference": cells(base, far_copy), "runs": [{}, {}]},
             "full": {"difference": cells(full, full), "runs": [{}, {}]},
-        }
+        },
     }
 
 

@@ -16,13 +16,24 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def check_json_output(output: Path) -> None:
-    """Raises UserError unless ``--output`` names a .json whose folder can be made."""
-    above = next(folder for folder in output.absolute().parents if folder.exists())
-    if output.suffix != ".json" or not above.is_dir():
+    """Makes the folder of ``--output``, before the work whose result goes there.
+
+    Raises:
+      UserError: it names no .json, or its folder cannot be made or written.
+    """
+    if output.suffix != ".json" or output.is_dir():
         raise UserError(f"--output={output} must be a .json in a folder")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output={output}: the folder {output.parent} cannot be made ({error.strerror}); "
+            f"name another"
+        ) from None
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output={output}: the folder {output.parent} cannot be written")
 
 
 def write_json(output: Path, content: Any, *, indent: int | None = None) -> None:
-    """Writes what a program found, in a folder that need not exist yet."""
-    output.parent.mkdir(parents=True, exist_ok=True)
+    """Writes what a program found; see ``check_json_output``."""
     write_atomically(output, json.dumps(content, indent=indent) + "\n")

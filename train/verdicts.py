@@ -318,7 +318,7 @@ def copy_depth(table: Mapping[str, Any], *, full: str, base: str) -> Verdict:
         + ", ".join(f"{cell['bucket']}: {cell['mean']:+.3f}" for cell in ahead)
         + ")"
     )
-    if any(len(arm["runs"]) < 2 for arm in table["arms"].values()):
+    if any(len(table["arms"][arm]["runs"]) < 2 for arm in (full, base, table["reference"])):
         return Verdict("undecided", text, "one seed")
     if against:
         return Verdict("fails", text)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+from flax.traverse_util import flatten_dict
 
 from fsn_jax import FSNConfig, TransformerConfig
 
@@ -132,10 +133,7 @@ def random_attention(batch: int, heads: int, length: int, seed: int = 0) -> jax.
 
 def leaf_paths(tree: Any) -> set[str]:
     """Name every leaf of a tree of dicts by its path, as in `block_0/attention/kernel_real`."""
-    return {
-        "/".join(str(step.key) for step in path)
-        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return set(flatten_dict(tree, sep="/"))
 
 
 def check_gradients(gradients: Any, exact: Any, at: Any, seed: int = 11) -> None:

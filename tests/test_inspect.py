@@ -7,6 +7,7 @@ import math
 import jax
 import pytest
 import small_runs
+from flax.traverse_util import flatten_dict
 
 from train import inspect
 from train.data import WindowOrder, host_batches
@@ -62,10 +63,7 @@ def test_the_parameters_are_the_models(here, capsys):
     experiment = parse_config(["", f"--config={here / 'config.py'}"])
     tokens = jax.numpy.zeros((1, 2), jax.numpy.int32)
     params = jax.eval_shape(build_model(experiment.model).init, jax.random.key(0), tokens)["params"]
-    leaves = {
-        "/".join(entry.key for entry in path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
+    leaves = flatten_dict(params, sep="/")
     assert {p["path"]: tuple(p["shape"]) for p in told["parameters"]} == {
         name: leaf.shape for name, leaf in leaves.items()
     }

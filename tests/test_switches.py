@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from fsn_jax import FSN
 
@@ -84,10 +85,7 @@ def shapes(**changes):
     tree = jax.eval_shape(
         FSN(cases.fsn_config(num_layers=1, **changes)).init, jax.random.key(0), TOKENS
     )
-    return {
-        "/".join(step.key for step in path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree["params"])
-    }
+    return {name: leaf.shape for name, leaf in flatten_dict(tree["params"], sep="/").items()}
 
 
 def with_block(params, **parts):

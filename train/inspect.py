@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from train.config import ExperimentConfig
@@ -271,14 +272,14 @@ def _sharding(leaf: jax.ShapeDtypeStruct) -> str:
 def _parameters(params: Any) -> list[Parameter]:
     return [
         Parameter(
-            path="/".join(entry.key for entry in path),
+            path=name,
             shape=leaf.shape,
             dtype=leaf.dtype.name,
             size=math.prod(leaf.shape),
-            group=group_of(path),
+            group=group_of(name.split("/")),
             sharding=_sharding(leaf),
         )
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+        for name, leaf in flatten_dict(params, sep="/").items()
     ]
 
 

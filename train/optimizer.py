@@ -43,7 +43,7 @@ def group_of(path: tuple[Any, ...]) -> str:
     """The group of a parameter.
 
     Args:
-      path: its path in the parameter tree, as ``jax.tree_util`` gives it.
+      path: its path in the parameter tree, as names or as ``jax.tree_util`` gives it.
 
     Raises:
       KeyError: a parameter that no group knows, which a new layer must decide.

@@ -28,6 +28,7 @@ from typing import IO, Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from train.bucket import is_remote
 from train.config import ExperimentConfig
@@ -337,8 +338,8 @@ def write_parameter_table(run: RunFolder, params: Any) -> None:
 def parameter_table(params: Any) -> str:
     """A line a parameter: path, shape, number of scalars."""
     rows = [
-        ("/".join(k.key for k in path), str(tuple(leaf.shape)), f"{int(np.prod(leaf.shape)):,}")
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+        (name, str(tuple(leaf.shape)), f"{int(np.prod(leaf.shape)):,}")
+        for name, leaf in flatten_dict(params, sep="/").items()
     ]
     total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
     rows.append(("total", "", f"{total:,}"))

@@ -21,8 +21,10 @@ NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 
 
 def score_changes(score: str) -> dict[str, Any]:
-    """Another score; only a projected one has a number of phases of its own."""
-    return {"score": score, **({} if score == "projected" else {"score_phases": 0})}
+    """Another score; only a projected one has a number of phases, and similarity heads."""
+    return {"score": score} | (
+        {} if score == "projected" else {"score_phases": 0, "similarity_heads": 0}
+    )
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -31,6 +33,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "non_negative": {"signed_harmonics": False},
     "linear_values": {"values": "linear", "field_features": False},
     "no_field_features": {"field_features": False},
+    "no_similarity_head": {"similarity_heads": 0},
+    "only_similarity_heads": {"similarity_heads": REFERENCE.num_heads},
+    "four_heads": {"num_heads": 4, "heads_per_phase": 4},
     "both_quadratures": {"features": "phasor"},
     "no_feedforward": {"feedforward": "none"},
     **{

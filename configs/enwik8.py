@@ -45,13 +45,14 @@ FSN_POCKET = FSNConfig(
     vocab_size=VOCABULARY,
     num_layers=4,
     num_phases=64,
-    num_heads=4,
-    heads_per_phase=4,
+    num_heads=2,
+    heads_per_phase=2,
     num_harmonics=1,
     score_phases=8,
+    similarity_heads=1,
     features="quadrature",
     field_features=True,
-    feedforward_width=191,
+    feedforward_width=224,
 )
 FSN_1M = match_parameters(
     dataclasses.replace(FSN_POCKET, num_layers=6, num_phases=112, score_phases=14),

@@ -7,12 +7,12 @@ budget: about 100 characters a parameter.
 ======  ==========  ======  ===================  =================  =================
 rung    parameters  layers  characters (epochs)  FLOPs, FSN         FLOPs, transformer
 ======  ==========  ======  ===================  =================  =================
-pocket  0.23M       4       20M (0.2)            6.3e13             3.3e13
-1m      1.0M        6       98M (1.1)            1.6e15             7.8e14
-2m      2.0M        8       203M (2.3)           5.8e15             3.1e15
-4m      4.0M        8       400M (4.4)           2.3e16             1.1e16
-8m      8.0M        10      800M (8.9)           8.1e16             4.4e16
-16m     16.0M       12      1599M (18)           2.9e17             1.7e17
+pocket  0.23M       4       20M (0.2)            4.3e13             3.3e13
+1m      1.0M        6       98M (1.1)            1.0e15             7.8e14
+2m      2.0M        8       203M (2.3)           4.0e15             3.1e15
+4m      4.0M        8       400M (4.4)           1.6e16             1.1e16
+8m      8.0M        10      800M (8.9)           5.9e16             4.4e16
+16m     16.0M       12      1599M (18)           2.2e17             1.7e17
 ======  ==========  ======  ===================  =================  =================
 
 FLOPs are of the whole training, forward and backward, counted by ``flops_per_token``. The pocket

@@ -76,7 +76,8 @@ class PhaseScore(nn.Module):
     """Queries and keys whose inner product is the score of two tokens.
 
     ``s[h, t, u] = beta_h Re sum_p q[t, p] conj(k[u, p]) exp(i (t - u) omega_p)``: gated phase
-    similarity with rotary drift. ``q`` and ``k`` are complex; see ``FSNConfig.score``.
+    similarity with rotary drift. ``q`` and ``k`` are complex; see ``FSNConfig.score``. A similarity
+    head has ``q = k`` and ``omega = 0``: the more alike two tokens are, the higher their score.
     """
 
     config: FSNConfig
@@ -85,9 +86,9 @@ class PhaseScore(nn.Module):
         c = self.config
         pairs, heads = c.score_pairs, c.num_heads
         if c.score == "projected":
-            width = 2 * heads * pairs
-            self.query = PhasorDense(c, width, groups=heads)
-            self.key = PhasorDense(c, width, groups=heads)
+            self.query = PhasorDense(c, 2 * heads * pairs, groups=heads)
+            if unlike := heads - c.similarity_heads:
+                self.key = PhasorDense(c, 2 * unlike * pairs, groups=unlike)
         elif c.score == "gated":
             small = nn.initializers.normal(0.02)
             self.query_gate = PhasorDense(c, c.num_phases, use_bias=True, kernel_init=small)
@@ -113,15 +114,27 @@ class PhaseScore(nn.Module):
             empty = jnp.zeros((z.re.shape[0], c.num_heads, z.re.shape[1], 0), c.dtype)
             return empty, empty
         if c.score == "projected":
-            query, key = self._as_pairs(self.query(z)), self._as_pairs(self.key(z))
+            asked = self.query(z)
+            told = asked[..., : 2 * c.similarity_heads * c.score_pairs]
+            if c.similarity_heads < c.num_heads:
+                told = jnp.concatenate([told, self.key(z)], axis=-1)
+            query, key = self._as_pairs(asked), self._as_pairs(told)
         else:
             by_head = Complex(split_heads(z.re, c.num_heads), split_heads(z.im, c.num_heads))
             query, key = (Complex(by_head.re * gate, by_head.im * gate) for gate in self._gates(z))
         beta = jnp.exp(self.log_beta)[None, :, None, None]
-        rotary = Complex(rotary.re[None, None], rotary.im[None, None])
+        rotary = self._drift(rotary)
         query = multiply(query, rotary)
         query = Complex(beta * query.re, beta * query.im)
         return self._to_reals(query), self._to_reals(multiply(key, rotary))
+
+    def _drift(self, rotary: Complex) -> Complex:
+        """By head, ``[1, H or 1, L, R]``."""
+        rotary = Complex(rotary.re[None, None], rotary.im[None, None])
+        if not self.config.similarity_heads:
+            return rotary
+        still = (np.arange(self.config.num_heads) < self.config.similarity_heads)[:, None, None]
+        return Complex(jnp.where(still, 1.0, rotary.re), jnp.where(still, 0.0, rotary.im))
 
     def _as_pairs(self, x: Array) -> Complex:
         # Rotated in float32: bfloat16 rotary phasors would blur positions far apart.

@@ -108,6 +108,8 @@ class FSNConfig:
         ``gated`` (content-gated phase similarity), ``static`` (one learned gate per phase; the
         score is then invariant under a global rotation), ``none`` (uniform mean field).
       score_phases: R, phase pairs per head of a projected score; 0 means N / H.
+      similarity_heads: S; the first S heads of a projected score compare what two tokens are, not
+        where: their queries are their keys, and no drift turns them.
       values: ``circular`` (the coupling kernel) or ``linear`` (dense values, an ablation).
       features: what the dense layers inside a block see of a phase: ``phasor`` (cosine and sine) or
         ``quadrature`` (one learned combination of the two for each layer, for queries and keys for
@@ -144,6 +146,7 @@ class FSNConfig:
     signed_harmonics: bool = True
     score: Score = "projected"
     score_phases: int = 0
+    similarity_heads: int = 0
     values: Values = "circular"
     features: Features = "phasor"
     field_features: bool = False
@@ -182,6 +185,16 @@ class FSNConfig:
             raise ConfigError(
                 f"FSNConfig.score_phases belongs to score='projected'; leave it 0 for "
                 f"score={self.score!r}"
+            )
+        if self.similarity_heads and self.score != "projected":
+            raise ConfigError(
+                f"FSNConfig.similarity_heads belongs to score='projected'; leave it 0 for "
+                f"score={self.score!r}"
+            )
+        if not 0 <= self.similarity_heads <= self.num_heads:
+            raise ConfigError(
+                f"FSNConfig.similarity_heads must be from 0 to num_heads ({self.num_heads}); "
+                f"got {self.similarity_heads}"
             )
         if self.field_features and self.values == "linear":
             raise ConfigError(
@@ -224,7 +237,11 @@ class FSNConfig:
         """Number of learned scalars, equal to the size of the parameter tree."""
         n, h, v = self.num_phases, self.num_heads, self.vocab_size
         score = {
-            "projected": 2 * self._phasor_dense(2 * h * self.score_pairs, groups=h) + h,
+            "projected": sum(
+                self._phasor_dense(2 * groups * self.score_pairs, groups)
+                for groups in (h, h - self.similarity_heads)
+            )
+            + h,
             "gated": 2 * (self._phasor_dense(n) + n) + h,
             "static": n + h,
             "none": 0,
@@ -253,9 +270,11 @@ class FSNConfig:
         n, inputs = self.num_phases, self._inputs
         pairs = _mean_causal_pairs(context)
         # Heads that read a quadrature each are computed from both, in one product.
-        by_head = inputs if self.num_heads == 1 else 2 * n
         score_dense = {
-            "projected": 2 * by_head * (2 * self.num_heads * self.score_pairs),
+            "projected": sum(
+                (inputs if groups == 1 else 2 * n) * 2 * groups * self.score_pairs
+                for groups in (self.num_heads, self.num_heads - self.similarity_heads)
+            ),
             "gated": 2 * inputs * n,
             "static": 0,
             "none": 0,

@@ -43,6 +43,8 @@ FSN_VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "two_heads_per_phase": {"heads_per_phase": 2, "num_harmonics": 1},
     "wide_score": {"score_phases": 5},
+    "similarity_head": {"similarity_heads": 1},
+    "similarity_heads": {"similarity_heads": 3, "features": "quadrature", "score_phases": 2},
     "gated": {"score": "gated"},
     "static": {"score": "static"},
     "no_score": {"score": "none"},

@@ -158,7 +158,8 @@ def query_and_key(params: Params, angles: Array, config: Any) -> tuple[Array, Ar
     key = np.zeros((heads, pairs), dtype=np.complex128)
     if config.score == "projected":
         q = dense(params["query"], angles)
-        k = dense(params["key"], angles)
+        same = 2 * pairs * config.similarity_heads
+        k = np.concatenate([q[:same], dense(params["key"], angles) if "key" in params else []])
         for h in range(heads):
             for p in range(pairs):
                 # Columns come as [head][real, imaginary][pair].
@@ -199,12 +200,13 @@ def attention_weights(params: Params, theta: Array, config: Any) -> Array:
         tokens = [query_and_key(params, theta[b, t], config) for t in range(length)]
         for h in range(heads):
             beta = math.exp(params["log_beta"][h])
+            drift = [0.0 if h < config.similarity_heads else w for w in omega]
             scores = np.zeros((length, length))
             for t in range(length):
                 for u in range(t + 1):
                     for p in range(pairs):
                         product = tokens[t][0][h, p] * tokens[u][1][h, p].conjugate()
-                        scores[t, u] += beta * (product * cmath.exp(1j * (t - u) * omega[p])).real
+                        scores[t, u] += beta * (product * cmath.exp(1j * (t - u) * drift[p])).real
             weights[b, h] = causal_softmax(scores)
     return weights
 

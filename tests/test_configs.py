@@ -158,6 +158,9 @@ NAMED = {
     "two_heads_per_phase": ("heads_per_phase", 2),
     "three_heads_per_phase": ("heads_per_phase", 3),
     "four_heads_per_phase": ("heads_per_phase", 4),
+    "no_similarity_head": ("similarity_heads", 0),
+    "only_similarity_heads": ("similarity_heads", 2),
+    "four_heads": ("num_heads", 4),
     "projected_score": ("score", "projected"),
     "gated_score": ("score", "gated"),
     "static_score": ("score", "static"),
@@ -171,7 +174,11 @@ def test_an_ablation_changes_what_it_is_called_and_nothing_else(arm):
     reference, model = ablations.REFERENCE, ablations.model_of(arm)
     assert getattr(model, field) == value != getattr(reference, field)
     # The width restores the size; some fields belong to one value of another alone.
-    belong = {"score": {"score_phases"}, "values": {"field_features"}}
+    belong = {
+        "score": {"score_phases", "similarity_heads"},
+        "values": {"field_features"},
+        "num_heads": {"heads_per_phase"},  # a phase hears all of them, as in the reference
+    }
     allowed = {field, "feedforward_width"} | belong.get(field, set())
     assert field in changed(reference, model) <= allowed
     if arm != "no_feedforward":

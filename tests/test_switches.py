@@ -36,6 +36,8 @@ SWITCHES = {
     ("static_angles", False): (("attention/kernel_imag",), {}),
     ("signed_harmonics", False): ((), {}),
     ("score_phases", 5): ((), {name: (2 * N, 2 * H * 5) for name in DENSE_SCORE}),
+    ("similarity_heads", 1): ((), {DENSE_SCORE[1]: (2 * N, 2 * N * 2 // H)}),
+    ("similarity_heads", H): (DENSE_SCORE[1:], {}),
     ("score", "gated"): (
         DENSE_SCORE,
         {
@@ -173,6 +175,26 @@ def test_a_score_of_zero_is_no_score(score):
     assert_same(
         (model, with_block(params, attention={**attention, "score": zero})),
         (build(score="none")[0], with_block(params, attention=unscored)),
+    )
+
+
+def test_a_similarity_head_is_one_whose_keys_are_its_queries_and_that_does_not_drift():
+    """The rotary base is so large that only the first pair of each head turns, and it is mute."""
+    still = {"rotary_base": 1e30, "score_phases": 3}
+    tied, params = build(similarity_heads=1, **still)
+    attention = params[BLOCK]["attention"]
+    query, key = (attention["score"][side]["kernel"] for side in ("query", "key"))
+    by_head = query.reshape(2 * N, H, 2, 3).at[..., 0].set(0)
+    mute = by_head.reshape(2 * N, -1)
+    other = key.reshape(2 * N, H - 1, 2, 3).at[..., 0].set(0).reshape(2 * N, -1)
+    score = {**attention["score"], "query": {"kernel": mute}}
+
+    def with_key(kernel):
+        return with_block(params, attention={**attention, "score": {**score, "key": kernel}})
+
+    both = jnp.concatenate([mute[:, :6], other], axis=1)
+    assert_same(
+        (tied, with_key({"kernel": other})), (build(**still)[0], with_key({"kernel": both}))
     )
 
 

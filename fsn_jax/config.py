@@ -181,16 +181,12 @@ class FSNConfig:
                 f"FSNConfig.heads_per_phase must be from 1 to num_heads ({self.num_heads}); "
                 f"got {self.heads_per_phase}"
             )
-        if self.score_phases and self.score != "projected":
-            raise ConfigError(
-                f"FSNConfig.score_phases belongs to score='projected'; leave it 0 for "
-                f"score={self.score!r}"
-            )
-        if self.similarity_heads and self.score != "projected":
-            raise ConfigError(
-                f"FSNConfig.similarity_heads belongs to score='projected'; leave it 0 for "
-                f"score={self.score!r}"
-            )
+        for name in ("score_phases", "similarity_heads"):
+            if getattr(self, name) and self.score != "projected":
+                raise ConfigError(
+                    f"FSNConfig.{name} belongs to score='projected'; leave it 0 for "
+                    f"score={self.score!r}"
+                )
         if not 0 <= self.similarity_heads <= self.num_heads:
             raise ConfigError(
                 f"FSNConfig.similarity_heads must be from 0 to num_heads ({self.num_heads}); "

@@ -28,6 +28,8 @@ BAD_FSN = [
     ("signed_harmonics", None),
     ("score", "cosine"),
     ("score_phases", -1),
+    ("similarity_heads", -1),
+    ("similarity_heads", 5),
     ("values", "dense"),
     ("feedforward", "mlp"),
     ("feedforward_width", 0),
@@ -71,10 +73,11 @@ def test_refuses_a_bad_field_in_one_line_that_names_it(config_class, field, valu
     assert str(value) in message
 
 
-def test_refuses_a_width_of_the_score_where_there_is_no_projection():
-    for score in ("gated", "static", "none"):
-        with pytest.raises(ConfigError, match="score_phases"):
-            FSNConfig(score=score, score_phases=3)
+@pytest.mark.parametrize("field", ["score_phases", "similarity_heads"])
+@pytest.mark.parametrize("score", ["gated", "static", "none"])
+def test_refuses_what_belongs_to_a_projection_where_there_is_none(score, field):
+    with pytest.raises(ConfigError, match=field):
+        FSNConfig(**{"score": score, field: 3})
 
 
 @pytest.mark.parametrize("config", [FSNConfig(), TransformerConfig()])

@@ -117,6 +117,7 @@ def fsn_grid():
             num_heads=(1, 3, 9)[i % 3],
             vocab_size=5 + i % 4,
             score_phases=i % 3 if score == "projected" else 0,
+            similarity_heads=i // 3 if score == "projected" else 0,
         )
 
 
@@ -186,6 +187,19 @@ def training_flops(products):
             [
                 (CONTEXT, 12, 12),
                 (CONTEXT, 12, 12),
+                (2 * PAIRS, 6, 1),
+                (2 * PAIRS, 1, 12),
+                (CONTEXT, 6, 7),
+                (CONTEXT, 6, 7),
+                (CONTEXT, 7, 6),
+            ],
+        ),
+        (
+            # The keys of one head are its queries; the other's read one quadrature a phase.
+            {"features": "quadrature", "similarity_heads": 1},
+            [
+                (CONTEXT, 12, 12),
+                (CONTEXT, 6, 6),
                 (2 * PAIRS, 6, 1),
                 (2 * PAIRS, 1, 12),
                 (CONTEXT, 6, 7),

@@ -87,8 +87,8 @@ class PhaseScore(nn.Module):
         pairs, heads = c.score_pairs, c.num_heads
         if c.score == "projected":
             self.query = PhasorDense(c, 2 * heads * pairs, groups=heads)
-            if unlike := heads - c.similarity_heads:
-                self.key = PhasorDense(c, 2 * unlike * pairs, groups=unlike)
+            if others := heads - c.similarity_heads:
+                self.key = PhasorDense(c, 2 * others * pairs, groups=others)
         elif c.score == "gated":
             small = nn.initializers.normal(0.02)
             self.query_gate = PhasorDense(c, c.num_phases, use_bias=True, kernel_init=small)

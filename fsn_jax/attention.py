@@ -87,8 +87,8 @@ class PhaseScore(nn.Module):
         pairs, heads = c.score_pairs, c.num_heads
         if c.score == "projected":
             self.query = PhasorDense(c, 2 * heads * pairs, groups=heads)
-            if others := heads - c.similarity_heads:
-                self.key = PhasorDense(c, 2 * others * pairs, groups=others)
+            if c.key_heads:
+                self.key = PhasorDense(c, 2 * c.key_heads * pairs, groups=c.key_heads)
         elif c.score == "gated":
             small = nn.initializers.normal(0.02)
             self.query_gate = PhasorDense(c, c.num_phases, use_bias=True, kernel_init=small)
@@ -116,7 +116,7 @@ class PhaseScore(nn.Module):
         if c.score == "projected":
             asked = self.query(z)
             told = asked[..., : 2 * c.similarity_heads * c.score_pairs]
-            if c.similarity_heads < c.num_heads:
+            if c.key_heads:
                 told = jnp.concatenate([told, self.key(z)], axis=-1)
             query, key = self._as_pairs(asked), self._as_pairs(told)
         else:

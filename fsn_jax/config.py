@@ -220,6 +220,11 @@ class FSNConfig:
         return self.score_phases or self.phases_per_head
 
     @property
+    def key_heads(self) -> int:
+        """Heads of a projected score whose keys are not their queries: H - S."""
+        return self.num_heads - self.similarity_heads
+
+    @property
     def _inputs(self) -> int:
         """Reals that an output of a ``PhasorDense`` sees."""
         return self.num_phases * (2 if self.features == "phasor" else 1)
@@ -235,7 +240,7 @@ class FSNConfig:
         score = {
             "projected": sum(
                 self._phasor_dense(2 * groups * self.score_pairs, groups)
-                for groups in (h, h - self.similarity_heads)
+                for groups in (h, self.key_heads)
             )
             + h,
             "gated": 2 * (self._phasor_dense(n) + n) + h,
@@ -269,7 +274,7 @@ class FSNConfig:
         score_dense = {
             "projected": sum(
                 (inputs if groups == 1 else 2 * n) * 2 * groups * self.score_pairs
-                for groups in (self.num_heads, self.num_heads - self.similarity_heads)
+                for groups in (self.num_heads, self.key_heads)
             ),
             "gated": 2 * inputs * n,
             "static": 0,

@@ -178,8 +178,8 @@ def test_a_score_of_zero_is_no_score(score):
     )
 
 
-def test_a_similarity_head_is_one_whose_keys_are_its_queries_and_that_does_not_drift():
-    """The rotary base is so large that only the first pair of each head turns, and it is mute."""
+def test_a_similarity_head_is_one_whose_keys_are_its_queries():
+    """But for the drift: with this rotary base only the first pair of a head turns; it is mute."""
     still = {"rotary_base": 1e30, "score_phases": 3}
     tied, params = build(similarity_heads=1, **still)
     attention = params[BLOCK]["attention"]

@@ -17,13 +17,15 @@ from jaxtyping import Array, Float, Int
 from fsn_jax.causal import (
     CausalSum,
     attention_weights,
+    attention_weights_cached,
     causal_sum,
-    causal_sum_cached,
     merge_heads,
+    past_or_own,
     split_heads,
+    weighted_sum,
 )
 from fsn_jax.config import FSNConfig
-from fsn_jax.coupling import delayed_values, fold_values, local_field, unfold_sum
+from fsn_jax.coupling import field_of_sums, fold_values, local_field, side_by_side, unfold_sum
 from fsn_jax.dense import PhasorDense
 from fsn_jax.torus import Complex, multiply, rotary_phasor, token_phasor
 
@@ -36,7 +38,8 @@ class LayerCache:
 
     Attributes:
       key: ``[B, H, C, E]``.
-      value: ``[B, H, C, G]``; for the delayed coupling the newest slot still lacks its successor.
+      value: ``[B, H, C, G]``. For the frustrated coupling these are the powers of the h-th block of
+        phases, real and imaginary parts side by side, which all heads and delays share.
     """
 
     key: Array
@@ -47,24 +50,26 @@ def _put(cache: Array, new: Array, position: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), position, axis=2)
 
 
-def extend_sum(
-    query: Array,
-    key: Array,
-    value: Array,
-    cache: LayerCache,
-    position: Array,
-    *,
-    include_self: bool,
-) -> tuple[CausalSum, LayerCache]:
-    """Writes S new keys and values at ``position`` and attends to everything up to each.
+def extend_weights(
+    query: Array, key: Array, value: Array, cache: LayerCache, position: Array
+) -> tuple[Float[Array, "B H S C"], LayerCache]:
+    """Writes S new keys and values at ``position``; weighs all that the cache then holds.
 
     Queries and keys are ``[B, H, S, E]``, values ``[B, H, S, G]``, ``position`` an int32 scalar.
     """
     cache = LayerCache(_put(cache.key, key, position), _put(cache.value, value, position))
-    summed = causal_sum_cached(query, cache.key, cache.value, position, include_self=include_self)
+    weights = attention_weights_cached(query, cache.key, position)
     # A slice that does not fit is moved to where it does: silently, over tokens of before.
     fits = position + query.shape[2] <= cache.key.shape[2]
-    return summed._replace(total=jnp.where(fits, summed.total, jnp.nan)), cache
+    return jnp.where(fits, weights, jnp.nan), cache
+
+
+def extend_sum(
+    query: Array, key: Array, value: Array, cache: LayerCache, position: Array
+) -> tuple[Float[Array, "B H S G"], LayerCache]:
+    """The weighted sum, own value included, for tokens as in ``extend_weights``."""
+    weights, cache = extend_weights(query, key, value, cache, position)
+    return weighted_sum(weights, cache.value), cache
 
 
 def attention_entropy(weights: Float[Array, "*shape L"]) -> Float[Array, "*shape"]:
@@ -292,7 +297,8 @@ class FrustratedAttention(_PhaseAttention):
         self._sow_entropy(query, key)
         if c.values == "linear":
             value = split_heads(self.value(z), c.num_heads)
-            return self._linear_output(self._causal_sum(query, key, value, include_self=True))
+            summed = self._causal_sum(query, key, value, include_self=True)
+            return self._linear_output(summed.total)
         if c.implementation == "reference":
             return self._reference(theta, attention_weights(query, key))
         kappa, zh = self._kappa_by_head(), self._coupled(z)
@@ -317,23 +323,27 @@ class FrustratedAttention(_PhaseAttention):
         query, key = self.score(z, rotary)
         if c.values == "linear":
             value = split_heads(self.value(z), c.num_heads)
-            summed, cache = extend_sum(query, key, value, cache, position, include_self=True)
-            return self._linear_output(summed), cache
-        kappa, zh = self._kappa_by_head(), self._coupled(z)
-        if c.delay:
-            known = self._add_successor(cache.value, zh, kappa, position)
-            cache = LayerCache(cache.key, known)
-        value = fold_values(zh, kappa)
-        summed, cache = extend_sum(query, key, value, cache, position, include_self=False)
-        return self._gather(unfold_sum(zh, *summed, kappa)), cache
+            total, cache = extend_sum(query, key, value, cache, position)
+            return self._linear_output(total), cache
+        zh = self._heads(z)
+        waves = side_by_side(zh, c.num_harmonics)
+        weights, cache = extend_weights(query, key, waves, cache, position)
+        rows = self._rows(weights, position)
+        sums = weighted_sum(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]), cache.value)
+        kappa = Complex(*(part.reshape(*part.shape[:3], c.num_heads, -1) for part in self.kappa()))
+        field = field_of_sums(zh, sums.reshape(*rows.shape[:-1], -1), kappa)
+        return Complex(*map(merge_heads, field)), cache
 
-    def _add_successor(self, value: Array, zh: Complex, kappa: Complex, position: Array) -> Array:
-        """Gives the newest cached token the successor it was waiting for."""
-        first = Complex(zh.re[:, :, :1], zh.im[:, :, :1])
-        late = delayed_values(first, kappa)
-        last = jnp.maximum(position - 1, 0)
-        newest = jax.lax.dynamic_slice_in_dim(value, last, 1, axis=2)
-        return _put(value, newest + jnp.where(position > 0, late, 0.0), last)
+    def _rows(self, weights: Array, position: Array) -> Array:
+        """The weights of every block's tokens, ``[B, H, T, J, S, C]``: by delay and head heard."""
+        c = self.config
+        heard = [jnp.roll(weights, -j, axis=1) for j in range(c.heads_per_phase)]
+        rows = [jnp.stack(heard, axis=2)]
+        if c.delay:
+            # What was the weight of a token is that of its successor, if that is in the past.
+            shifted = jnp.pad(rows[0][..., :-1], ((0, 0),) * 4 + ((1, 0),))
+            rows.append(jnp.where(past_or_own(position, *weights.shape[2:]), shifted, 0.0))
+        return jnp.stack(rows, axis=2)
 
     def _kappa_by_head(self) -> Complex:
         """The kernel by head, ``[T, M, H, J P]``, over the phases in the order of ``_coupled``."""
@@ -376,14 +386,14 @@ class FrustratedAttention(_PhaseAttention):
         field = jax.vmap(local_field, in_axes=(None, 0, 2))(theta, by_rank, kappa).sum(axis=0)
         return Complex(field.real, field.imag)
 
-    def _linear_output(self, summed: CausalSum) -> Complex:
-        update = self.output(merge_heads(summed.total)).astype(jnp.float32)
+    def _linear_output(self, total: Array) -> Complex:
+        update = self.output(merge_heads(total)).astype(jnp.float32)
         return Complex(jnp.zeros_like(update), update)
 
     def _value_width(self) -> int:
         c = self.config
         return (
-            c.phases_per_head if c.values == "linear" else 2 * c.num_harmonics * c.phases_per_kernel
+            c.phases_per_head if c.values == "linear" else 2 * c.num_harmonics * c.phases_per_head
         )
 
 
@@ -408,7 +418,8 @@ class KuramotoAttention(_PhaseAttention):
         z = token_phasor(theta, self.config.num_phases)
         query, key = self.score(z, self._rotary(theta.shape[1]))
         self._sow_entropy(query, key)
-        return self._pull(z, self._causal_sum(query, key, self._values(z), include_self=True))
+        summed = self._causal_sum(query, key, self._values(z), include_self=True)
+        return self._pull(z, summed.total)
 
     def extend(
         self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
@@ -416,14 +427,14 @@ class KuramotoAttention(_PhaseAttention):
         """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
         z = token_phasor(theta, self.config.num_phases)
         query, key = self.score(z, self._rotary_at(position, theta.shape[1], cache.key.shape[2]))
-        summed, cache = extend_sum(query, key, self._values(z), cache, position, include_self=True)
-        return self._pull(z, summed), cache
+        total, cache = extend_sum(query, key, self._values(z), cache, position)
+        return self._pull(z, total), cache
 
     def _values(self, z: Complex) -> Array:
         return jnp.concatenate(self._heads(z), axis=-1).astype(self.config.dtype)
 
-    def _pull(self, z: Complex, summed: CausalSum) -> Array:
-        mean = Complex(*(merge_heads(part) for part in jnp.split(summed.total, 2, axis=-1)))
+    def _pull(self, z: Complex, total: Array) -> Array:
+        mean = Complex(*(merge_heads(part) for part in jnp.split(total, 2, axis=-1)))
         return jax.nn.softplus(self.gain)[None, None] * (mean.im * z.re - mean.re * z.im)
 
     def _value_width(self) -> int:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fsn_jax import kernels
 from fsn_jax.config import Implementation
@@ -32,6 +32,10 @@ MAX_SEGMENTS = 8
 NARROW = 64
 """The CPU's product of a transposed matrix with a narrower one than this is up to three times as
 fast the other way round."""
+
+MAX_PRODUCTS = 64
+"""Products of a few rows with a matrix that are compiled one by one: XLA's batched product of such
+takes up to three times as long on the CPU."""
 
 
 class CausalSum(NamedTuple):
@@ -65,22 +69,37 @@ def attention_weights(
     return _softmax(_inner(query, key), np.tri(query.shape[2], dtype=bool))
 
 
-def causal_sum_cached(
-    query: Float[Array, "B H S E"],
-    key: Float[Array, "B H C E"],
-    value: Float[Array, "B H C G"],
-    position: Int[Array, ""],
-    *,
-    include_self: bool,
-) -> CausalSum:
-    """As ``causal_sum`` for the S queries at ``position`` and on, against a cache of C slots.
+def attention_weights_cached(
+    query: Float[Array, "B H S E"], key: Float[Array, "B H C E"], position: Int[Array, ""]
+) -> Float[Array, "B H S C"]:
+    """As ``attention_weights``, for S queries at ``position`` and on and the C slots of a cache.
 
-    Slot u of the cache holds position u; slots after a query's own are masked.
+    Slot u of the cache holds position u; slots after a query's own have no weight.
     """
-    own_slot = position + jnp.arange(query.shape[2])[:, None]
-    slot = jnp.arange(key.shape[2])[None, :]
-    weights = _softmax(_inner(query, key), slot <= own_slot)
-    return _weigh(weights, value, slot == own_slot, include_self=include_self)
+    scores = _head_by_head(query, key.swapaxes(2, 3))
+    return _softmax(scores, past_or_own(position, query.shape[2], key.shape[2]))
+
+
+def past_or_own(position: Int[Array, ""], num_tokens: int, num_slots: int) -> Bool[Array, "S C"]:
+    """Which slots are not after the tokens at ``position`` and on."""
+    own_slot = position + jnp.arange(num_tokens)[:, None]
+    return jnp.arange(num_slots)[None, :] <= own_slot
+
+
+def weighted_sum(
+    weights: Float[Array, "B H S C"], value: Float[Array, "B H C G"]
+) -> Float[Array, "B H S G"]:
+    """``sum_u weights[t, u] value[u]`` over the slots of a cache, float32, for a few queries."""
+    return _head_by_head(weights.astype(value.dtype), value)
+
+
+def _head_by_head(x: Array, y: Array) -> Array:
+    """The product of the last two axes, in the type of ``x``, the sum in float32."""
+    product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    batch, heads = x.shape[:2]
+    if jax.default_backend() != "cpu" or batch * heads > MAX_PRODUCTS:
+        return jax.vmap(jax.vmap(product))(x, y)
+    return jnp.stack([jnp.stack(list(map(product, *pair))) for pair in zip(x, y, strict=True)])
 
 
 def _inner(x: Array, y: Array) -> Array:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex64, Float
 
-from fsn_jax.torus import Complex, powers
+from fsn_jax.torus import Complex, multiply, powers
 
 
 def coupling_update(
@@ -90,9 +90,7 @@ def local_field(
     return jax.vmap(one_harmonic, in_axes=(0, 1))(harmonics, kappa).sum(axis=0)
 
 
-def fold_values(
-    z: Complex, kappa: Complex, *, successor: Complex | None = None
-) -> Float[Array, "B H L twoMP"]:
+def fold_values(z: Complex, kappa: Complex) -> Float[Array, "B H L twoMP"]:
     """Folds the kernel into the values: ``v[u, m] = kappa[0, m] z_u**m + kappa[1, m] z_{u+1}**m``.
 
     For ``u < t`` both delays share the weight ``A[t, u]``, so a single sum serves them. It must be
@@ -102,24 +100,17 @@ def fold_values(
       z: phasors of the phases that each head couples, ``[B, H, L, P]``; one head stands for all if
         they couple the same phases.
       kappa: the kernel by head, ``[T, M, H, P]``.
-      successor: ``z_{u+1}`` where the caller knows better than the shift of ``z``. The last
-        position has none, and a strictly causal sum never asks for it.
 
     Returns:
-      For each harmonic the real and then the imaginary parts, side by side.
+      For each harmonic the real and then the imaginary parts, side by side. The last position has
+      no successor, and a strictly causal sum never asks for it.
     """
     num_delays, num_harmonics = kappa.re.shape[:2]
     wave = _wave(z, num_harmonics)
     waves = [wave]
     if num_delays == 2:
-        waves.append(_shift(wave) if successor is None else _wave(successor, num_harmonics))
+        waves.append(_shift(wave))
     return _scale([part for wave in waves for part in wave], kappa)
-
-
-def delayed_values(successor: Complex, kappa: Complex) -> Float[Array, "B H L twoMP"]:
-    """``kappa[1, m] z_{u+1}**m`` for each harmonic, given the successors ``z_{u+1}``."""
-    wave = _wave(successor, kappa.re.shape[1])
-    return _scale(list(wave), Complex(kappa.re[1:], kappa.im[1:]))
 
 
 def unfold_sum(
@@ -157,17 +148,48 @@ def unfold_sum(
     return Complex(re, im)
 
 
+def side_by_side(z: Complex, num_harmonics: int) -> Float[Array, "*shape twoMP"]:
+    """``z**m`` for each harmonic, the real and then the imaginary parts."""
+    return jnp.concatenate([part for zm in powers(z, num_harmonics) for part in zm], axis=-1)
+
+
+def field_of_sums(z: Complex, sums: Float[Array, "B H T J L twoMP"], kappa: Complex) -> Complex:
+    """``sum_{tau, m, j} kappa[tau, m, j] z_t**-m S[tau, j, t, m]``: the kernel after the sums.
+
+    For a single query the sums are small and the values many, so the kernel waits: one table of
+    powers then serves all heads and delays.
+
+    Args:
+      z: phasors of the receiving tokens by block, ``[B, H, L, P]``.
+      sums: ``S[tau, j, t, m] = sum_u A_j[t, u] z_{u + tau}**m`` over ``u + tau <= t``, u = t
+        included, laid out as in ``side_by_side``; j counts the heads that a phase hears.
+      kappa: the kernel by block, ``[T, M, J, H, P]``.
+
+    Returns:
+      The local field, ``[B, H, L, P]``.
+    """
+    re, im = jnp.zeros_like(z.re), jnp.zeros_like(z.im)
+    parts = jnp.split(sums, 2 * kappa.re.shape[1], axis=-1)
+    for m, zm in enumerate(powers(z, kappa.re.shape[1])):
+        # [T, J, H, P] to [1, H, T, J, 1, P]
+        kappa_m = Complex(
+            *(part[:, m].transpose(2, 0, 1, 3)[None, :, :, :, None] for part in kappa)
+        )
+        field = multiply(kappa_m, Complex(parts[2 * m], parts[2 * m + 1]))
+        field = Complex(*(part.sum(axis=(2, 3)) for part in field))
+        re += zm.re * field.re + zm.im * field.im
+        im += zm.re * field.im - zm.im * field.re
+    return Complex(re, im)
+
+
 def _wave(z: Complex, num_harmonics: int) -> Complex:
     """``z**m`` and ``i z**m``, each laid out as in ``fold_values``.
 
     So written a complex product is two real ones over whole rows, and nothing is put together
     after it, when there are H times as many numbers.
     """
-    by_harmonic = powers(z, num_harmonics)
-    return Complex(
-        jnp.concatenate([part for zm in by_harmonic for part in zm], axis=-1),
-        jnp.concatenate([part for zm in by_harmonic for part in (-zm.im, zm.re)], axis=-1),
-    )
+    turned = [part for zm in powers(z, num_harmonics) for part in (-zm.im, zm.re)]
+    return Complex(side_by_side(z, num_harmonics), jnp.concatenate(turned, axis=-1))
 
 
 def _scale(waves: list[Array], kappa: Complex) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fsn_jax.attention import LayerCache, extend_sum
-from fsn_jax.causal import CausalSum, causal_sum, merge_heads, split_heads
+from fsn_jax.causal import causal_sum, merge_heads, split_heads
 from fsn_jax.config import TransformerConfig
 from fsn_jax.feedforward import SwiGLU
 from fsn_jax.fsn import Cache, sum_in_float32
@@ -41,9 +41,8 @@ class RotaryAttention(nn.Module):
         rotary = self._rotary(x.shape[1])
         query, key, value = self._project(x, rotary)
         implementation = self.config.implementation
-        return self._output(
-            causal_sum(query, key, value, include_self=True, implementation=implementation)
-        )
+        summed = causal_sum(query, key, value, include_self=True, implementation=implementation)
+        return self._output(summed.total)
 
     def extend(
         self, x: Float[Array, "B S D"], cache: LayerCache, position: Int[Array, ""]
@@ -54,8 +53,8 @@ class RotaryAttention(nn.Module):
             *(jax.lax.dynamic_slice_in_dim(part, position, x.shape[1], axis=0) for part in table)
         )
         query, key, value = self._project(x, rotary)
-        summed, cache = extend_sum(query, key, value, cache, position, include_self=True)
-        return self._output(summed), cache
+        total, cache = extend_sum(query, key, value, cache, position)
+        return self._output(total), cache
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
         """A cache for ``capacity`` tokens of each of ``batch`` sequences."""
@@ -80,8 +79,8 @@ class RotaryAttention(nn.Module):
         rotary = Complex(rotary.re[None, None], rotary.im[None, None])
         return jnp.concatenate(multiply(pairs, rotary), axis=-1).astype(self.config.dtype)
 
-    def _output(self, summed: CausalSum) -> Array:
-        return self.output(merge_heads(summed.total)).astype(jnp.float32)
+    def _output(self, total: Array) -> Array:
+        return self.output(merge_heads(total)).astype(jnp.float32)
 
 
 class TransformerBlock(nn.Module):

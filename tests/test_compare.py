@@ -71,6 +71,27 @@ def test_equal_time_is_when_the_faster_arm_has_ended(records, tmp_path):
     assert time["verdict"] == "above"
 
 
+def test_a_shorter_run_is_compared_at_its_own_end_if_that_is_asked_for(records, tmp_path):
+    shorter = [
+        write_record(
+            tmp_path, "shorter", seed=seed, curve=curve, whole=2.2 + seed / 10, characters=2_000_000
+        )
+        for seed, curve in enumerate(((2.8, 2.1), (2.8, 2.2)))
+    ]
+    folders = [*shorter, *records[2:]]
+    with pytest.raises(compare.UserError, match="different budget: shorter 2000000"):
+        compared(folders, tmp_path)
+    for folder, seconds in zip(folders, (3.0, 5.0, 2.0, 2.0), strict=True):
+        row = {"step": 1, "seconds": seconds}
+        (folder / "timing.jsonl").write_text(json.dumps(row) + "\n")
+    found = compared(folders, tmp_path, "--any_budget")
+    assert [p["characters"] for p in found["points"]] == [1_000_000, 2_000_000]
+    # 2.25 against 2.33 at the end of each.
+    assert found["whole_validation"]["difference"] == pytest.approx(-0.08)
+    assert found["end"] == "undecided"
+    assert found["seconds"] == {"shorter": 8.0, "transformer": 6.0}
+
+
 def test_one_seed_decides_nothing(records, tmp_path):
     found = compared([records[0], records[2]], tmp_path)
     assert found["end"] == found["throughout"] == "undecided"

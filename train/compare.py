@@ -26,20 +26,25 @@ from train.verdicts import STANDARD_ERRORS, Loss
 FIRST_MILLION = 1_000_000
 
 
-def compare(one: Arm, other: Arm) -> dict[str, Any]:
+def compare(one: Arm, other: Arm, *, same_budget: bool = True) -> dict[str, Any]:
     """How arm ``one`` stands to ``other``; differences are ``one`` less ``other``, in BPC.
+
+    Args:
+      one: an arm.
+      other: its reference.
+      same_budget: refuse arms that saw different numbers of characters.
 
     Returns:
       ``points``, one an evaluation that all runs share; ``end``, ``throughout``, ``crossing`` (the
-      first number of characters from which ``one`` is below to the end, None if there is none) and
-      ``equal_time``; ``whole_validation`` and ``test`` if every run was evaluated on them; and
-      ``runs``, where they came from.
+      first number of characters from which ``one`` is below to the end, None if there is none),
+      ``seconds`` of training by the clock of each arm, and ``equal_time``; ``whole_validation`` and
+      ``test`` if every run was evaluated on them; and ``runs``, where they came from.
 
     Raises:
       UserError: the arms were not made alike, or share no evaluation.
     """
     try:
-        verdicts.check_comparable([one, other])
+        verdicts.check_comparable([one, other], same_budget=same_budget)
         shared = verdicts.shared_evaluations(one, other)
     except verdicts.NotComparableError as unlike:
         raise UserError(f"{one.name} and {other.name} cannot be compared: {unlike}") from None
@@ -50,9 +55,10 @@ def compare(one: Arm, other: Arm) -> dict[str, Any]:
         "arm": one.name,
         "reference": other.name,
         "points": points,
-        "end": points[-1]["verdict"],
+        "end": _apart(*verdicts.final_losses([one, other]))["verdict"],
         "throughout": _throughout(points),
         "crossing": later[0]["characters"] if later else None,
+        "seconds": {arm.name: _seconds(arm) for arm in (one, other)},
         "equal_time": equal_time(one, other),
         "runs": {
             arm.name: [
@@ -74,8 +80,6 @@ def compare(one: Arm, other: Arm) -> dict[str, Any]:
         ]
         if not any(bpc is None for loss in ends for bpc in loss.values):
             result[split] = _apart(*ends)
-    if "whole_validation" in result:
-        result["end"] = result["whole_validation"]["verdict"]
     return result
 
 
@@ -105,12 +109,11 @@ def equal_time(one: Arm, other: Arm) -> dict[str, Any] | None:
     Losses between two evaluations are on a straight line. The slower arm is then in the middle of
     its schedule, with a learning rate that has yet to fall.
     """
-    curves = {arm.name: [_by_time(run) for run in arm.runs] for arm in (one, other)}
-    if not all(all(by_seed) for by_seed in curves.values()):
+    ends = _seconds(one), _seconds(other)
+    if ends[0] is None or ends[1] is None:
         return None
-    seconds = min(
-        statistics.fmean(curve[-1][0] for curve in by_seed) for by_seed in curves.values()
-    )
+    seconds = min(ends)
+    curves = {arm.name: [_by_time(run) for run in arm.runs] for arm in (one, other)}
     losses = [
         Loss(
             name,
@@ -124,9 +127,16 @@ def equal_time(one: Arm, other: Arm) -> dict[str, Any] | None:
     return {"seconds": seconds, **_apart(*losses)}
 
 
+def _seconds(arm: Arm) -> float | None:
+    """Of a run's training by its clock, the mean; None if a run did not log its speed."""
+    if not all(run.clock for run in arm.runs):
+        return None
+    return statistics.fmean(max(run.clock.values()) for run in arm.runs)
+
+
 def _by_time(run: RunRecord) -> list[tuple[float, float]]:
-    """``(seconds of training, BPC)`` of each evaluation; empty if no speed was logged."""
-    return [(run.clock[seen], bpc) for seen, bpc in run.losses["validation"].items() if run.clock]
+    """``(seconds of training, BPC)`` of each evaluation."""
+    return [(run.clock[seen], bpc) for seen, bpc in run.losses["validation"].items()]
 
 
 def table_text(result: Mapping[str, Any]) -> str:
@@ -153,7 +163,9 @@ def table_text(result: Mapping[str, Any]) -> str:
         else "its mean is not below at the end",
     ]
     if time := result["equal_time"]:
+        spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds"].items())
         lines += [
+            f"training, at the median speed of each run: {spent}",
             f"after {time['seconds']:.0f} s of training, when the faster arm has ended:",
             " " * 12 + _row_text(time, names, width),
         ]
@@ -174,18 +186,16 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
     with style():
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
         for index, arm in enumerate((one, other)):
-            values = np.array([point[arm.name]["bpc"] for point in points])
+            characters, by_seed = zip(*arm.curve(), strict=True)
+            values, millions = np.array(by_seed), np.array(characters) / 1e6
             label = f"{arm.name} ({values.shape[1]} seed{'s' if values.shape[1] > 1 else ''})"
             colour = f"C{index}"
-            left.plot(seen, values.mean(axis=1), color=colour, marker="o", ms=3, label=label)
+            left.plot(millions, values.mean(axis=1), color=colour, marker="o", ms=3, label=label)
             left.fill_between(
-                seen, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.25, lw=0
+                millions, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.25, lw=0
             )
             if clocks := [run.clock for run in arm.runs if run.clock]:
-                minutes = [
-                    statistics.fmean(clock[point["characters"]] for clock in clocks) / 60
-                    for point in points
-                ]
+                minutes = [statistics.fmean(clock[c] for clock in clocks) / 60 for c in characters]
                 middle.plot(minutes, values.mean(axis=1), color=colour, marker="o", ms=3)
         apart = np.array([point["difference"] for point in points])
         error = np.array([point["standard_error"] or 0.0 for point in points])
@@ -215,12 +225,15 @@ def program(argv: Sequence[str]) -> None:
     p = Arguments(prog="python -m train.compare", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of the finished runs of two arms")
     p.add_argument("--reference", default="", help="the arm to compare with; else the transformer")
+    p.add_argument(
+        "--any_budget", action="store_true", help="let one arm see fewer characters than the other"
+    )
     p.add_argument("--output", type=Path, default=Path("comparison.json"), help="a .json")
     options = p.parse_args(argv[1:])
     check_json_output(options.output)
     arms = read_arms(options.runs)
     one, other = pair(arms, options.reference)
-    result = compare(one, other)
+    result = compare(one, other, same_budget=not options.any_budget)
     write_json(options.output, result, indent=1)
     picture = options.output.with_suffix(".png")
     draw(result, one, other, picture)

@@ -67,7 +67,10 @@ def extend_weights(
 def extend_sum(
     query: Array, key: Array, value: Array, cache: LayerCache, position: Array
 ) -> tuple[Float[Array, "B H S G"], LayerCache]:
-    """The weighted sum, own value included, for tokens as in ``extend_weights``."""
+    """The weighted sum, own value included, for S new tokens; arrays as for ``extend_weights``.
+
+    The values of the cache are ``[B, H, C, G]``.
+    """
     weights, cache = extend_weights(query, key, value, cache, position)
     return weighted_sum(weights, cache.value), cache
 

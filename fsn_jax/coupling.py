@@ -149,7 +149,7 @@ def unfold_sum(
 
 
 def side_by_side(z: Complex, num_harmonics: int) -> Float[Array, "*shape twoMP"]:
-    """``z**m`` for each harmonic, the real and then the imaginary parts."""
+    """``z**m`` for each harmonic, the real and then the imaginary parts; ``z`` has any shape."""
     return jnp.concatenate([part for zm in powers(z, num_harmonics) for part in zm], axis=-1)
 
 

@@ -1,8 +1,7 @@
 """Cached sampling from either model.
 
 The cache holds, for each layer, keys and values of the tokens seen; for an FSN the values are the
-folded phasor powers, and the newest one waits for its successor (the one-step delay). Logits are
-those of the full forward pass.
+powers of their phasors. Logits are those of the full forward pass.
 
 For a model and a batch one program is compiled that draws ``CHUNK`` tokens, and one for each length
 of a prompt that reads it. Temperature, top-k and top-p are their inputs, so that other settings
@@ -92,7 +91,7 @@ def _prefill(
     return logits[:, -1], cache
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("logits", "cache"))
 def _sample_chunk(
     model: nn.Module,
     variables: Variables,

@@ -1,9 +1,10 @@
 """One change at a time to the pocket FSN: ``--config=configs/ablations.py:ARM``.
 
-Budget, data and optimizer are those of ``configs/enwik8.py:fsn_pocket``, which is the reference of
-every arm; the base layer and the collective modes are its arms ``base_pocket`` and
-``modes_pocket``. An arm whose change takes or adds more than 1% of the parameters gets them back in
-the width of its feed-forward; ``no_feedforward`` has none and is smaller.
+Data and optimizer are those of ``configs/enwik8.py:fsn_pocket``, the budget is a third of its. The
+arm ``fsn`` is the reference of the others; it, ``transformer``, ``base`` and ``modes`` are the
+pocket arms of that file within this budget. An arm whose change takes or adds more than 1% of the
+parameters gets them back in the width of its feed-forward; ``no_feedforward`` has none and is
+smaller.
 """
 
 import dataclasses
@@ -16,6 +17,10 @@ from fsn_jax import FSNConfig
 from fsn_jax.config import match_parameters
 
 REFERENCE = enwik8.FSN_POCKET
+STEPS = 1750
+"""7.2 million characters, with the whole schedule in them."""
+POCKET = {arm.removesuffix("_pocket"): arm for arm in enwik8.POCKET}
+"""Arms of configs/enwik8.py beside which the others are read, by their names here."""
 SCORES = ("projected", "gated", "static", "none")
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 
@@ -56,7 +61,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 """What each arm changes in the reference, besides the width that keeps its size."""
 
-ARMS = tuple(CHANGES)
+ARMS = (*POCKET, *CHANGES)
 
 
 def model_of(arm: str) -> FSNConfig:
@@ -68,11 +73,13 @@ def model_of(arm: str) -> FSNConfig:
     return match_parameters(model, size)
 
 
-def get_config(arm: str = "no_delay") -> ConfigDict:
-    """The pocket FSN with one change."""
-    if arm not in CHANGES:
+def get_config(arm: str = "fsn") -> ConfigDict:
+    """The pocket FSN with one change, or one of the pocket arms."""
+    if arm not in ARMS:
         raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
-    config = enwik8.get_config("fsn_pocket")
+    config = enwik8.get_config(POCKET.get(arm, "fsn_pocket"))
     config.name = f"ablation_{arm}"
-    config.model.update(dataclasses.asdict(model_of(arm)))
+    config.training.num_steps = STEPS
+    if arm in CHANGES:
+        config.model.update(dataclasses.asdict(model_of(arm)))
     return config

@@ -168,7 +168,7 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("arm", ablations.ARMS)
+@pytest.mark.parametrize("arm", ablations.CHANGES)
 def test_an_ablation_changes_what_it_is_called_and_nothing_else(arm):
     field, value = NAMED[arm]
     reference, model = ablations.REFERENCE, ablations.model_of(arm)
@@ -184,14 +184,24 @@ def test_an_ablation_changes_what_it_is_called_and_nothing_else(arm):
     if arm != "no_feedforward":
         assert model.num_params() == pytest.approx(reference.num_params(), rel=0.01)
     there = config_of(f"{FOLDER}/ablations.py:{arm}").to_dict()
-    beside = config_of(f"{FOLDER}/enwik8.py:fsn_pocket").to_dict()
+    beside = config_of(f"{FOLDER}/ablations.py:fsn").to_dict()
     for config in (there, beside):
         del config["name"], config["model"]
     assert there == beside
 
 
+@pytest.mark.parametrize("arm", ablations.POCKET)
+def test_a_pocket_arm_among_the_ablations_is_that_arm_with_a_third_of_the_steps(arm):
+    there = config_of(f"{FOLDER}/ablations.py:{arm}").to_dict()
+    beside = config_of(f"{FOLDER}/enwik8.py:{arm}_pocket").to_dict()
+    steps = there["training"].pop("num_steps"), beside["training"].pop("num_steps")
+    assert steps == pytest.approx((5000 / 3, 5000), rel=0.06)
+    assert there.pop("name") == f"ablation_{arm}" != beside.pop("name")
+    assert there == beside
+
+
 def test_every_value_of_a_switch_is_the_reference_or_an_arm():
-    arms = [*map(ablations.model_of, ablations.ARMS), ablations.REFERENCE]
+    arms = [*map(ablations.model_of, ablations.CHANGES), ablations.REFERENCE]
     assert {m.num_harmonics for m in arms} >= {1, 2, 3, 4}
     assert {m.score for m in arms} == {"projected", "gated", "static", "none"}
     for switch in ("delay", "static_angles", "signed_harmonics", "field_features"):

@@ -187,7 +187,7 @@ def test_the_program_reads_every_coefficient_of_a_run(finished_arms, tmp_path, c
         middle = sum(-np.array(c["strength"]) * np.sin(c["angle"]) for c in mine)
         half = readings.POINTS // 2
         assert curve["p50"][half] == pytest.approx(np.median(middle), abs=1e-4)
-    assert len(layer["attention_entropy"]) == 2
+    assert len(layer["attention_entropy"]) == len(page["heads"]) == 2
     assert all(0 <= share <= 1 for share in layer["relative_entropy"])
     for weights in layer["attention_to"].values():
         assert len(weights) == 2 and all(0 <= weight <= 1 for weight in weights)

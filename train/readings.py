@@ -173,6 +173,10 @@ def read(
         * config.num_harmonics
         * config.num_heads
         * config.phases_per_kernel,
+        "heads": [
+            f"head {h + 1}{' (similarity)' if h < config.similarity_heads else ''}"
+            for h in range(config.num_heads)
+        ],
         "layers": [read_layer(state, tokens) for state in states],
         "provenance": provenance(trained.corpus),
     }
@@ -255,17 +259,19 @@ def draw_depth(page: dict[str, Any], target: Path) -> None:
         axes[0].set_ylim(0, 1)
         axes[0].legend(frameon=False, fontsize=7)
         entropy = np.array([layer["relative_entropy"] for layer in layers])
-        axes[1].plot(depth, entropy, marker="o", lw=1)
+        axes[1].plot(depth, entropy, marker="o", lw=1, label=page["heads"])
         axes[1].set_ylabel("attention entropy / log of what is seen")
         axes[1].set_ylim(0, 1)
         repeat = np.array([layer["attention_to"]["repeat"] for layer in layers])
-        axes[2].plot(depth, repeat, marker="o", lw=1)
+        axes[2].plot(depth, repeat, marker="o", lw=1, label=page["heads"])
         axes[2].set_ylabel("attention to repeats of two characters")
         axes[2].set_ylim(0, max(0.1, 1.1 * repeat.max()))
         length = np.array([layer["data_frustration"]["length"] for layer in layers])
         axes[3].boxplot(length.T, positions=depth, widths=0.5)
         axes[3].set_ylabel("constancy of the text's frustration")
         axes[3].set_ylim(0, 1)
+        for axis in axes[1:3]:
+            axis.legend(frameon=False, fontsize=7)
         for axis in axes[1:]:
             axis.set_xticks(depth, [str(i + 1) for i in depth])
         for axis in axes:

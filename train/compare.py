@@ -212,7 +212,7 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
             axes.set_ylim(min(ends) - 0.05, min(ends) + 0.95)
             axes.set_ylabel("bits per character, validation")
         left.set_xlabel("characters seen, millions")
-        left.legend(frameon=False)
+        figure.legend(frameon=False, loc="outside upper left", ncols=2)
         middle.set_xlabel("minutes of training")
         right.set_xlabel("characters seen, millions")
         right.set_ylabel(f"{one.name}\nless {other.name}\nBPC, ± {STANDARD_ERRORS:g} s.e.")

@@ -4,8 +4,8 @@ The cache holds, for each layer, keys and values of the tokens seen; for an FSN 
 powers of their phasors. Logits are those of the full forward pass.
 
 For a model and a batch one program is compiled that draws ``CHUNK`` tokens, and one for each length
-of a prompt that reads it. Temperature, top-k and top-p are their inputs, so that other settings
-compile nothing.
+of a prompt, rounded up to a power of two, that reads it. Temperature, top-k and top-p are their
+inputs, so that other settings compile nothing.
 """
 
 import functools
@@ -28,6 +28,9 @@ Tokens = Sequence[int] | Int[np.ndarray, " _"]
 
 CHUNK = 8
 """Tokens drawn in one compiled call: often enough to stream, seldom enough to be quick."""
+
+SHORTEST_PROMPT = 32
+"""Prompts are padded to powers of two from here on: texts of any length share a few programs."""
 
 NO_TOKEN = -1
 """Follows a row's last token where the other rows of its batch go on."""
@@ -84,11 +87,16 @@ def sample_token(
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"))
 def _prefill(
-    model: nn.Module, variables: Variables, prompt: Array, capacity: int
+    model: nn.Module, variables: Variables, prompt: Array, length: Array, capacity: int
 ) -> tuple[Array, Cache]:
+    """Reads the first ``length`` tokens of a padded prompt.
+
+    What the cache holds of the padding is masked until it is written over.
+    """
     cache: Any = model.apply(variables, prompt.shape[0], capacity, method="empty_cache")
     logits, cache = model.apply(variables, prompt, cache, method="extend")
-    return logits[:, -1], cache
+    last = jax.lax.dynamic_index_in_dim(logits, length - 1, axis=1, keepdims=False)
+    return last, cache.replace(position=length)
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("logits", "cache"))
@@ -162,31 +170,37 @@ def stream(
         "top_p": jnp.float32(top_p),
     }
     ending = _Ending(stop, prompt.shape[0]) if stop else None
-    return _drawn(model, variables, jnp.asarray(prompt), num_tokens, key, context, settings, ending)
+    return _drawn(model, variables, np.asarray(prompt), num_tokens, key, context, settings, ending)
 
 
 def _drawn(
     model: nn.Module,
     variables: Variables,
-    window: Array,
+    prompt: npt.NDArray[Any],
     num_tokens: int,
     key: Array,
     context: int,
     settings: dict[str, Array],
     ending: "_Ending | None",
 ) -> Iterator[Array]:
+    text: list[Any] = [prompt]
     drawn = 0
     while drawn < num_tokens:
+        window = np.concatenate(text, axis=1)
         if window.shape[1] >= context:
             window = window[:, -(context // 2) :]
-        logits, cache = _prefill(model, variables, window, context)
-        while drawn < num_tokens and window.shape[1] < context:
+        text, length = [window], window.shape[1]
+        padded = min(context, max(SHORTEST_PROMPT, 1 << (length - 1).bit_length()))
+        read = np.pad(window, ((0, 0), (0, padded - length)))
+        logits, cache = _prefill(model, variables, read, jnp.int32(length), context)
+        while drawn < num_tokens and length < context:
             tokens, logits, cache = _sample_chunk(
                 model, variables, logits, cache, key, jnp.int32(drawn), settings
             )
             # What a chunk drew past the cache's end or the caller's wish is dropped.
-            tokens = tokens[:, : min(CHUNK, num_tokens - drawn, context - window.shape[1])]
-            window = jnp.concatenate([window, tokens], axis=1)
+            tokens = tokens[:, : min(CHUNK, num_tokens - drawn, context - length)]
+            text.append(tokens)
+            length += tokens.shape[1]
             drawn += tokens.shape[1]
             if ending is None:
                 yield tokens

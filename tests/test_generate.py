@@ -236,6 +236,21 @@ def test_other_settings_compile_nothing():
     assert (generation._sample_chunk._cache_size(), generation._prefill._cache_size()) == compiled
 
 
+def test_texts_of_any_length_share_a_few_programs():
+    model, variables = built("full")
+    draw = functools.partial(
+        generate, model, variables, num_tokens=9, key=jax.random.key(0), context=64
+    )
+    draw(cases.tokens(2, 3))
+    compiled = generation._prefill._cache_size()
+    for length in (1, 7, 31, 32):
+        draw(cases.tokens(2, length))
+    assert generation._prefill._cache_size() == compiled
+    for length in (33, 50, 64):
+        draw(cases.tokens(2, length))
+    assert generation._prefill._cache_size() == compiled + 1
+
+
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_rows_end_with_a_stop_sequence(length):
     """Against the whole text, searched by hand: ends in different chunks, one across two of them.

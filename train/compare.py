@@ -109,10 +109,10 @@ def equal_time(one: Arm, other: Arm) -> dict[str, Any] | None:
     Losses between two evaluations are on a straight line. The slower arm is then in the middle of
     its schedule, with a learning rate that has yet to fall.
     """
-    ends = _seconds(one), _seconds(other)
-    if ends[0] is None or ends[1] is None:
+    first, second = _seconds(one), _seconds(other)
+    if first is None or second is None:
         return None
-    seconds = min(ends)
+    seconds = min(first, second)
     curves = {arm.name: [_by_time(run) for run in arm.runs] for arm in (one, other)}
     losses = [
         Loss(

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 import fsn_jax.causal
-from fsn_jax.causal import CausalSum, causal_sum, merge_heads, split_heads
+from fsn_jax.causal import (
+    CausalSum,
+    attention_weights_cached,
+    causal_sum,
+    merge_heads,
+    split_heads,
+    weighted_sum,
+)
 
 # float32 sums over at most 30 terms in another order; bfloat16 has 8 bits of mantissa.
 TOLERANCE = {"float32": {"rtol": 1e-4, "atol": 1e-5}, "bfloat16": {"rtol": 0.1, "atol": 0.1}}
@@ -99,6 +106,22 @@ def _sizes(jaxpr) -> list[int]:
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
             found += _sizes(inner)
     return found
+
+
+@pytest.mark.parametrize("most", [0, 6])
+def test_the_cached_sum_of_one_product_a_head_and_of_one_for_all(monkeypatch, most):
+    """Two queries at positions 3 and 4 of a cache of 7 slots, two sequences of three heads."""
+    monkeypatch.setattr(fsn_jax.causal, "MAX_PRODUCTS", most)
+    (query, key, value), _ = inputs(7, "float32")
+    weights = attention_weights_cached(query[:, :, :2], key, jnp.int32(3))
+    scores = np.einsum("bhte,bhue->bhtu", query[:, :, :2], key, dtype=np.float64)
+    for t in range(2):
+        seen = np.exp(scores[:, :, t, : 4 + t])
+        expected = seen / seen.sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(weights[:, :, t, : 4 + t], expected, rtol=1e-5)
+        assert not np.asarray(weights[:, :, t, 4 + t :]).any()
+    total = np.einsum("bhtu,bhug->bhtg", weights, value, dtype=np.float64)
+    np.testing.assert_allclose(weighted_sum(weights, value), total, rtol=1e-5, atol=1e-6)
 
 
 def test_heads_are_contiguous_blocks():

@@ -20,7 +20,7 @@ from fsn_jax.causal import (
     attention_weights_cached,
     causal_sum,
     merge_heads,
-    past_or_own,
+    slots_before,
     split_heads,
     weighted_sum,
 )
@@ -345,7 +345,7 @@ class FrustratedAttention(_PhaseAttention):
         if c.delay:
             # What was the weight of a token is that of its successor, if that is in the past.
             shifted = jnp.pad(rows[0][..., :-1], ((0, 0),) * 4 + ((1, 0),))
-            rows.append(jnp.where(past_or_own(position, *weights.shape[2:]), shifted, 0.0))
+            rows.append(jnp.where(slots_before(position + 1, *weights.shape[2:]), shifted, 0.0))
         return jnp.stack(rows, axis=2)
 
     def _kappa_by_head(self) -> Complex:

@@ -33,9 +33,9 @@ NARROW = 64
 """The CPU's product of a transposed matrix with a narrower one than this is up to three times as
 fast the other way round."""
 
-MAX_PRODUCTS = 64
-"""Products of a few rows with a matrix that are compiled one by one: XLA's batched product of such
-takes up to three times as long on the CPU."""
+FEW_ROWS, MAX_PRODUCTS = 16, 64
+"""So many products of so few rows with a matrix are compiled one by one: XLA's batched product of
+such takes up to three times as long on the CPU. Of many rows it is the quicker one."""
 
 
 class CausalSum(NamedTuple):
@@ -77,13 +77,13 @@ def attention_weights_cached(
     Slot u of the cache holds position u; slots after a query's own have no weight.
     """
     scores = _head_by_head(query, key.swapaxes(2, 3))
-    return _softmax(scores, past_or_own(position, query.shape[2], key.shape[2]))
+    return _softmax(scores, slots_before(position + 1, query.shape[2], key.shape[2]))
 
 
-def past_or_own(position: Int[Array, ""], num_tokens: int, num_slots: int) -> Bool[Array, "S C"]:
-    """Which slots are not after the tokens at ``position`` and on."""
-    own_slot = position + jnp.arange(num_tokens)[:, None]
-    return jnp.arange(num_slots)[None, :] <= own_slot
+def slots_before(position: Int[Array, ""], num_tokens: int, num_slots: int) -> Bool[Array, "S C"]:
+    """Which slots are before each of the tokens at ``position`` and on."""
+    time = position + jnp.arange(num_tokens)[:, None]
+    return jnp.arange(num_slots)[None, :] < time
 
 
 def weighted_sum(
@@ -96,8 +96,9 @@ def weighted_sum(
 def _head_by_head(x: Array, y: Array) -> Array:
     """The product of the last two axes, in the type of ``x``, the sum in float32."""
     product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-    batch, heads = x.shape[:2]
-    if jax.default_backend() != "cpu" or batch * heads > MAX_PRODUCTS:
+    batch, heads, rows = x.shape[:3]
+    few = rows <= FEW_ROWS and batch * heads <= MAX_PRODUCTS
+    if jax.default_backend() != "cpu" or not few:
         return jax.vmap(jax.vmap(product))(x, y)
     return jnp.stack([jnp.stack(list(map(product, *pair))) for pair in zip(x, y, strict=True)])
 
@@ -124,14 +125,6 @@ def _combine_queries(weights: Array, x: Array) -> Array:
 def _softmax(scores: Array, causal: Array | np.ndarray) -> Array:
     # float32 whatever the inputs: the normaliser sums up to L terms.
     return jax.nn.softmax(jnp.where(causal, scores, _MASKED), axis=-1)
-
-
-def _weigh(
-    weights: Array, value: Array, own: Array | np.ndarray, *, include_self: bool
-) -> CausalSum:
-    self_weight = jnp.where(own, weights, 0).sum(axis=-1)
-    summed = weights if include_self else jnp.where(own, 0, weights)
-    return CausalSum(_combine(summed, value), self_weight)
 
 
 def causal_sum(
@@ -171,8 +164,11 @@ def causal_sum(
 def _causal_sum_reference(
     query: Array, key: Array, value: Array, *, include_self: bool
 ) -> CausalSum:
+    weights = attention_weights(query, key)
     own = np.eye(query.shape[2], dtype=bool)
-    return _weigh(attention_weights(query, key), value, own, include_self=include_self)
+    self_weight = jnp.where(own, weights, 0).sum(axis=-1)
+    summed = weights if include_self else jnp.where(own, 0, weights)
+    return CausalSum(_combine(summed, value), self_weight)
 
 
 def _fastest(query: Array, value: Array) -> Implementation:
@@ -272,7 +268,7 @@ def _forward_block(
     key: Array, value: Array, start: Array, query: Array, own_score: Array
 ) -> tuple[Array, Array, Array]:
     """The strict sum, self weights and log normalisers of the queries from ``start`` on."""
-    past = _past(start, query, key)
+    past = slots_before(start, query.shape[2], key.shape[2])
     scores = jnp.where(past, _inner(query, key), _MASKED)
     largest = jnp.maximum(scores.max(axis=-1), own_score)
     weights = jnp.exp(scores - largest[..., None])
@@ -292,7 +288,7 @@ def _backward_block(
     mean: Array,
 ) -> tuple[Array, Array, Array]:
     """Gradients by the strict sum: of these queries, and of all keys and values."""
-    past = _past(start, query, key)
+    past = slots_before(start, query.shape[2], key.shape[2])
     scores = jnp.where(past, _inner(query, key), _MASKED)
     weights = jnp.exp(scores - log_normaliser[..., None])
     d_scores = weights * (_inner(d_total, value) - mean[..., None])
@@ -301,11 +297,6 @@ def _backward_block(
         _combine_queries(d_scores, query),
         _combine_queries(weights, d_total),
     )
-
-
-def _past(start: Array, query: Array, key: Array) -> Array:
-    time = start + jnp.arange(query.shape[2])[:, None]
-    return jnp.arange(key.shape[2])[None, :] < time
 
 
 def _own_inner(x: Array, y: Array) -> Array:

@@ -140,11 +140,21 @@ def unfold_sum(
     else:
         total = functools.reduce(jnp.add, jnp.split(total, num_heads, axis=1))
         re, im = (jnp.einsum("bht,hp->btp", self_weight, part)[:, None] for part in at_rest)
-    parts = jnp.split(total, 2 * num_harmonics, axis=-1)
-    for m, zm in enumerate(powers(z, num_harmonics)):
-        sum_re, sum_im = parts[2 * m], parts[2 * m + 1]
-        re += zm.re * sum_re + zm.im * sum_im
-        im += zm.re * sum_im - zm.im * sum_re
+    return _add_seen(Complex(re, im), z, _by_harmonic(total, num_harmonics))
+
+
+def _by_harmonic(sums: Array, num_harmonics: int) -> list[Complex]:
+    """What ``side_by_side`` put together."""
+    parts = jnp.split(sums, 2 * num_harmonics, axis=-1)
+    return [Complex(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _add_seen(field: Complex, z: Complex, sums: list[Complex]) -> Complex:
+    """Adds ``sum_m z**-m sums[m]``: mean fields as they are seen from the phases of ``z``."""
+    re, im = field
+    for zm, mean in zip(powers(z, len(sums)), sums, strict=True):
+        re += zm.re * mean.re + zm.im * mean.im
+        im += zm.re * mean.im - zm.im * mean.re
     return Complex(re, im)
 
 
@@ -168,18 +178,14 @@ def field_of_sums(z: Complex, sums: Float[Array, "B H T J L twoMP"], kappa: Comp
     Returns:
       The local field, ``[B, H, L, P]``.
     """
-    re, im = jnp.zeros_like(z.re), jnp.zeros_like(z.im)
-    parts = jnp.split(sums, 2 * kappa.re.shape[1], axis=-1)
-    for m, zm in enumerate(powers(z, kappa.re.shape[1])):
+    total = []
+    for m, mean in enumerate(_by_harmonic(sums, kappa.re.shape[1])):
         # [T, J, H, P] to [1, H, T, J, 1, P]
         kappa_m = Complex(
             *(part[:, m].transpose(2, 0, 1, 3)[None, :, :, :, None] for part in kappa)
         )
-        field = multiply(kappa_m, Complex(parts[2 * m], parts[2 * m + 1]))
-        field = Complex(*(part.sum(axis=(2, 3)) for part in field))
-        re += zm.re * field.re + zm.im * field.im
-        im += zm.re * field.im - zm.im * field.re
-    return Complex(re, im)
+        total.append(Complex(*(part.sum(axis=(2, 3)) for part in multiply(kappa_m, mean))))
+    return _add_seen(Complex(jnp.zeros_like(z.re), jnp.zeros_like(z.im)), z, total)
 
 
 def _wave(z: Complex, num_harmonics: int) -> Complex:

@@ -74,7 +74,7 @@ def train_contender(name: str, experiment: ExperimentConfig, steps: int) -> Cont
     """The whole train step on random text, ``steps`` of them a dispatch."""
     model = _model(name, experiment)
     mesh = data_mesh(jax.devices()[: cpu_devices(experiment, jax.device_count())])
-    optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps)
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps, mesh=mesh)
     context, batch_size = experiment.data.context, experiment.training.batch_size
     program = train_steps_of(experiment, model, optimizer, mesh)
     corpus = jax.device_put(_tokens(experiment, CORPUS_BYTES).astype(jnp.uint8), replicated(mesh))

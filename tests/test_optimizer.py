@@ -1,6 +1,7 @@
 """Groups of parameters by path, what decays, what a factor scales, the schedule, clipping."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from cases import (
     transformer_config,
 )
 from flax.traverse_util import flatten_dict, unflatten_dict
+from small_runs import mesh_of
 
 from train.config import ModelConfig, OptimizerConfig
 from train.optimizer import group_of, groups, learning_rate, make_optimizer
@@ -166,6 +168,65 @@ def test_muon_turns_the_matrices_of_the_blocks_along_orthogonal_directions(confi
         along = np.diag(left.T @ direction @ right.T)
         assert (along[spread > 0.1 * spread.max()] > 0.6).all() and (along < 1.3).all()
         np.testing.assert_allclose((left * along) @ right, direction, atol=0.01, err_msg=name)
+
+
+TWO_BLOCKS = transformer_config(num_layers=2)
+"""Its matrices are wide, tall and square."""
+
+
+def matrices_of(tree: Any) -> dict[str, Any]:
+    of_group = by_name(groups(tree))
+    return {name: leaf for name, leaf in by_name(tree).items() if of_group[name] == "matrices"}
+
+
+class PlainMuon:
+    """Of one matrix, in float64: Nesterov's momentum, then Newton and Schulz's iteration."""
+
+    def __init__(self, beta: float):
+        self.beta, self.steps, self.mean = beta, 0, np.zeros(())
+
+    def __call__(self, gradient: Any) -> np.ndarray:
+        gradient, beta = np.asarray(gradient, np.float64), self.beta
+        self.steps += 1
+        self.mean = beta * self.mean + (1 - beta) * gradient
+        ahead = beta * self.mean / (1 - beta ** (self.steps + 1))
+        ahead = ahead + (1 - beta) * gradient / (1 - beta**self.steps)
+        turned = ahead / np.linalg.norm(ahead)
+        for _ in range(5):
+            square = turned @ turned.T
+            turned = 3.4445 * turned + (-4.7750 * square + 2.0315 * square @ square) @ turned
+        return turned
+
+
+@pytest.mark.parametrize("num_devices", [None, 1, 3, 8])
+def test_muon_in_stacks_is_muon_matrix_by_matrix(num_devices):
+    """Whatever number of devices share the work."""
+    config = dataclasses.replace(PLAIN, matrices="muon", clip_norm=1e9, weight_decay=0.0)
+    mesh = mesh_of(num_devices) if num_devices else None
+    optimizer, rate = make_optimizer(config, NUM_STEPS, mesh=mesh), learning_rate(config, NUM_STEPS)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes_of(TWO_BLOCKS))
+    state, step = optimizer.init(params), quick_jit(optimizer.update)
+    directions = {name: PlainMuon(config.muon_beta) for name in matrices_of(params)}
+    rng = np.random.default_rng(0)
+    for steps in range(3):
+        gradient = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
+        changes, state = step(gradient, state, params)
+        changes = matrices_of(changes)
+        for name, leaf in matrices_of(gradient).items():
+            size = rate(steps) * 0.2 * max(leaf.shape) ** 0.5
+            np.testing.assert_allclose(
+                -changes[name] / size, directions[name](leaf), atol=1e-4, err_msg=name
+            )
+
+
+def test_devices_share_the_matrices_of_muon():
+    """Each of two multiplies half of the eight square matrices and half of the six others."""
+    config = dataclasses.replace(PLAIN, matrices="muon")
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes_of(TWO_BLOCKS))
+    optimizer = make_optimizer(config, NUM_STEPS, mesh=mesh_of(2))
+    compiled = quick_jit(optimizer.update).lower(params, optimizer.init(params), params).compile()
+    stacked = re.findall(r"= f32\[(\d+),\d+,\d+\]\S* dot\(", compiled.as_text())
+    assert set(stacked) == {"4", "3"}
 
 
 def test_the_schedule_warms_up_peaks_and_ends_where_it_should():

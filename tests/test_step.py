@@ -97,6 +97,24 @@ def test_one_device_and_eight_agree():
     assert largest_difference(one.params, fresh().params) > 1e-3
 
 
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+def test_muon_is_the_same_on_one_device_and_eight(layout):
+    """Its stacks of matrices lie elsewhere than the gradients that they are made of."""
+
+    def two_steps(num_devices: int) -> TrainState:
+        model, placed = build_model(TINY_FSN), {"mesh": mesh_of(num_devices), "layout": layout}
+        config = OptimizerConfig(matrices="muon", warmup_steps=0)
+        optimizer = make_optimizer(config, 30, mesh=placed["mesh"])
+        steps = make_train_steps(
+            model, optimizer, **placed, context=CONTEXT, placement="host", log_every=10
+        )
+        return steps(init_state(model, optimizer, seed=0, **placed), WINDOWS[:2])[0]
+
+    one, eight = two_steps(1), two_steps(8)
+    assert largest_difference(one, eight) <= 10 * SUM_ORDER  # the iteration triples what is small
+    assert largest_difference(one.params, fresh().params) > 1e-3
+
+
 def test_the_two_placements_agree_bit_for_bit():
     assert_equal_trees(five_steps(num_devices=8, placement="resident"), five_steps(num_devices=8))
 

@@ -196,7 +196,7 @@ def inspect(
       compiled: whether to compile the train step and ask XLA how much memory it takes.
     """
     model = build_model(experiment.model)
-    optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps)
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps, mesh=mesh)
     state = abstract_state(model, optimizer, mesh=mesh, layout=experiment.training.parameters)
     inputs = _abstract_inputs(experiment, corpus, mesh)
     order = _order(experiment, corpus)

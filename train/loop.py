@@ -259,7 +259,7 @@ def _train(
         experiment.seed,
     )
     model = build_model(experiment.model)
-    optimizer = make_optimizer(experiment.optimizer, training.num_steps)
+    optimizer = make_optimizer(experiment.optimizer, training.num_steps, mesh=mesh)
     rate = learning_rate(experiment.optimizer, training.num_steps)
     train_steps = train_steps_of(experiment, model, optimizer, mesh)
     validation_bytes = corpus.codec.num_bytes(validation[1:])

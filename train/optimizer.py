@@ -9,7 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 from optax import contrib
 
 from train.config import OptimizerConfig
@@ -83,15 +87,24 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run: clip, Adam or Muon, decay, group factors, schedule."""
+def make_optimizer(
+    config: OptimizerConfig, num_steps: int, *, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
+    """The optimizer of a run: clip, Adam or Muon, decay, group factors, schedule.
+
+    Args:
+      config: its settings.
+      num_steps: of the run, for the schedule.
+      mesh: of the devices that share Muon's work; without one, each of them does all of it. The
+        state is the same with and without.
+    """
     factors = learning_rate_factors(config)
     decayed: Callable[[Any], Any] = lambda params: jax.tree.map(  # noqa: E731
         lambda group: group in DECAYED, groups(params)
     )
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        _direction(config),
+        _direction(config, mesh),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.stateless(
             lambda updates, _: jax.tree_util.tree_map_with_path(
@@ -102,18 +115,18 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     )
 
 
-def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+def _direction(config: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     if config.matrices == "adam":
         return adam
-    muon = optax.chain(
-        contrib.scale_by_muon(
-            beta=config.muon_beta,
-            # Optax takes None for "all are matrices" only where nothing is masked.
-            weight_dimension_numbers=lambda updates: jax.tree.map(
-                lambda _: contrib.MuonDimensionNumbers(), updates
-            ),
+    in_stacks = contrib.scale_by_muon(
+        beta=config.muon_beta,
+        weight_dimension_numbers=lambda stacks: jax.tree.map(
+            lambda _: contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), stacks
         ),
+    )
+    muon = optax.chain(
+        _by_shape(in_stacks, mesh),
         optax.stateless(
             lambda updates, _: jax.tree.map(
                 lambda update: update * MUON_RMS * max(update.shape) ** 0.5, updates
@@ -125,3 +138,45 @@ def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
         return jax.tree.map(lambda group: "muon" if group == MATRICES else "adam", groups(params))
 
     return optax.partition({"muon": muon, "adam": adam}, labels)
+
+
+def _by_shape(
+    muon: optax.GradientTransformation, mesh: Mesh | None
+) -> optax.GradientTransformation:
+    """Muon over one stack of matrices for each shape, wide ones and tall ones together.
+
+    A few large products in place of many small ones; the devices of a mesh share the matrices of a
+    stack among them, where each would otherwise turn all of them. The state has no stacks.
+    """
+    shares = P(mesh.axis_names) if mesh else P()
+
+    def placed(stacks: dict[str, Array], spec: P) -> dict[str, Array]:
+        if mesh is None:
+            return stacks
+        return jax.lax.with_sharding_constraint(stacks, NamedSharding(mesh, spec))
+
+    def shape_of(matrix: Array) -> str:
+        return "x".join(map(str, sorted(matrix.shape)))
+
+    def stacked(tree: Any) -> dict[str, Array]:
+        alike: dict[str, list[Array]] = {}
+        for matrix in jax.tree.leaves(tree):
+            wide = matrix.shape[0] <= matrix.shape[1]
+            alike.setdefault(shape_of(matrix), []).append(matrix if wide else matrix.T)
+        return placed({shape: jnp.stack(group) for shape, group in alike.items()}, shares)
+
+    def unstacked(stacks: dict[str, Array], like: Any) -> Any:
+        rows = {shape: iter(stack) for shape, stack in placed(stacks, P()).items()}
+
+        def matrix_of(matrix: Array) -> Array:
+            row = next(rows[shape_of(matrix)])
+            return row if row.shape == matrix.shape else row.T
+
+        return jax.tree.map(matrix_of, like)  # goes through the leaves in the order of the stacks
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        turned, after = muon.update(stacked(updates), state._replace(mu=stacked(state.mu)))
+        return unstacked(turned, updates), after._replace(mu=unstacked(after.mu, updates))
+
+    return optax.GradientTransformation(muon.init, update)

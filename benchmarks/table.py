@@ -49,6 +49,7 @@ def experiment_for(options: argparse.Namespace, name: str, rung: str, length: in
     config.data.context = length
     config.training.batch_size = max(1, options.tokens // length)
     config.model.dtype = options.dtype
+    config.optimizer.matrices = options.optimizer
     config.data.placement = "resident"
     dispatch = options.steps
     config.training.update(
@@ -68,6 +69,7 @@ def torch_contender(
         "context": experiment.data.context,
         "batch_size": experiment.training.batch_size,
         "measure": measure,
+        "optimizer": experiment.optimizer.matrices,
         "threads": len(os.sched_getaffinity(0)),
     }
     try:
@@ -147,7 +149,7 @@ def row_text(row: dict[str, Any]) -> str:
     """A row of the table: a line a contender."""
     lines = [
         f"{row['rung']} rung · {row['measure']} · L {row['length']} · batch {row['batch_size']} · "
-        f"{row['dtype']} · {row['rounds']} rounds",
+        f"{row['dtype']} · {row.get('optimizer', 'muon')} · {row['rounds']} rounds",
         f"  {'':14} {'params':>10} {'ms':>9} {'quartiles':>17} {'GFLOP/s':>8} {'time':>6} "
         f"{'FLOP':>6} {'compile s':>9} {'MB':>7}",
     ]
@@ -181,6 +183,7 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--contenders", default=",".join(CONTENDERS[:-1]))
     p.add_argument("--tokens", type=int, default=4096, help="in a batch, whatever the length")
     p.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    p.add_argument("--optimizer", default="muon", help="of the blocks' matrices: muon or adam")
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--steps", type=int, default=2, help="train steps, or chunks, timed together")
     p.add_argument("--torch_python", default="", help="Python with requirements-torch.txt")
@@ -206,6 +209,7 @@ def program(argv: Sequence[str]) -> None:
                     "measure": measure,
                     "tokens": options.tokens,
                     "dtype": options.dtype,
+                    "optimizer": options.optimizer,
                     "contenders": kept,
                     "rounds": options.rounds,
                     "steps": options.steps,
@@ -227,6 +231,7 @@ def check_options(options: argparse.Namespace, names: Sequence[str]) -> None:
         ("contenders", names, CONTENDERS),
         ("measures", options.measures.split(","), tuple(MEASURES)),
         ("dtype", [options.dtype], ("float32", "bfloat16")),
+        ("optimizer", [options.optimizer], ("muon", "adam")),
     )
     for option, given, allowed in choices:
         for value in given:

@@ -39,6 +39,15 @@ def build(sizes: dict[str, Any]) -> torch.nn.Module:
     )
 
 
+def optimizers_of(model: torch.nn.Module, matrices: str) -> list[torch.optim.Optimizer]:
+    """AdamW for all (``adam``), or Muon for the matrices of the blocks and AdamW for the rest."""
+    blocks = [p for p in model.attn_layers.parameters() if matrices == "muon" and p.ndim == 2]
+    turned = {id(p) for p in blocks}
+    rest = [p for p in model.parameters() if id(p) not in turned]
+    adam = torch.optim.AdamW(rest, lr=1e-3, foreach=True)
+    return [adam, torch.optim.Muon(blocks, lr=1e-3)] if blocks else [adam]
+
+
 def main() -> None:
     """Serves steps."""
     sizes = json.loads(sys.stdin.readline())
@@ -47,15 +56,16 @@ def main() -> None:
     model = build(sizes)
     shape = (sizes["batch_size"], sizes["context"] + 1)
     windows = torch.randint(0, sizes["vocab_size"], shape)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
+    optimizers = optimizers_of(model, sizes["optimizer"])
 
     def train() -> None:
         logits = model(windows[:, :-1])
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     def forward() -> None:
         with torch.inference_mode():

@@ -55,7 +55,7 @@ def test_rows_are_written_and_not_measured_again(tmp_path, timed, capsys):
     assert run(path, "--again") == 0
     assert len(path.read_text().splitlines()) == 2
     asked = len(timed)
-    for other in ("--rounds=1", "--steps=3"):
+    for other in ("--rounds=1", "--steps=3", "--optimizer=adam"):
         assert run(path, other) == 0
         assert len(timed) > asked, other
         asked = len(timed)
@@ -68,6 +68,7 @@ def test_rows_are_written_and_not_measured_again(tmp_path, timed, capsys):
         ("--contenders=mamba", "--contenders takes fsn"),
         ("--lengths=many", "--lengths takes whole numbers"),
         ("--rounds=0", "must be at least 1"),
+        ("--optimizer=sgd", "--optimizer takes muon, adam"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, option, says):

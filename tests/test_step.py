@@ -31,6 +31,7 @@ from train.step import (
     TrainState,
     abstract_state,
     build_model,
+    compiler_options,
     init_state,
     make_evaluate_rows,
     make_train_steps,
@@ -231,6 +232,31 @@ def test_the_tally_begins_anew_after_each_row():
         state, tally = step(state, WINDOWS)
         sums.append(int(tally.steps))
     assert sums == [5, 10, 5]  # rows are written every 10
+
+
+def library_sums(program: str) -> int:
+    """How many calls of a compiled program hand a library a sum and no product."""
+    bodies = dict(re.findall(r"^%?([\w.-]+) \([^\n]*\{\n(.*?)^\}", program, re.M | re.S))
+    given = [bodies[name] for name in re.findall(r"kind=kCustom, calls=%?([\w.-]+)", program)]
+    return sum(" reduce(" in body and " dot(" not in body for body in given)
+
+
+def test_no_sum_of_a_step_goes_to_a_library(monkeypatch):
+    """It does without the compiler option; an XLA that lacks the option compiles without."""
+
+    def program() -> str:
+        place = {"mesh": mesh_of(1)}
+        model = build_model(TINY_FSN)
+        steps = make_train_steps(
+            model, OPTIMIZER, **place, context=CONTEXT, placement="host", log_every=10
+        )
+        return steps.lower(abstract_state(model, OPTIMIZER, **place), WINDOWS).compile().as_text()
+
+    assert compiler_options(mesh_of(1))
+    assert library_sums(program()) == 0
+    monkeypatch.setattr("train.step.YNN_FOR_PRODUCTS", {"xla_cpu_a_flag_of_no_version": "1"})
+    assert not compiler_options(mesh_of(1))
+    assert library_sums(program()) > 0
 
 
 class Poisoned(nn.Module):

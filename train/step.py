@@ -103,6 +103,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+YNN_FOR_PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+"""XLA's default (jaxlib 0.10.2) hands sums to YNN as well, where the sum over a batch that is the
+gradient of a gain takes as long as a product of matrices (docs/performance.md)."""
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """Options for ``jax.jit`` of a program on these devices."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return YNN_FOR_PRODUCTS if on_cpu and _known(**YNN_FOR_PRODUCTS) else {}
+
+
+@functools.cache
+def _known(**options: str) -> bool:
+    """Whether this version of XLA takes the options."""
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 def divided_axis(shape: tuple[int, ...], num_devices: int, layout: Layout) -> int | None:
     """Along which axis an array of the state is divided: its longest that divides evenly, or none.
 
@@ -282,6 +303,7 @@ def make_train_steps(
         return state, Report(**vars(state.tally), losses=losses)
 
     everywhere, by_rows = replicated(mesh), by_step_and_row(mesh)
+    options = compiler_options(mesh)
     of_state = everywhere
     if layout == "sharded":
         like = abstract_state(model, optimizer, mesh=mesh, layout=layout)
@@ -300,6 +322,7 @@ def make_train_steps(
             in_shardings=(of_state, everywhere, by_rows),
             out_shardings=(of_state, everywhere),
             donate_argnums=0,
+            compiler_options=options,
         )
 
     def host_steps(state: TrainState, windows: Array) -> Any:
@@ -310,6 +333,7 @@ def make_train_steps(
         in_shardings=(of_state, by_rows),
         out_shardings=(of_state, everywhere),
         donate_argnums=0,
+        compiler_options=options,
     )
 
 
@@ -350,7 +374,12 @@ def make_window_losses(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
         check_vma=False,
     )
     by_row = NamedSharding(mesh, P(DATA_AXIS))
-    return jax.jit(losses, in_shardings=(None, by_row), out_shardings=replicated(mesh))
+    return jax.jit(
+        losses,
+        in_shardings=(None, by_row),
+        out_shardings=replicated(mesh),
+        compiler_options=compiler_options(mesh),
+    )
 
 
 def make_evaluate_rows(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
@@ -374,4 +403,5 @@ def make_evaluate_rows(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
         rows,
         in_shardings=(None, by_row, by_row),  # the parameters as they lie
         out_shardings=replicated(mesh),
+        compiler_options=compiler_options(mesh),
     )

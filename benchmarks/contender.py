@@ -48,7 +48,9 @@ class Contender:
 
 def _model(name: str, experiment: ExperimentConfig) -> nn.Module:
     implementation: Implementation = "reference" if name == "fsn-reference" else "auto"
-    config = dataclasses.replace(experiment.model, implementation=implementation)
+    config = dataclasses.replace(
+        experiment.model, implementation=implementation, remat=name == "fsn-remat"
+    )
     if name == "flax":
         if not isinstance(config, TransformerConfig):
             raise UserError("the flax peer is a transformer")

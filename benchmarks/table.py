@@ -1,4 +1,4 @@
-"""Speed and memory side by side, one command: FSN, its plain definition, the transformer, peers.
+"""Speed and memory side by side, one command: FSN in three forms, the transformer, peers.
 
     python -m benchmarks.table --rungs=pocket,1m --lengths=256,1024 --measures=train
 
@@ -7,10 +7,11 @@ slows all of them; a ratio is the median over the rounds of the ratio within a r
 ``--tokens`` tokens whatever the length. Every row is added to ``--output`` when it is done and is
 not measured again by the same code on the same machine: an interrupted table goes on.
 
-Contenders: ``fsn``, ``fsn-reference`` (the plain definition), ``transformer`` (ours), ``flax``
-(ours with Flax's attention module), ``torch`` (x-transformers in PyTorch, with
-``--torch_python=PYTHON``). Measures: ``train`` (a whole step), ``forward`` (logits of a batch),
-``sample`` (a character of cached sampling at position L; no peers).
+Contenders: ``fsn``, ``fsn-remat`` (its blocks recomputed in the backward pass), ``fsn-reference``
+(the plain definition), ``transformer`` (ours), ``flax`` (ours with Flax's attention module),
+``torch`` (x-transformers in PyTorch, with ``--torch_python=PYTHON``). Measures: ``train`` (a whole
+step), ``forward`` (logits of a batch), ``sample`` (a character of cached sampling at position L; no
+peers).
 """
 
 import argparse
@@ -39,7 +40,7 @@ BASE = "transformer"
 """The contender that the others are compared with."""
 
 DEFAULT_OUTPUT = Path("results/benchmarks.jsonl")
-CONTENDERS = ("fsn", "fsn-reference", BASE, "flax", "torch")
+CONTENDERS = ("fsn", "fsn-remat", "fsn-reference", BASE, "flax", "torch")
 
 
 def experiment_for(options: argparse.Namespace, name: str, rung: str, length: int) -> Any:

@@ -203,10 +203,12 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
         right.errorbar(
             seen, apart, STANDARD_ERRORS * error, color="C0", marker="o", ms=3, capsize=2
         )
-        late = apart[np.array(seen) > FIRST_MILLION / 1e6]
-        if late.size:
-            reach = 1.3 * np.abs(late).max() + STANDARD_ERRORS * error[-len(late) :].max()
-            right.set_ylim(-reach, reach)
+        late = np.array(seen) > FIRST_MILLION / 1e6
+        if late.any():  # zero is on it, and what comes before would set the scale
+            reach = np.array([-1, 1])[:, None] * STANDARD_ERRORS * error[late] + apart[late]
+            low, high = min(reach.min(), 0), max(reach.max(), 0)
+            margin = 0.08 * (high - low) or 1e-3
+            right.set_ylim(low - margin, high + margin)
         ends = [points[-1][arm.name]["mean"] for arm in (one, other)]
         for axes in (left, middle):
             axes.set_ylim(min(ends) - 0.05, min(ends) + 0.95)
@@ -215,7 +217,7 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
         figure.legend(frameon=False, loc="outside upper left", ncols=2)
         middle.set_xlabel("minutes of training")
         right.set_xlabel("characters seen, millions")
-        right.set_ylabel(f"{one.name}\nless {other.name}\nBPC, ± {STANDARD_ERRORS:g} s.e.")
+        right.set_ylabel(f"difference of the means, BPC, ± {STANDARD_ERRORS:g} s.e.")
         figure.savefig(target, dpi=150)
         plt.close(figure)
 

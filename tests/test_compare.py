@@ -50,6 +50,7 @@ def test_means_errors_and_what_they_decide(records, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "2.0100 ± 0.0141" in printed
     assert "at the end (whole validation split) fsn is below" in printed
+    assert printed.startswith((tmp_path / "out.txt").read_text())
     assert (tmp_path / "out.png").stat().st_size > 10_000
 
 

@@ -3,7 +3,7 @@
 A RUN is a run's folder or its record under ``results/``. Prints, for every evaluation that all runs
 share, mean and sample deviation of both arms and the difference of the means with its standard
 error; then how the arms stand at the end, throughout, and after equal time, as docs/protocol.md
-counts it. Writes the same as JSON and, beside it, a figure.
+counts it. Writes the same as JSON and, beside it, as text and as a figure.
 """
 
 import statistics
@@ -19,7 +19,7 @@ from train import verdicts
 from train.arms import Arm, RunRecord, read_arms, reference_arm
 from train.errors import UserError, unfinished
 from train.figures import style
-from train.files import check_json_output, write_json
+from train.files import check_json_output, write_atomically, write_json
 from train.program import Arguments, run_program
 from train.verdicts import STANDARD_ERRORS, Loss
 
@@ -237,10 +237,11 @@ def program(argv: Sequence[str]) -> None:
     one, other = pair(arms, options.reference)
     result = compare(one, other, same_budget=not options.any_budget)
     write_json(options.output, result, indent=1)
-    picture = options.output.with_suffix(".png")
+    table, picture = (options.output.with_suffix(suffix) for suffix in (".txt", ".png"))
+    text = table_text(result)
+    write_atomically(table, text + "\n")
     draw(result, one, other, picture)
-    print(table_text(result))
-    print(f"\n{options.output}\n{picture}")
+    print(text, "", options.output, table, picture, sep="\n")
 
 
 def pair(arms: Mapping[str, Arm], reference: str) -> tuple[Arm, Arm]:

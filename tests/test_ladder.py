@@ -17,7 +17,7 @@ from train import main as train_main
 from train.arms import read_run
 from train.errors import TryAgain, UserError
 from train.metrics import read_rows
-from train.program import run_program
+from train.program import num_cores, run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = """
@@ -46,16 +46,27 @@ def arms(tmp_path, monkeypatch):
     return file
 
 
+class Ended:
+    """A process that has."""
+
+    def __init__(self, status):
+        self.status = status
+
+    def poll(self):
+        return self.status
+
+
 @pytest.fixture
 def in_process(monkeypatch):
     """Trains in this process, without drawing a sample; counts the runs."""
     trained = []
 
-    def train(job):
+    def train(job, cores, log):
+        assert not cores and log is None
         trained.append(job.name)
-        return run_program(train_main.program, ["train", *job.arguments])
+        return Ended(run_program(train_main.program, ["train", *job.arguments]))
 
-    monkeypatch.setattr(ladder, "train_in_a_process", train)
+    monkeypatch.setattr(ladder, "begin", train)
     monkeypatch.setattr(finish, "_sample", lambda *_: b"a sample")
     return trained
 
@@ -96,7 +107,7 @@ def test_a_failed_arm_is_reported_the_rest_run_on_and_a_finished_one_is_skipped(
 def test_a_run_that_was_told_to_stop_stops_the_ladder(arms, monkeypatch, status, error):
     """Not a failure of the arm: the others must not begin on a machine that is wanted back."""
     begun = []
-    monkeypatch.setattr(ladder, "train_in_a_process", lambda job: begun.append(job.name) or status)
+    monkeypatch.setattr(ladder, "begin", lambda job, *_: begun.append(job.name) or Ended(status))
     with pytest.raises(error):
         ladder.program(["ladder", f"--config={arms}", "--output=out.json"])
     assert begun == ["tiny_fsn"]
@@ -132,6 +143,8 @@ def test_seeds_and_settings_reach_every_arm(arms):
         ("--output=table.csv", "must be a .json"),
         ("--config.nobody=1", "there is no setting --config.nobody"),
         ("--nobody", "there is no setting --nobody"),
+        ("--at_once=0", "--at_once must be from 1 to the"),
+        ("--at_once=1000", "--at_once must be from 1 to the"),
         ("--config=nobody.py", "there is no file nobody.py"),
     ],
 )
@@ -187,6 +200,35 @@ def test_a_power_law_is_found_and_two_rungs_are_too_few():
     spread = np.std([d["exponent"] for d in draws])
     typical = np.sqrt(np.mean([d["standard_error"] ** 2 for d in draws]))
     assert typical == pytest.approx(spread, rel=0.15)
+
+
+MEETS_ANOTHER = """#!{python}
+import os, pathlib, sys, time
+arm = sys.argv[3].rpartition(":")[2]
+pathlib.Path(arm + ".cores").write_text(" ".join(map(str, os.sched_getaffinity(0))))
+end = time.monotonic() + 60
+while len(list(pathlib.Path().glob("*.cores"))) < 2:
+    if time.monotonic() > end:
+        sys.exit("alone")
+    time.sleep(0.01)
+print("trained", arm)
+"""
+
+
+@pytest.mark.skipif(num_cores() < 2, reason="one core has no two shares")
+def test_runs_side_by_side_have_cores_of_their_own(arms, monkeypatch):
+    """Each of two stand-ins for a training ends only when it has seen the other begin."""
+    program = Path("stand_in").absolute()
+    program.write_text(MEETS_ANOTHER.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    before = os.sched_getaffinity(0)
+    assert ladder.run_all(ladder.plan(str(arms), [], [0], []), 2) == {}
+    assert os.sched_getaffinity(0) == before
+    one, other = (set(Path(f"{arm}.cores").read_text().split()) for arm in ("fsn", "transformer"))
+    assert one and other and not one & other
+    for arm in ("fsn", "transformer"):
+        assert Path(f"runs/tiny_{arm}.log").read_text() == f"trained {arm}\n"
 
 
 @pytest.mark.slow

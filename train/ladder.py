@@ -4,14 +4,17 @@ Each arm is a process of its own, ``python -m train --config=FILE:ARM``, on all 
 finished arm is skipped, an interrupted one goes on from its checkpoint, a failed one is reported
 and the others run on. Then the final losses are tabled and drawn against parameters and training
 FLOPs. The same command again does what is left. ``--config.FIELD=VALUE`` is passed on to every arm.
+``--at_once=2`` trains two side by side on a CPU, each on half of its cores.
 """
 
 import math
+import os
 import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +34,10 @@ LEAST_RUNGS = 3
 """Of one architecture, before a slope is fitted."""
 LEAST_STEP = 1.2
 """From one rung to the next; arms closer than that are variants of one size, and no ladder."""
+
+
+PAUSE = 0.2
+"""Seconds between two looks at the runs."""
 
 
 class Job(NamedTuple):
@@ -108,33 +115,99 @@ def is_finished(job: Job) -> bool:
     return trained.to_dict() == wanted.to_dict()
 
 
-def train_in_a_process(job: Job) -> int:
-    """Trains one run and returns the exit status, negative for a signal."""
-    return subprocess.run([sys.executable, "-m", "train", *job.arguments], check=False).returncode
+def begin(job: Job, cores: Set[int], log: Path | None) -> subprocess.Popen[bytes]:
+    """Starts to train one run in a process of its own.
+
+    Args:
+      job: the run.
+      cores: those it may use; any if there are none.
+      log: where what it prints goes; None leaves it on the terminal.
+    """
+    command = [sys.executable, "-m", "train", *job.arguments]
+    before = os.sched_getaffinity(0) if cores else None
+    try:
+        if cores:
+            os.sched_setaffinity(0, cores)  # the process inherits it
+        if log is None:
+            return subprocess.Popen(command)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    finally:
+        if before is not None:
+            os.sched_setaffinity(0, before)
 
 
-def run_all(jobs: Sequence[Job]) -> dict[str, str]:
+def shares_of_cores(at_once: int) -> list[Set[int]]:
+    """Cores for each of the runs side by side, equally many; no core for one run alone.
+
+    Raises:
+      UserError: there are not as many cores, or this system cannot keep a process to some.
+    """
+    if at_once == 1:
+        return [frozenset()]
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError("--at_once needs Linux, which can keep each run to cores of its own")
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= at_once <= len(cores):
+        raise UserError(f"--at_once must be from 1 to the {len(cores)} cores here; got {at_once}")
+    each = len(cores) // at_once
+    return [frozenset(cores[i * each : (i + 1) * each]) for i in range(at_once)]
+
+
+def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
     """Trains what is not finished; returns what went wrong, by run.
+
+    Args:
+      jobs: the runs, begun in this order.
+      at_once: how many side by side, each on its own share of the cores.
 
     Raises:
       KeyboardInterrupt: a run was interrupted by the user.
       TryAgain: a run was told to stop, as when the machine is wanted back.
+      UserError: see ``shares_of_cores``.
     """
-    failed = {}
-    for number, job in enumerate(jobs, 1):
-        head = f"[{number} of {len(jobs)}] {job.name}"
-        if is_finished(job):
-            print(f"{head}: finished before", flush=True)
-            continue
-        print(f"{head}: python -m train {' '.join(job.arguments)}", flush=True)
-        status = train_in_a_process(job)
-        if status in (EXIT_INTERRUPTED, -signal.SIGINT):
-            raise KeyboardInterrupt
-        if status == EXIT_TRY_AGAIN:
-            raise TryAgain(f"{job.name} was stopped; the same command goes on", everywhere=False)
-        if status:
-            failed[job.name] = f"signal {-status}" if status < 0 else f"exit status {status}"
-            print(f"{head}: failed ({failed[job.name]}); going on", flush=True)
+    failed: dict[str, str] = {}
+    free, waiting = shares_of_cores(at_once), list(enumerate(jobs, 1))
+    running: dict[Job, tuple[str, Set[int], subprocess.Popen[bytes]]] = {}
+    stopped: KeyboardInterrupt | TryAgain | None = None
+    try:
+        while running or (waiting and stopped is None):
+            while waiting and free and stopped is None:
+                number, job = waiting.pop(0)
+                head = f"[{number} of {len(jobs)}] {job.name}"
+                if is_finished(job):
+                    print(f"{head}: finished before", flush=True)
+                    continue
+                log = None if at_once == 1 else default_folder(job.experiment).with_suffix(".log")
+                told = f" > {log}" if log else ""
+                print(f"{head}: python -m train {' '.join(job.arguments)}{told}", flush=True)
+                cores = free.pop()
+                running[job] = head, cores, begin(job, cores, log)
+            for job, (head, cores, process) in list(running.items()):
+                status = process.poll()
+                if status is None:
+                    continue
+                del running[job]
+                free.append(cores)
+                if status in (EXIT_INTERRUPTED, -signal.SIGINT):
+                    stopped = KeyboardInterrupt()
+                elif status == EXIT_TRY_AGAIN:
+                    stopped = TryAgain(
+                        f"{job.name} was stopped; the same command goes on", everywhere=False
+                    )
+                elif status:
+                    failed[job.name] = why = (
+                        f"signal {-status}" if status < 0 else f"exit status {status}"
+                    )
+                    print(f"{head}: failed ({why}); going on", flush=True)
+            if running:
+                time.sleep(PAUSE)
+    finally:
+        for _, _, process in running.values():  # an interruption reaches them too: they save
+            process.wait()
+    if stopped is not None:
+        raise stopped
     return failed
 
 
@@ -263,6 +336,7 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--config", required=True, help="a file of arms, for instance configs/ladder.py")
     p.add_argument("--arms", default="", help="some of its arms, with commas between; else all")
     p.add_argument("--seeds", default="0", help="with commas between")
+    p.add_argument("--at_once", type=int, default=1, help="runs side by side on a CPU's cores")
     p.add_argument("--output", type=Path, default=Path("ladder.json"), help="a .json")
     p.add_argument("--plan", action="store_true", help="print sizes and budgets, train nothing")
     options, changes = p.parse_known_args(argv[1:])
@@ -275,7 +349,7 @@ def program(argv: Sequence[str]) -> None:
     print(plan_text(jobs))
     if options.plan:
         return
-    failed = run_all(jobs)
+    failed = run_all(jobs, options.at_once)
     folders = [default_folder(job.experiment) for job in jobs if is_finished(job)]
     if folders:
         found = result(folders, failed)

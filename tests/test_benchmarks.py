@@ -5,11 +5,13 @@ import json
 import cases
 import jax
 import pytest
+from small_runs import TINY_FSN, TINY_TRANSFORMER, tiny_config, write_corpus
 
 from benchmarks import table
 from benchmarks.contender import MEASURES, Contender
 from benchmarks.flax_attention import FlaxTransformer
 from fsn_jax import Transformer
+from train.config import ExperimentConfig
 from train.program import run_program
 
 SECONDS = {"fsn": 0.3, "transformer": 0.2}
@@ -85,3 +87,15 @@ def test_the_flax_peer_is_as_large_as_ours():
     ]
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in trees]
     assert sizes == [config.num_params()] * 2
+
+
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.parametrize("name", ["fsn-remat", "flax"])
+def test_a_contender_trains(name, tmp_path):
+    """Those whose program no other test runs, with Muon, as the table does."""
+    model = {"fsn-remat": TINY_FSN, "flax": TINY_TRANSFORMER}[name]
+    config = tiny_config(write_corpus(tmp_path / "corpus").folder, "", model)
+    config.optimizer.matrices = "muon"
+    found = MEASURES["train"](name, ExperimentConfig.from_config_dict(config), 1)
+    assert found.params == model.num_params()
+    assert found.seconds() > 0

@@ -5,6 +5,8 @@ orthogonal matrix. Scaled to the root mean square of a typical Adam update (J. L
 2502.16982) it takes the learning rate and the decay of Adam.
 """
 
+import itertools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -155,24 +157,30 @@ def _by_shape(
             return stacks
         return jax.lax.with_sharding_constraint(stacks, NamedSharding(mesh, spec))
 
-    def shape_of(matrix: Array) -> str:
-        return "x".join(map(str, sorted(matrix.shape)))
+    def sides(leaf: Array) -> tuple[int, int]:
+        # A kernel of more axes, as Flax's attention has, is the squarest matrix that it can be.
+        rows = itertools.accumulate(leaf.shape[:-1], operator.mul)
+        best = min(rows, key=lambda n: abs(n - leaf.size // n))
+        return best, leaf.size // best
+
+    def shape_of(leaf: Array) -> str:
+        return "x".join(map(str, sorted(sides(leaf))))
 
     def stacked(tree: Any) -> dict[str, Array]:
         alike: dict[str, list[Array]] = {}
-        for matrix in jax.tree.leaves(tree):
-            wide = matrix.shape[0] <= matrix.shape[1]
-            alike.setdefault(shape_of(matrix), []).append(matrix if wide else matrix.T)
+        for leaf in jax.tree.leaves(tree):
+            (rows, columns), matrix = sides(leaf), leaf.reshape(sides(leaf))
+            alike.setdefault(shape_of(leaf), []).append(matrix if rows <= columns else matrix.T)
         return placed({shape: jnp.stack(group) for shape, group in alike.items()}, shares)
 
     def unstacked(stacks: dict[str, Array], like: Any) -> Any:
-        rows = {shape: iter(stack) for shape, stack in placed(stacks, P()).items()}
+        left = {shape: iter(stack) for shape, stack in placed(stacks, P()).items()}
 
-        def matrix_of(matrix: Array) -> Array:
-            row = next(rows[shape_of(matrix)])
-            return row if row.shape == matrix.shape else row.T
+        def next_for(leaf: Array) -> Array:
+            (rows, columns), matrix = sides(leaf), next(left[shape_of(leaf)])
+            return (matrix if rows <= columns else matrix.T).reshape(leaf.shape)
 
-        return jax.tree.map(matrix_of, like)  # goes through the leaves in the order of the stacks
+        return jax.tree.map(next_for, like)  # goes through the leaves in the order of the stacks
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params

@@ -71,6 +71,11 @@ def test_equal_time_is_when_the_faster_arm_has_ended(records, tmp_path):
     assert time["fsn"]["bpc"] == pytest.approx([3.0 - 0.6 / 5, 3.2])
     assert time["verdict"] == "above"
 
+    provenance = json.loads((records[0] / "provenance.json").read_text())
+    provenance[0]["device"] = "another machine"
+    (records[0] / "provenance.json").write_text(json.dumps(provenance))
+    assert compared(records, tmp_path)["equal_time"] is None
+
 
 def test_a_shorter_run_is_compared_at_its_own_end_if_that_is_asked_for(records, tmp_path):
     shorter = [

@@ -104,13 +104,15 @@ def _throughout(points: Sequence[Mapping[str, Any]]) -> str:
 
 
 def equal_time(one: Arm, other: Arm) -> dict[str, Any] | None:
-    """The difference when the faster arm has ended, by the clock; None if no speed was logged.
+    """The difference when the faster arm has ended, by the clock; None if they share no clock.
 
-    Losses between two evaluations are on a straight line. The slower arm is then in the middle of
-    its schedule, with a learning rate that has yet to fall.
+    They share none if no speed was logged, or the runs were made on devices of two kinds. Losses
+    between two evaluations are on a straight line. The slower arm is then in the middle of its
+    schedule, with a learning rate that has yet to fall.
     """
     first, second = _seconds(one), _seconds(other)
-    if first is None or second is None:
+    devices = {run.provenance[0]["device"] for arm in (one, other) for run in arm.runs}
+    if first is None or second is None or len(devices) > 1:
         return None
     seconds = min(first, second)
     curves = {arm.name: [_by_time(run) for run in arm.runs] for arm in (one, other)}
@@ -194,7 +196,8 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
             left.fill_between(
                 millions, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.25, lw=0
             )
-            if clocks := [run.clock for run in arm.runs if run.clock]:
+            clocks = [run.clock for run in arm.runs if run.clock]
+            if clocks and result["equal_time"]:
                 minutes = [statistics.fmean(clock[c] for clock in clocks) / 60 for c in characters]
                 middle.plot(minutes, values.mean(axis=1), color=colour, marker="o", ms=3)
         apart = np.array([point["difference"] for point in points])
@@ -215,7 +218,7 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
             axes.set_ylabel("bits per character, validation")
         left.set_xlabel("characters seen, millions")
         figure.legend(frameon=False, loc="outside upper left", ncols=2)
-        middle.set_xlabel("minutes of training")
+        middle.set_xlabel("minutes of training" if result["equal_time"] else "no clock in common")
         right.set_xlabel("characters seen, millions")
         right.set_ylabel(f"difference of the means, BPC, ± {STANDARD_ERRORS:g} s.e.")
         figure.savefig(target, dpi=150)

@@ -155,6 +155,15 @@ def shares_of_cores(at_once: int) -> list[Set[int]]:
     return [frozenset(cores[i * each : (i + 1) * each]) for i in range(at_once)]
 
 
+def told_to_stop(job: Job, status: int) -> KeyboardInterrupt | TryAgain | None:
+    """What to raise for a run that did not end by itself; None for any other exit status."""
+    if status in (EXIT_INTERRUPTED, -signal.SIGINT):
+        return KeyboardInterrupt()
+    if status == EXIT_TRY_AGAIN:
+        return TryAgain(f"{job.name} was stopped; the same command goes on", everywhere=False)
+    return None
+
+
 def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
     """Trains what is not finished; returns what went wrong, by run.
 
@@ -190,16 +199,11 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
                     continue
                 del running[job]
                 free.append(cores)
-                if status in (EXIT_INTERRUPTED, -signal.SIGINT):
-                    stopped = KeyboardInterrupt()
-                elif status == EXIT_TRY_AGAIN:
-                    stopped = TryAgain(
-                        f"{job.name} was stopped; the same command goes on", everywhere=False
-                    )
+                if stop := told_to_stop(job, status):
+                    stopped = stop
                 elif status:
-                    failed[job.name] = why = (
-                        f"signal {-status}" if status < 0 else f"exit status {status}"
-                    )
+                    why = f"signal {-status}" if status < 0 else f"exit status {status}"
+                    failed[job.name] = why
                     print(f"{head}: failed ({why}); going on", flush=True)
             if running:
                 time.sleep(PAUSE)

@@ -132,3 +132,11 @@ def test_arms_of_other_data_or_unfinished_are_refused(records, tmp_path):
     (records[0] / "summary.json").unlink()
     with pytest.raises(compare.UserError, match="is not finished"):
         compared(records, tmp_path)
+
+
+@pytest.mark.parametrize("beside", ["out.txt", "out.png"])
+def test_a_folder_in_the_way_of_the_table_or_figure_is_told_before(records, tmp_path, beside):
+    (tmp_path / beside).mkdir()
+    with pytest.raises(compare.UserError, match=f"{beside} beside it is a folder; name another"):
+        compared(records, tmp_path)
+    assert not (tmp_path / "out.json").exists()

@@ -15,14 +15,22 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+BESIDE_JSON = (".txt", ".png")
+"""A table or a figure of the same result, by the same name."""
+
+
 def check_json_output(output: Path) -> None:
     """Makes the folder of ``--output``, before the work whose result goes there.
 
     Raises:
-      UserError: it names no .json, or its folder cannot be made or written.
+      UserError: it names no .json, a folder has the name of what goes beside it, or its own folder
+        cannot be made or written.
     """
     if output.suffix != ".json" or output.is_dir():
         raise UserError(f"--output={output} must be a .json in a folder")
+    for other in map(output.with_suffix, BESIDE_JSON):
+        if other.is_dir():
+            raise UserError(f"--output={output}: {other} beside it is a folder; name another")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

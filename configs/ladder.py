@@ -2,12 +2,16 @@
 
 One rung is one ARM after the colon, too: ``python -m train --config=configs/ladder.py:fsn_4m``.
 Both arms of a rung have the same number of parameters within 1%, the same batches and the same
-budget: about 100 characters a parameter.
+budget: about 100 characters a parameter. From the 1m rung on an accelerator is wanted; those below
+are for a CPU (``--arms=fsn_60k,transformer_60k,...``).
 
 ======  ==========  ======  ===================  =================  =================
 rung    parameters  layers  characters (epochs)  FLOPs, FSN         FLOPs, transformer
 ======  ==========  ======  ===================  =================  =================
-pocket  0.23M       4       20M (0.2)            4.3e13             3.3e13
+60k     0.06M       4       5.7M (0.06)          4.3e12             3.0e12
+120k    0.12M       4       12.3M (0.1)          1.6e13             1.2e13
+pocket  0.23M       4       20.5M (0.2)          4.5e13             3.5e13
+500k    0.5M        5       50M (0.6)            2.3e14             1.8e14
 1m      1.0M        6       98M (1.1)            1.0e15             7.8e14
 2m      2.0M        8       203M (2.3)           4.0e15             3.1e15
 4m      4.0M        8       400M (4.4)           1.6e16             1.1e16
@@ -16,12 +20,13 @@ pocket  0.23M       4       20M (0.2)            4.3e13             3.3e13
 ======  ==========  ======  ===================  =================  =================
 
 FLOPs are of the whole training, forward and backward, counted by ``flops_per_token``. The pocket
-arms are those of ``configs/enwik8.py``, the others the same design wider and deeper; the width of
-the feed-forward gives a rung its size. Learning rates are those tuned at the pocket rung times
-(width of the pocket rung / width), for both arms alike, and not tuned again.
+arms are those of ``configs/enwik8.py``, the others the same design at another width and depth; the
+width of the feed-forward gives a rung its size. Learning rates are those tuned at the pocket rung,
+times (width of the pocket rung / width) on wider ones, for both arms alike, and not tuned again.
 """
 
 import dataclasses
+import functools
 
 from ml_collections import ConfigDict
 
@@ -52,6 +57,7 @@ class Rung:
       num_heads: H of the transformer; the FSN has as many fewer as at the pocket rung.
       batch_size: B.
       context: L.
+      validation: bytes of that split at each evaluation.
     """
 
     num_params: int
@@ -60,13 +66,21 @@ class Rung:
     num_heads: int
     batch_size: int = 64
     context: int = 512
+    validation: int = 1_000_000
 
 
-POCKET = Rung(
-    200_000, 4, enwik8.FSN_POCKET.num_phases, enwik8.TRANSFORMER_POCKET.num_heads, 16, 256
+CPURung = functools.partial(Rung, batch_size=16, context=256, validation=250_000)
+POCKET = CPURung(
+    enwik8.FSN_POCKET.num_params(),
+    enwik8.FSN_POCKET.num_layers,
+    enwik8.FSN_POCKET.num_phases,
+    enwik8.TRANSFORMER_POCKET.num_heads,
 )
 RUNGS = {
+    "60k": CPURung(60_000, 4, 32, 4),
+    "120k": CPURung(120_000, 4, 48, 4),
     "pocket": POCKET,
+    "500k": CPURung(500_000, 5, 96, 4),
     "1m": Rung(1_000_000, 6, 112, 4),
     "2m": Rung(2_000_000, 8, 136, 4),
     "4m": Rung(4_000_000, 8, 192, 6),
@@ -112,7 +126,12 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
     """An arm of a rung; see ``ARMS``."""
     if arm not in ARMS:
         raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
+    name = f"ladder_{arm}"
     rung, model = RUNGS[arm.split("_")[1]], model_of(arm)
+    if rung is POCKET:
+        config = enwik8.get_config(arm)
+        config.name = name
+        return config
     per_step = rung.batch_size * rung.context
     per_dispatch = 10
     every = per_dispatch * round(
@@ -120,11 +139,12 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
     )
     tuned = enwik8.OPTIMIZER
     return experiment(
-        f"ladder_{arm}",
+        name,
         model=model,
         data=DataConfig(name="enwik8", context=rung.context),
         optimizer=dataclasses.replace(
-            tuned, peak_learning_rate=tuned.peak_learning_rate * POCKET.width / rung.width
+            tuned,
+            peak_learning_rate=tuned.peak_learning_rate * min(1.0, POCKET.width / rung.width),
         ),
         training=TrainingConfig(
             batch_size=rung.batch_size,
@@ -132,6 +152,6 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
             steps_per_dispatch=per_dispatch,
             log_every=per_dispatch,
         ),
-        evaluation=EvaluationConfig(every=every, num_bytes=1_000_000),
+        evaluation=EvaluationConfig(every=every, num_bytes=rung.validation),
         checkpoints=CheckpointConfig(every=every),
     )

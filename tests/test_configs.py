@@ -97,7 +97,7 @@ def test_a_rung_is_the_size_it_is_called_by_and_its_arms_are_matched(name):
     fsn, transformer = rungs()[name]
     assert fsn.model.num_params() == pytest.approx(transformer.model.num_params(), rel=0.01)
     if name != "pocket":
-        size = float(name.removesuffix("m")) * 1e6
+        size = float(name[:-1]) * {"k": 1e3, "m": 1e6}[name[-1]]
         assert fsn.model.num_params() == pytest.approx(size, rel=0.01)
     assert fsn.data == transformer.data
     assert fsn.training == transformer.training

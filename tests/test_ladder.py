@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import small_runs
 
@@ -179,27 +178,6 @@ def test_a_file_without_arms_is_a_mistake(tmp_path):
     file.write_text("")
     with pytest.raises(UserError, match="has no ARMS"):
         ladder.plan(str(file), [], [0], [])
-
-
-def test_a_power_law_is_found_and_two_rungs_are_too_few():
-    rows = [{"parameters": n, "bpc": 5 * n**-0.1} for n in (1e6, 2e6, 4e6, 8e6)]
-    found = ladder.fit(rows, "parameters")
-    assert found["exponent"] == pytest.approx(-0.1)
-    assert found["scale"] == pytest.approx(5)
-    assert found["standard_error"] == pytest.approx(0, abs=1e-9)
-    assert ladder.fit(rows[:2], "parameters") is None
-    assert ladder.fit(rows[:2] * 2, "parameters") is None
-    variant = {"parameters": 2.1e6, "bpc": 3.0}
-    assert ladder.fit([*rows, variant], "parameters") is None  # not a ladder: two of one size
-
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(300):
-        noisy = [{**row, "bpc": row["bpc"] * np.exp(0.01 * rng.normal())} for row in rows]
-        draws.append(ladder.fit(noisy, "parameters"))
-    spread = np.std([d["exponent"] for d in draws])
-    typical = np.sqrt(np.mean([d["standard_error"] ** 2 for d in draws]))
-    assert typical == pytest.approx(spread, rel=0.15)
 
 
 MEETS_ANOTHER = """#!{python}

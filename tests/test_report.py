@@ -14,7 +14,7 @@ import pytest
 from small_runs import write_record
 
 from fsn_jax.readings import LayerState
-from train import ladder, report
+from train import final_losses, report
 from train.arms import read_arms
 from train.copy_depth import BUCKETS, FAR, tabulate
 from train.errors import UserError
@@ -65,7 +65,8 @@ def made(tmp_path_factory):
     rungs = sorted((folder / "rungs").iterdir())
     results = {
         "depth": depth_result(),
-        "ladder": ladder.result(rungs, {}),
+        "ladder": final_losses.result(rungs),
+        "variants": final_losses.result(runs),
         "readings": readings_result(),
     }
     for name, result in results.items():
@@ -101,7 +102,8 @@ def test_its_data_are_those_of_the_records(made):
     assert fsn["validation"][0][-1] == 5.5
     assert fsn["sample"] == SAMPLE
     assert [run["commit"] for run in data["runs"]] == ["c0ffee"] * 3
-    assert len(data["copy_depth"]) == len(data["ladder"]) == len(data["readings"]) == 1
+    assert len(data["copy_depth"]) == len(data["readings"]) == 1
+    assert [found["variants"] for found in data["final_losses"]] == [False, True]
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_end(tmp_path):
@@ -158,6 +160,9 @@ def test_every_chart_is_drawn_without_fault_request_or_overflow(made, tab, width
     assert len(charts) == 9 and all(charts)
     assert lines(tab, "loss-curves") == 2 and lines(tab, "scale-ladder") == 4
     assert lines(tab, "copy-depth") == 1
+    beside = "[...document.querySelectorAll('#final-losses-beside-fsn tbody tr')].map"
+    assert tab.run(f"{beside}(row => row.cells[4].textContent)") == ["", "+0.400"]
+    assert tab.run(f"{beside}(row => row.querySelectorAll('.dots circle').length)") == [3, 2]
     assert tab.run("document.querySelectorAll('.roses svg').length") == 3
     assert tab.run("document.querySelector('#samples pre').textContent") == SAMPLE
     # What is drawn lies within its picture: no NaN, nothing infinite.

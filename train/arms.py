@@ -232,6 +232,20 @@ class Arm:
         """``fsn`` or ``transformer``."""
         return str(self.config["model"]["architecture"])
 
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Where each of its finished runs came from."""
+        return [
+            {
+                "record": run.path.name,
+                "seed": run.seed,
+                "commit": run.provenance[0]["git"]["commit"],
+                "device": run.provenance[0]["device"],
+                "data": run.summary["data_sha256"],
+            }
+            for run in self.runs
+        ]
+
     def curve(self, kind: str = "validation") -> list[tuple[int, list[float]]]:
         """``(characters, BPC of each seed)`` wherever every seed has a row."""
         by_seed = [run.losses[kind] for run in self.runs]

@@ -60,19 +60,7 @@ def compare(one: Arm, other: Arm, *, same_budget: bool = True) -> dict[str, Any]
         "crossing": later[0]["characters"] if later else None,
         "seconds": {arm.name: _seconds(arm) for arm in (one, other)},
         "equal_time": equal_time(one, other),
-        "runs": {
-            arm.name: [
-                {
-                    "record": run.path.name,
-                    "seed": run.seed,
-                    "commit": run.provenance[0]["git"]["commit"],
-                    "device": run.provenance[0]["device"],
-                    "data": run.summary["data_sha256"],
-                }
-                for run in arm.runs
-            ]
-            for arm in (one, other)
-        },
+        "runs": {arm.name: arm.sources for arm in (one, other)},
     }
     for split in ("whole_validation", "test"):
         ends = [

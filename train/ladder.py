@@ -2,39 +2,28 @@
 
 Each arm is a process of its own, ``python -m train --config=FILE:ARM``, on all devices there are. A
 finished arm is skipped, an interrupted one goes on from its checkpoint, a failed one is reported
-and the others run on. Then the final losses are tabled and drawn against parameters and training
-FLOPs. The same command again does what is left. ``--config.FIELD=VALUE`` is passed on to every arm.
-``--at_once=2`` trains two side by side on a CPU, each on half of its cores.
+and the others run on. Then ``train.final_losses`` tables and draws how they ended. The same command
+again does what is left. ``--config.FIELD=VALUE`` is passed on to every arm. ``--at_once=2`` trains
+two side by side on a CPU, each on half of its cores.
 """
 
-import math
 import os
 import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import matplotlib.pyplot as plt
-import numpy as np
-
-from train.arms import RunRecord, mean_and_deviation, read_arms
+from train import final_losses
 from train.config import ExperimentConfig
 from train.errors import EXIT_INTERRUPTED, EXIT_TRY_AGAIN, TryAgain, UserError
-from train.figures import style
-from train.files import check_json_output, write_json
+from train.files import check_json_output
 from train.main import parse_config
 from train.program import Arguments, run_program
-from train.run import default_folder, git_state, open_run
-
-LEAST_RUNGS = 3
-"""Of one architecture, before a slope is fitted."""
-LEAST_STEP = 1.2
-"""From one rung to the next; arms closer than that are variants of one size, and no ladder."""
-
+from train.run import default_folder, open_run
 
 PAUSE = 0.2
 """Seconds between two looks at the runs."""
@@ -215,125 +204,6 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
     return failed
 
 
-def result(folders: Sequence[Path], failed: Mapping[str, str]) -> dict[str, Any]:
-    """The table and the fits, from the runs that have ended."""
-    rows = []
-    for arm in read_arms(folders).values():
-        summary = arm.runs[0].summary
-        losses = [run.summary["validation"]["bpc"] for run in arm.runs]
-        mean, deviation = mean_and_deviation(losses)
-        rows.append(
-            {
-                "arm": arm.name,
-                "architecture": arm.architecture,
-                "parameters": summary["parameters"],
-                "characters": summary["characters"],
-                "training_flops": summary["training_flops"],
-                "seeds": losses,
-                "bpc": mean,
-                "deviation": deviation,
-                "seconds": [run.summary["seconds"] for run in arm.runs],
-                "device": _device(arm.runs[0]),
-                "data": arm.config["data"]["name"],
-                "data_sha256": summary["data_sha256"],
-                "evaluated": summary["validation"]["bytes"],
-                "context": summary["validation"]["context"],
-            }
-        )
-    return {
-        "kind": "ladder",
-        "arms": rows,
-        "fits": {
-            f"{kind} by {what}": slope
-            for kind in sorted({row["architecture"] for row in rows})
-            for what in ("parameters", "training_flops")
-            if (slope := fit([row for row in rows if row["architecture"] == kind], what))
-        },
-        "failed": dict(failed),
-        "git": git_state(),
-    }
-
-
-def _device(run: RunRecord) -> str:
-    return str(run.provenance[0]["device"])
-
-
-def fit(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, float] | None:
-    """``bpc = scale * what ** exponent`` by least squares of logarithms; None without a ladder.
-
-    Returns:
-      ``scale``, ``exponent``, and ``standard_error`` of the exponent from the residuals.
-    """
-    sizes = sorted(float(row[what]) for row in rows)
-    steps = [large / small for small, large in zip(sizes, sizes[1:], strict=False)]
-    if len(sizes) < LEAST_RUNGS or min(steps) < LEAST_STEP:
-        return None
-    x = np.log([row[what] for row in rows])
-    y = np.log([row["bpc"] for row in rows])
-    exponent, offset = np.polyfit(x, y, 1)
-    residual = y - (exponent * x + offset)
-    error = math.sqrt((residual**2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum())
-    return {
-        "scale": float(np.exp(offset)),
-        "exponent": float(exponent),
-        "standard_error": float(error),
-    }
-
-
-def result_text(found: Mapping[str, Any]) -> str:
-    """The table as it is printed."""
-    rows = found["arms"]
-    width = max([len(row["arm"]) for row in rows] + [3])
-    lines = [f"{'arm':{width}}   parameters     characters   training FLOPs  n     BPC"]
-    for row in rows:
-        spread = "" if row["deviation"] is None else f" ± {row['deviation']:.4f}"
-        lines.append(
-            f"{row['arm']:{width}}  {row['parameters']:>11,}  {row['characters']:>13,}  "
-            f"{row['training_flops']:>15.2e}  {len(row['seeds'])}  {row['bpc']:.4f}{spread}"
-        )
-    for name, slope in found["fits"].items():
-        lines.append(
-            f"{name}: exponent {slope['exponent']:+.4f} ± {slope['standard_error']:.4f} (s.e.)"
-        )
-    return "\n".join(lines)
-
-
-def draw(found: Mapping[str, Any], target: Path) -> None:
-    """Loss against parameters and against training FLOPs, with the fitted power laws."""
-    views = (("parameters", "parameters"), ("training_flops", "training FLOPs"))
-    kinds = sorted({row["architecture"] for row in found["arms"]})
-    with style():
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
-        for axis, (what, label) in zip(axes, views, strict=True):
-            for index, kind in enumerate(kinds):
-                rows = [row for row in found["arms"] if row["architecture"] == kind]
-                rows.sort(key=lambda row: row[what])
-                x = np.array([row[what] for row in rows], np.float64)
-                axis.errorbar(
-                    x,
-                    [row["bpc"] for row in rows],
-                    yerr=[row["deviation"] or 0.0 for row in rows],
-                    color=f"C{index}",
-                    marker="o",
-                    ls="",
-                    label=kind,
-                )
-                slope = found["fits"].get(f"{kind} by {what}")
-                if slope:
-                    line = slope["scale"] * x ** slope["exponent"]
-                    name = f"exponent {slope['exponent']:+.3f}"
-                    axis.plot(x, line, color=f"C{index}", lw=1, ls="--", label=name)
-            axis.set_xscale("log")
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:.2f}")
-            axis.yaxis.set_minor_formatter("{x:.2f}")
-            axis.set_xlabel(label)
-            axis.legend(frameon=False, fontsize=8)
-        axes[0].set_ylabel("bits per character")
-        figure.savefig(target, dpi=150)
-        plt.close(figure)
-
-
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     p = Arguments(prog="python -m train.ladder", description=__doc__, allow_abbrev=False)
@@ -356,10 +226,9 @@ def program(argv: Sequence[str]) -> None:
     failed = run_all(jobs, options.at_once)
     folders = [default_folder(job.experiment) for job in jobs if is_finished(job)]
     if folders:
-        found = result(folders, failed)
-        write_json(options.output, found, indent=1)
-        draw(found, options.output.with_suffix(".png"))
-        print(f"\n{result_text(found)}\n\n{options.output}\n{options.output.with_suffix('.png')}")
+        print()
+        found = final_losses.result(folders)
+        final_losses.write({**found, "failed": failed}, options.output)
     if failed:
         listed = ", ".join(f"{name} ({why})" for name, why in failed.items())
         raise UserError(

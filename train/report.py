@@ -1,7 +1,8 @@
 """``python -m train.report RUN ...``: one HTML page of runs, that needs no network.
 
 A RUN is a run's folder or its record under ``results/``; runs that differ in their seed alone are
-one arm. ``--add`` puts in what ``train.copy_depth``, ``train.ladder`` and ``train.readings`` wrote.
+one arm. ``--add`` puts in what ``train.copy_depth``, ``train.final_losses`` (and with it
+``train.ladder``) and ``train.readings`` wrote.
 """
 
 import html
@@ -19,7 +20,7 @@ from train.files import write_atomically
 from train.program import Arguments, run_program
 from train.run import flatten
 
-KINDS = ("copy_depth", "ladder", "readings")
+KINDS = ("copy_depth", "final_losses", "readings")
 MOST_POINTS = 400
 """Of a training curve; more could not be told apart on a screen."""
 

@@ -1,0 +1,119 @@
+"""How arms end: the table by hand, slopes of made-up power laws, which figure is drawn."""
+
+import json
+
+import numpy as np
+import pytest
+from small_runs import write_record
+
+from train import final_losses
+from train.errors import UserError
+
+
+def found(folders, tmp_path, *options):
+    """What the command writes."""
+    file = tmp_path / "out.json"
+    final_losses.program(["final_losses", *map(str, folders), f"--output={file}", *options])
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+    return json.loads(file.read_text())
+
+
+def variants(tmp_path):
+    return [
+        write_record(tmp_path, name, seed=seed, curve=(3.0, end), parameters=size)
+        for name, size, ends in (
+            ("pre_no_delay", 1000, (2.30, 2.34)),
+            ("pre_fsn", 1005, (2.00, 2.04)),
+            ("pre_small", 600, (2.80,)),
+            ("pre_transformer", 1001, (2.10, 2.10)),
+        )
+        for seed, end in enumerate(ends)
+    ]
+
+
+def test_variants_are_told_apart_from_the_reference(tmp_path, capsys):
+    records = variants(tmp_path)
+    result = found(records, tmp_path, "--reference=pre_fsn")
+    assert result["variants"] and result["fits"] == {}
+    no_delay, fsn, small, _ = result["arms"]
+    assert [row["arm"] for row in result["arms"]][:2] == ["pre_no_delay", "pre_fsn"]
+    assert no_delay["bpc"] == pytest.approx(2.32) and no_delay["seeds"] == [2.30, 2.34]
+    # Deviations of 0.0283 over two seeds each: errors of 0.02 each.
+    assert no_delay["difference"] == pytest.approx(0.30)
+    assert no_delay["standard_error"] == pytest.approx(np.hypot(0.02, 0.02))
+    assert fsn["difference"] == 0.0
+    assert small["difference"] == pytest.approx(0.78) and small["standard_error"] is None
+    assert [run["seed"] for run in result["runs"]["pre_no_delay"]] == [0, 1]
+    text = (tmp_path / "out.txt").read_text()
+    assert capsys.readouterr().out.startswith(text)
+    assert "2.3200 ± 0.0283  +0.3000 ± 0.0283 (s.e.)" in text
+    # Without a reference it is the first arm.
+    assert found(records, tmp_path)["reference"] == "pre_no_delay"
+
+
+def test_rungs_are_drawn_against_their_size(tmp_path):
+    sizes = (10**3, 10**4, 10**5)
+    rungs = [
+        write_record(tmp_path, f"{kind}_{size}", parameters=size, curve=(9 / size**0.1,))
+        for size in sizes
+        for kind in ("fsn", "transformer")
+    ]
+    result = found(rungs, tmp_path)
+    assert not result["variants"]
+    assert set(result["fits"]) == {
+        f"{kind} by {what}"
+        for kind in ("fsn", "transformer")
+        for what in ("parameters", "training_flops")
+    }
+    assert result["fits"]["fsn by parameters"]["exponent"] == pytest.approx(-0.1)
+    # One rung of two sizes alike is a variant, however many rungs there are.
+    extra = write_record(tmp_path, "fsn_again", parameters=10**4, curve=(2.0,))
+    assert found([*rungs, extra], tmp_path)["variants"]
+
+
+def test_losses_are_of_the_whole_split_where_all_were_read_on_it(tmp_path):
+    one = write_record(tmp_path, "fsn", curve=(2.0,), whole=2.5)
+    other = write_record(tmp_path, "transformer", curve=(2.1,), whole=2.7)
+    result = found([one, other], tmp_path)
+    assert [row["bpc"] for row in result["arms"]] == [2.5, 2.7]
+    assert {row["evaluated"] for row in result["arms"]} == {"whole"}
+    third = write_record(tmp_path, "base", curve=(2.2,))
+    result = found([one, other, third], tmp_path)
+    assert [row["bpc"] for row in result["arms"]] == [2.0, 2.1, 2.2]
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ("", ["--reference=nobody"], "--reference must be one of pre_no_delay, .*got 'nobody'"),
+        ("summary.json", [], "pre_fsn.* is not finished"),
+        ("config.json", [], "pre_fsn"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, change, options, message):
+    folders = variants(tmp_path)
+    if change:
+        (folders[2] / change).unlink()
+    with pytest.raises(UserError, match=message):
+        found(folders, tmp_path, *options)
+
+
+def test_a_power_law_is_found_and_two_rungs_are_too_few():
+    rows = [{"parameters": n, "bpc": 5 * n**-0.1} for n in (1e6, 2e6, 4e6, 8e6)]
+    found = final_losses.fit(rows, "parameters")
+    assert found["exponent"] == pytest.approx(-0.1)
+    assert found["scale"] == pytest.approx(5)
+    assert found["standard_error"] == pytest.approx(0, abs=1e-9)
+    assert final_losses.fit(rows[:2], "parameters") is None
+    assert final_losses.fit(rows[:2] * 2, "parameters") is None
+    variant = {"parameters": 2.1e6, "bpc": 3.0}
+    assert final_losses.fit([*rows, variant], "parameters") is None  # not a ladder: two of one size
+
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(300):
+        noisy = [{**row, "bpc": row["bpc"] * np.exp(0.01 * rng.normal())} for row in rows]
+        draws.append(final_losses.fit(noisy, "parameters"))
+    spread = np.std([d["exponent"] for d in draws])
+    typical = np.sqrt(np.mean([d["standard_error"] ** 2 for d in draws]))
+    assert typical == pytest.approx(spread, rel=0.15)

@@ -34,11 +34,13 @@ from fsn_jax.torus import Complex, multiply, rotary_phasor, token_phasor
 class LayerCache:
     """What a layer keeps of the tokens it has seen: slot u holds position u.
 
-    Tokens past its last slot cannot be kept: what is computed for them is NaN.
+    Tokens past its last slot cannot be kept: what is computed for them is NaN. Batch and heads are
+    one axis, and the slots of the keys the last: the layout that the products take as it is, so
+    that XLA writes a token in place and copies nothing.
 
     Attributes:
-      key: ``[B, H, C, E]``.
-      value: ``[B, H, C, G]``. For the frustrated coupling these are the powers of the h-th block of
+      key: ``[B H, E, C]``.
+      value: ``[B H, C, G]``. For the frustrated coupling these are the powers of the h-th block of
         phases, real and imaginary parts side by side, which all heads and delays share.
     """
 
@@ -46,8 +48,9 @@ class LayerCache:
     value: Array
 
 
-def _put(cache: Array, new: Array, position: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), position, axis=2)
+def _put(cache: Array, new: Array, position: Array, axis: int) -> Array:
+    new = new.reshape(cache.shape[0], *new.shape[2:]).astype(cache.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, position, axis=axis)
 
 
 def extend_weights(
@@ -57,10 +60,12 @@ def extend_weights(
 
     Queries and keys are ``[B, H, S, E]``, values ``[B, H, S, G]``, ``position`` an int32 scalar.
     """
-    cache = LayerCache(_put(cache.key, key, position), _put(cache.value, value, position))
+    cache = LayerCache(
+        _put(cache.key, key.swapaxes(2, 3), position, 2), _put(cache.value, value, position, 1)
+    )
     weights = attention_weights_cached(query, cache.key, position)
     # A slice that does not fit is moved to where it does: silently, over tokens of before.
-    fits = position + query.shape[2] <= cache.key.shape[2]
+    fits = position + query.shape[2] <= cache.value.shape[1]
     return jnp.where(fits, weights, jnp.nan), cache
 
 
@@ -202,8 +207,8 @@ class _PhaseAttention(nn.Module):
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
         """A cache for ``capacity`` tokens of each of ``batch`` sequences."""
         c = self.config
-        widths = (2 * c.score_pairs, self._value_width())
-        key, value = (jnp.zeros((batch, c.num_heads, capacity, w), c.dtype) for w in widths)
+        key = jnp.zeros((batch * c.num_heads, 2 * c.score_pairs, capacity), c.dtype)
+        value = jnp.zeros((batch * c.num_heads, capacity, self._value_width()), c.dtype)
         return LayerCache(key, value)
 
     def _value_width(self) -> int:
@@ -322,7 +327,7 @@ class FrustratedAttention(_PhaseAttention):
         """As ``extend``, but the whole ``field``."""
         c = self.config
         z = token_phasor(theta, c.num_phases)
-        rotary = self._rotary_at(position, theta.shape[1], cache.key.shape[2])
+        rotary = self._rotary_at(position, theta.shape[1], cache.value.shape[1])
         query, key = self.score(z, rotary)
         if c.values == "linear":
             value = split_heads(self.value(z), c.num_heads)
@@ -429,7 +434,7 @@ class KuramotoAttention(_PhaseAttention):
     ) -> tuple[Float[Array, "B S N"], LayerCache]:
         """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
         z = token_phasor(theta, self.config.num_phases)
-        query, key = self.score(z, self._rotary_at(position, theta.shape[1], cache.key.shape[2]))
+        query, key = self.score(z, self._rotary_at(position, theta.shape[1], cache.value.shape[1]))
         total, cache = extend_sum(query, key, self._values(z), cache, position)
         return self._pull(z, total), cache
 

@@ -33,10 +33,6 @@ NARROW = 64
 """The CPU's product of a transposed matrix with a narrower one than this is up to three times as
 fast the other way round."""
 
-FEW_ROWS, MAX_PRODUCTS = 16, 64
-"""So many products of so few rows with a matrix are compiled one by one: XLA's batched product of
-such takes up to three times as long on the CPU. Of many rows it is the quicker one."""
-
 
 class CausalSum(NamedTuple):
     """A causal weighted sum.
@@ -70,13 +66,13 @@ def attention_weights(
 
 
 def attention_weights_cached(
-    query: Float[Array, "B H S E"], key: Float[Array, "B H C E"], position: Int[Array, ""]
+    query: Float[Array, "B H S E"], key: Float[Array, "BH E C"], position: Int[Array, ""]
 ) -> Float[Array, "B H S C"]:
     """As ``attention_weights``, for S queries at ``position`` and on and the C slots of a cache.
 
     Slot u of the cache holds position u; slots after a query's own have no weight.
     """
-    scores = _head_by_head(query, key.swapaxes(2, 3))
+    scores = _product_with_cache(query, key)
     return _softmax(scores, slots_before(position + 1, query.shape[2], key.shape[2]))
 
 
@@ -87,20 +83,17 @@ def slots_before(position: Int[Array, ""], num_tokens: int, num_slots: int) -> B
 
 
 def weighted_sum(
-    weights: Float[Array, "B H S C"], value: Float[Array, "B H C G"]
+    weights: Float[Array, "B H S C"], value: Float[Array, "BH C G"]
 ) -> Float[Array, "B H S G"]:
     """``sum_u weights[t, u] value[u]`` over the slots of a cache, float32, for a few queries."""
-    return _head_by_head(weights.astype(value.dtype), value)
+    return _product_with_cache(weights.astype(value.dtype), value)
 
 
-def _head_by_head(x: Array, y: Array) -> Array:
-    """The product of the last two axes, in the type of ``x``, the sum in float32."""
-    product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-    batch, heads, rows = x.shape[:3]
-    few = rows <= FEW_ROWS and batch * heads <= MAX_PRODUCTS
-    if jax.default_backend() != "cpu" or not few:
-        return jax.vmap(jax.vmap(product))(x, y)
-    return jnp.stack([jnp.stack(list(map(product, *pair))) for pair in zip(x, y, strict=True)])
+def _product_with_cache(x: Array, y: Array) -> Array:
+    """``x @ y`` of each head, ``[B, H, S, K]`` and ``[B H, K, N]``, the sum in float32."""
+    flat = x.reshape(y.shape[0], *x.shape[2:])
+    product = jnp.einsum("hij,hjk->hik", flat, y, preferred_element_type=jnp.float32)
+    return product.reshape(*x.shape[:3], y.shape[2])
 
 
 def _inner(x: Array, y: Array) -> Array:

@@ -79,10 +79,29 @@ def sample_token(
       top_k: see ``likeliest``.
       top_p: see ``likeliest``.
     """
+    noise = jax.random.gumbel(key, logits.shape)
+    return _likeliest_of_noisy(logits, noise, temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+def _likeliest_of_noisy(
+    logits: Array,
+    noise: Array,
+    *,
+    temperature: float | Array,
+    top_k: int | Array,
+    top_p: float | Array,
+) -> Array:
+    """What ``sample_token`` draws, given the Gumbel noise of its key."""
     greedy = jnp.equal(temperature, 0)
     scaled = logits / jnp.where(greedy, 1.0, temperature)
-    kept = jnp.where(likeliest(scaled, top_k=top_k, top_p=top_p), scaled, -jnp.inf)
-    return jnp.where(greedy, logits.argmax(axis=-1), jax.random.categorical(key, kept))
+
+    def restricted(scaled: Array) -> Array:
+        return jnp.where(likeliest(scaled, top_k=top_k, top_p=top_p), scaled, -jnp.inf)
+
+    # Two sorts, which cost as much as a layer.
+    all_may_be_drawn = jnp.equal(top_k, 0) & jnp.equal(top_p, 1)
+    kept = jax.lax.cond(all_may_be_drawn, lambda scaled: scaled, restricted, scaled)
+    return jnp.where(greedy, logits.argmax(axis=-1), (kept + noise).argmax(axis=-1))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"))
@@ -109,13 +128,16 @@ def _sample_chunk(
     drawn: Array,
     settings: dict[str, Array],
 ) -> tuple[Array, Array, Cache]:
-    def body(carry: tuple[Array, Cache], index: Array) -> tuple[tuple[Array, Cache], Array]:
+    def body(carry: tuple[Array, Cache], noise: Array) -> tuple[tuple[Array, Cache], Array]:
         logits, cache = carry
-        token = sample_token(logits, jax.random.fold_in(key, index), **settings)
+        token = _likeliest_of_noisy(logits, noise, **settings)
         extended: Any = model.apply(variables, token[:, None], cache, method="extend")
         return (extended[0][:, 0], extended[1]), token
 
-    (logits, cache), tokens = jax.lax.scan(body, (logits, cache), drawn + jnp.arange(CHUNK))
+    # That of a whole chunk at once: a call of the generator costs more than the bits it makes.
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(drawn + jnp.arange(CHUNK))
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape))(keys)
+    (logits, cache), tokens = jax.lax.scan(body, (logits, cache), noise)
     return tokens.T, logits, cache
 
 

@@ -48,7 +48,7 @@ class RotaryAttention(nn.Module):
         self, x: Float[Array, "B S D"], cache: LayerCache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
-        table = self._rotary(cache.key.shape[2])
+        table = self._rotary(cache.value.shape[1])
         rotary = Complex(
             *(jax.lax.dynamic_slice_in_dim(part, position, x.shape[1], axis=0) for part in table)
         )
@@ -59,8 +59,8 @@ class RotaryAttention(nn.Module):
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
         """A cache for ``capacity`` tokens of each of ``batch`` sequences."""
         c = self.config
-        shape = (batch, c.num_heads, capacity, c.width // c.num_heads)
-        return LayerCache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))
+        value = jnp.zeros((batch * c.num_heads, capacity, c.width // c.num_heads), c.dtype)
+        return LayerCache(value.swapaxes(1, 2), value)
 
     def _rotary(self, length: int) -> Complex:
         c = self.config

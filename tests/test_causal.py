@@ -108,12 +108,11 @@ def _sizes(jaxpr) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("most", [0, 6])
-def test_the_cached_sum_of_one_product_a_head_and_of_one_for_all(monkeypatch, most):
-    """Two queries at positions 3 and 4 of a cache of 7 slots, two sequences of three heads."""
-    monkeypatch.setattr(fsn_jax.causal, "MAX_PRODUCTS", most)
+def test_the_cached_sum_of_two_queries():
+    """At positions 3 and 4 of a cache of 7 slots, two sequences of three heads."""
     (query, key, value), _ = inputs(7, "float32")
-    weights = attention_weights_cached(query[:, :, :2], key, jnp.int32(3))
+    cached = key.swapaxes(2, 3).reshape(6, -1, 7)  # the layout of LayerCache
+    weights = attention_weights_cached(query[:, :, :2], cached, jnp.int32(3))
     scores = np.einsum("bhte,bhue->bhtu", query[:, :, :2], key, dtype=np.float64)
     for t in range(2):
         seen = np.exp(scores[:, :, t, : 4 + t])
@@ -121,7 +120,8 @@ def test_the_cached_sum_of_one_product_a_head_and_of_one_for_all(monkeypatch, mo
         np.testing.assert_allclose(weights[:, :, t, : 4 + t], expected, rtol=1e-5)
         assert not np.asarray(weights[:, :, t, 4 + t :]).any()
     total = np.einsum("bhtu,bhug->bhtg", weights, value, dtype=np.float64)
-    np.testing.assert_allclose(weighted_sum(weights, value), total, rtol=1e-5, atol=1e-6)
+    summed = weighted_sum(weights, value.reshape(6, 7, -1))
+    np.testing.assert_allclose(summed, total, rtol=1e-5, atol=1e-6)
 
 
 def test_heads_are_contiguous_blocks():

@@ -1,6 +1,8 @@
 """Cached generation: the logits of the full forward pass, and draws from the right distribution."""
 
 import functools
+import math
+import re
 
 import cases
 import jax
@@ -136,6 +138,48 @@ def test_draws_are_reproducible_and_do_not_depend_on_how_many_are_wanted():
     pieces = list(stream(model, variables, prompt, num_tokens=40, key=key, context=64))
     assert len(pieces) > 1
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), long)
+
+
+def test_token_i_is_drawn_with_the_key_folded_with_i():
+    model, variables = built("transformer")
+    prompt, key, settings = cases.tokens(2, 3), jax.random.key(5), {"top_k": 4, "top_p": 0.9}
+    text = generate(model, variables, prompt, num_tokens=11, key=key, context=32, **settings)
+    extend = cases.quick_jit(functools.partial(model.apply, method="extend"))
+    cache = model.apply(variables, 2, 32, method="empty_cache")
+    logits, cache = extend(variables, prompt, cache)
+    for i in range(11):
+        one = jax.random.fold_in(key, i)
+        token = sample_token(logits[:, -1], one, temperature=1.0, **settings)
+        np.testing.assert_array_equal(text[:, i], token)
+        logits, cache = extend(variables, token[:, None], cache)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA's program for a CPU")
+@pytest.mark.parametrize("name", ["two_layers", "transformer"])
+def test_drawing_a_token_copies_no_cache(name):
+    """A copy, a slice or another layout of it for each token would be most of the time."""
+    model, variables = built(name)
+    capacity = 517
+    cache = model.apply(variables, 1, capacity, method="empty_cache")
+    settings = {"temperature": jnp.float32(1), "top_k": jnp.int32(0), "top_p": jnp.float32(1)}
+    parts, tree = jax.tree.flatten((jnp.zeros((1, model.config.vocab_size)), cache))
+
+    def draw(parts):
+        logits, cache = tree.unflatten(parts)
+        key, drawn = jax.random.key(0), jnp.int32(0)
+        return generation._sample_chunk(model, variables, logits, cache, key, drawn, settings)
+
+    program = jax.jit(draw, donate_argnums=0).lower(parts)
+    of_a_head = min(part.size // part.shape[0] for part in jax.tree.leaves(cache.layers))
+    large = [
+        made[0]
+        for made in re.finditer(
+            r"%(\S+) = \w+\[([\d,]+)\]\S* ([\w-]+)\(", program.compile().as_text()
+        )
+        if math.prod(map(int, made[2].split(","))) > of_a_head
+        and made[3] not in ("parameter", "get-tuple-element", "bitcast")
+    ]
+    assert large and all("dynamic-update-slice" in made for made in large), large
 
 
 def test_a_prompt_longer_than_the_context_keeps_its_end():

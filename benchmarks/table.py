@@ -155,7 +155,7 @@ def row_text(row: dict[str, Any]) -> str:
         f"{'FLOP':>6} {'compile s':>9} {'MB':>7}",
     ]
     for r in row["results"]:
-        low, high = (f"{1e3 * q:.1f}" for q in r["quartiles"])
+        low, high = (f"{1e3 * q:.4g}" for q in r["quartiles"])
         speed = f"{r['flops'] / r['seconds'] / 1e9:.1f}" if r["flops"] else ""
         time_ratio, flop_ratio = (
             f"{r[k]:.2f}" if r[k] else "" for k in ("time_ratio", "flop_ratio")
@@ -163,7 +163,7 @@ def row_text(row: dict[str, Any]) -> str:
         compiled = f"{r['compile_seconds']:.1f}" if r["compile_seconds"] else ""
         memory = f"{r['memory_bytes'] / 1e6:.0f}" if r["memory_bytes"] else ""
         lines.append(
-            f"  {r['name']:14} {r['params']:>10,} {1e3 * r['seconds']:>9.1f} "
+            f"  {r['name']:14} {r['params']:>10,} {1e3 * r['seconds']:>9.4g} "
             f"{low + '-' + high:>17} {speed:>8} {time_ratio:>6} {flop_ratio:>6} {compiled:>9} "
             f"{memory:>7}"
         )

@@ -43,6 +43,8 @@ def test_variants_are_told_apart_from_the_reference(tmp_path, capsys):
     assert no_delay["standard_error"] == pytest.approx(np.hypot(0.02, 0.02))
     assert fsn["difference"] == 0.0
     assert small["difference"] == pytest.approx(0.78) and small["standard_error"] is None
+    # The middle difference is 0.30 of 0.08, 0.30 and 0.78.
+    assert result["edge"] == pytest.approx(2.02 + final_losses.FAR_OFF * 0.30)
     assert [run["seed"] for run in result["runs"]["pre_no_delay"]] == [0, 1]
     text = (tmp_path / "out.txt").read_text()
     assert capsys.readouterr().out.startswith(text)

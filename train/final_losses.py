@@ -10,6 +10,7 @@ beside it, as text and as a figure.
 import itertools
 import math
 import os.path
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ LEAST_RUNGS = 3
 """Of one architecture, before a slope is fitted."""
 LEAST_STEP = 1.2
 """From one rung to the next; arms closer than that are variants of one size, and no ladder."""
+FAR_OFF = 5.0
+"""Times the middle difference to the reference: a loss beyond would press the others together."""
 SIZES = {"parameters": "parameters", "training_flops": "training FLOPs"}
 
 
@@ -43,7 +46,8 @@ def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, A
     Returns:
       ``arms``, one row each, with ``difference`` to the reference and its ``standard_error`` (None
       with a single seed), in BPC; ``variants``, whether they are of one size rather than rungs;
-      ``fits``, see ``fit``; and ``runs``, where they came from.
+      ``fits``, see ``fit``; ``edge``, the BPC at which figures of variants end; and ``runs``, where
+      they came from.
 
     Raises:
       UserError: a run has not ended or cannot be read, or there is no such reference.
@@ -73,6 +77,7 @@ def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, A
                 "evaluated": "whole" if loss.whole_split else summary["validation"]["bytes"],
             }
         )
+    others = [abs(row["difference"]) for row in rows if row["arm"] != reference]
     return {
         "kind": "final_losses",
         "reference": reference,
@@ -84,6 +89,7 @@ def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, A
             for what in SIZES
             if (slope := fit(same, what))
         },
+        "edge": losses[reference].mean + FAR_OFF * statistics.median(others or [0.0]),
         "runs": {name: arm.sources for name, arm in arms.items()},
     }
 
@@ -162,23 +168,33 @@ def draw(found: Mapping[str, Any], target: Path) -> None:
 
 
 def _draw_variants(found: Mapping[str, Any]) -> Figure:
-    """The best on top; a dot is the mean, small ones are seeds, the line is the reference."""
+    """The best on top; a dot is the mean, small ones are seeds, the line is the reference.
+
+    An arm beyond the edge is an arrow.
+    """
     rows = sorted(found["arms"], key=lambda row: row["bpc"], reverse=True)
     shared = os.path.commonprefix([row["arm"] for row in rows])
     prefix = shared[: shared.rfind("_") + 1]
+    line = next(row["bpc"] for row in rows if row["arm"] == found["reference"])
     figure, axis = plt.subplots(figsize=(7, 1.0 + 0.26 * len(rows)), layout="constrained")
-    (line,) = (row["bpc"] for row in rows if row["arm"] == found["reference"])
     axis.axvline(line, color="0.5", lw=1, ls="--")
     for place, row in enumerate(rows):
         color = "C1" if row["architecture"] == "transformer" else "C0"
-        axis.plot([line, row["bpc"]], [place, place], color=color, lw=2, alpha=0.4)
-        axis.plot(row["seeds"], [place] * len(row["seeds"]), ".", color=color, ms=4, alpha=0.6)
-        axis.plot(row["bpc"], place, "o", color=color, ms=6)
-        apart = "" if row["arm"] == found["reference"] else f"{row['difference']:+.3f}"
+        within = row["bpc"] <= found["edge"]
+        end = min(row["bpc"], found["edge"])
+        axis.plot([line, end], [place, place], color=color, lw=2, alpha=0.4)
+        if within:
+            axis.plot(row["seeds"], [place] * len(row["seeds"]), ".", color=color, ms=4, alpha=0.6)
+        axis.plot(end, place, "o" if within else ">", color=color, ms=6)
+        apart = "" if row["arm"] == found["reference"] else f"{row['difference']:+z.3f}"
         axis.annotate(
-            apart, (max(row["bpc"], line), place), (8, 0), textcoords="offset points", va="center",
+            apart,
+            (max(end, line), place),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
             fontsize=8,
-        )  # fmt: skip
+        )
     axis.set_yticks(range(len(rows)), [row["arm"].removeprefix(prefix) for row in rows])
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.12)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError
+from train.errors import UserError, unfinished
 from train.metrics import read_rows
 from train.run import flatten, open_run
 
@@ -268,8 +268,12 @@ def read_run(folder: str | Path) -> RunRecord:
     return RunRecord(open_run(folder).path)
 
 
-def read_arms(folders: Iterable[str | Path]) -> dict[str, Arm]:
+def read_arms(folders: Iterable[str | Path], *, finished: bool = False) -> dict[str, Arm]:
     """Runs by arm, in the order given.
+
+    Args:
+      folders: of runs.
+      finished: whether a run that has not ended is a mistake.
 
     Raises:
       UserError: a folder is no run, two runs of an arm have one seed, or they differ in more.
@@ -277,6 +281,8 @@ def read_arms(folders: Iterable[str | Path]) -> dict[str, Arm]:
     by_arm: dict[str, list[RunRecord]] = {}
     for folder in folders:
         run = read_run(folder)
+        if finished and not run.summary:
+            raise unfinished(run.path)
         by_arm.setdefault(run.arm, []).append(run)
     return {name: _arm(name, runs) for name, runs in by_arm.items()}
 

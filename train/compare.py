@@ -17,7 +17,7 @@ import numpy as np
 
 from train import verdicts
 from train.arms import Arm, RunRecord, read_arms, reference_arm
-from train.errors import UserError, unfinished
+from train.errors import UserError
 from train.figures import style
 from train.files import check_json_output, write_atomically, write_json
 from train.program import Arguments, run_program
@@ -224,7 +224,7 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--output", type=Path, default=Path("comparison.json"), help="a .json")
     options = p.parse_args(argv[1:])
     check_json_output(options.output)
-    arms = read_arms(options.runs)
+    arms = read_arms(options.runs, finished=True)
     one, other = pair(arms, options.reference)
     result = compare(one, other, same_budget=not options.any_budget)
     write_json(options.output, result, indent=1)
@@ -239,13 +239,10 @@ def pair(arms: Mapping[str, Arm], reference: str) -> tuple[Arm, Arm]:
     """The arm and its reference.
 
     Raises:
-      UserError: there are not two, one has a run that has not ended, or the reference is not clear.
+      UserError: there are not two, or the reference is not clear.
     """
     if len(arms) != 2:
         raise UserError(f"name the runs of two arms; these are of {', '.join(arms)}")
-    for run in (run for arm in arms.values() for run in arm.runs):
-        if not run.summary:
-            raise unfinished(run.path)
     reference = reference_arm(arms, reference)
     (one,) = (arm for name, arm in arms.items() if name != reference)
     return one, arms[reference]

@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 
 from train import verdicts
 from train.arms import read_arms, reference_arm
-from train.errors import unfinished
 from train.figures import style
 from train.files import check_json_output, write_atomically, write_json
 from train.program import Arguments, run_program
@@ -52,10 +51,7 @@ def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, A
     Raises:
       UserError: a run has not ended or cannot be read, or there is no such reference.
     """
-    arms = read_arms(folders)
-    for run in (run for arm in arms.values() for run in arm.runs):
-        if not run.summary:
-            raise unfinished(run.path)
+    arms = read_arms(folders, finished=True)
     losses = {loss.arm: loss for loss in verdicts.final_losses(list(arms.values()))}
     reference = reference_arm(arms, reference or next(iter(arms)))
     rows = []

@@ -127,7 +127,7 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
     if arm not in ARMS:
         raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
     name = f"ladder_{arm}"
-    rung, model = RUNGS[arm.split("_")[1]], model_of(arm)
+    rung = RUNGS[arm.split("_")[1]]
     if rung is POCKET:
         config = enwik8.get_config(arm)
         config.name = name
@@ -140,7 +140,7 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
     tuned = enwik8.OPTIMIZER
     return experiment(
         name,
-        model=model,
+        model=model_of(arm),
         data=DataConfig(name="enwik8", context=rung.context),
         optimizer=dataclasses.replace(
             tuned,

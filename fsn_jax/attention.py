@@ -47,6 +47,11 @@ class LayerCache:
     key: Array
     value: Array
 
+    @property
+    def capacity(self) -> int:
+        """C, how many tokens there is room for."""
+        return self.value.shape[1]
+
 
 def _put(cache: Array, new: Array, position: Array, axis: int) -> Array:
     new = new.reshape(cache.shape[0], *new.shape[2:]).astype(cache.dtype)
@@ -65,7 +70,7 @@ def extend_weights(
     )
     weights = attention_weights_cached(query, cache.key, position)
     # A slice that does not fit is moved to where it does: silently, over tokens of before.
-    fits = position + query.shape[2] <= cache.value.shape[1]
+    fits = position + query.shape[2] <= cache.capacity
     return jnp.where(fits, weights, jnp.nan), cache
 
 
@@ -327,7 +332,7 @@ class FrustratedAttention(_PhaseAttention):
         """As ``extend``, but the whole ``field``."""
         c = self.config
         z = token_phasor(theta, c.num_phases)
-        rotary = self._rotary_at(position, theta.shape[1], cache.value.shape[1])
+        rotary = self._rotary_at(position, theta.shape[1], cache.capacity)
         query, key = self.score(z, rotary)
         if c.values == "linear":
             value = split_heads(self.value(z), c.num_heads)
@@ -434,7 +439,7 @@ class KuramotoAttention(_PhaseAttention):
     ) -> tuple[Float[Array, "B S N"], LayerCache]:
         """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
         z = token_phasor(theta, self.config.num_phases)
-        query, key = self.score(z, self._rotary_at(position, theta.shape[1], cache.value.shape[1]))
+        query, key = self.score(z, self._rotary_at(position, theta.shape[1], cache.capacity))
         total, cache = extend_sum(query, key, self._values(z), cache, position)
         return self._pull(z, total), cache
 

@@ -48,7 +48,7 @@ class RotaryAttention(nn.Module):
         self, x: Float[Array, "B S D"], cache: LayerCache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
-        table = self._rotary(cache.value.shape[1])
+        table = self._rotary(cache.capacity)
         rotary = Complex(
             *(jax.lax.dynamic_slice_in_dim(part, position, x.shape[1], axis=0) for part in table)
         )

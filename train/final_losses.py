@@ -131,7 +131,7 @@ def result_text(found: Mapping[str, Any]) -> str:
     rows = found["arms"]
     width = max([len(row["arm"]) for row in rows] + [3])
     head = f"{'arm':{width}}   parameters     characters   training FLOPs  n  BPC"
-    lines = [f"{head}{'difference to ' + found['reference'] if found['variants'] else '':>40}"]
+    lines = [f"{head}{'difference to ' + found['reference']:>40}" if found["variants"] else head]
     for row in rows:
         spread = "" if row["deviation"] is None else f" ± {row['deviation']:.4f}"
         apart = ""

@@ -27,6 +27,7 @@ from fsn_jax.causal import (
 from fsn_jax.config import FSNConfig
 from fsn_jax.coupling import field_of_sums, fold_values, local_field, side_by_side, unfold_sum
 from fsn_jax.dense import PhasorDense
+from fsn_jax.recompute import recomputed
 from fsn_jax.torus import Complex, multiply, rotary_phasor, token_phasor
 
 
@@ -315,7 +316,7 @@ class FrustratedAttention(_PhaseAttention):
         if c.implementation == "reference":
             return self._reference(theta, attention_weights(query, key))
         kappa, zh = self._kappa_by_head(), self._coupled(z)
-        value = fold_values(zh, kappa).astype(c.dtype)
+        value = recomputed(fold_values)(zh, kappa).astype(c.dtype)
         total, self_weight = self._causal_sum(query, key, value, include_self=False)
         return self._gather(unfold_sum(zh, total, self_weight, kappa))
 

@@ -10,7 +10,7 @@ more than half the work of the full square, and no ``[B, H, L, L]`` array in eit
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fsn_jax import kernels
 from fsn_jax.config import Implementation
+from fsn_jax.recompute import known_after
 
 _MASKED = -1e30  # finite: exp gives 0 without the NaN that minus infinity leaves in the gradient
 
@@ -243,18 +244,17 @@ def _strict_backward(
     query: Array, key: Array, value: Array, log_normaliser: Array, d_total: Array, mean: Array
 ) -> tuple[Array, Array, Array]:
     """As ``fsn_jax.kernels.backward``, block by block."""
+    query, key, value = known_after(d_total, (query, key, value))
     d_query = []
     d_key, d_value = (jnp.zeros(x.shape, jnp.float32) for x in (key, value))
-    for segment in _segments(query.shape[2]):
+    # The last segment first, whose keys are all keys: then XLA starts from it, not from zeros.
+    for segment in reversed(_segments(query.shape[2])):
         prefix = key[:, :, : segment.stop], value[:, :, : segment.stop]
         work = functools.partial(_backward_block, *prefix)
         arrays = (query, log_normaliser, d_total, mean)
-        dq, dk, dv = _over_blocks(work, segment, *arrays, sums=2)
+        dq, d_key, d_value = _over_blocks(work, segment, *arrays, totals=(d_key, d_value))
         d_query.append(dq)
-        rows = ((0, 0), (0, 0), (0, query.shape[2] - segment.stop), (0, 0))
-        d_key += jnp.pad(dk, rows)
-        d_value += jnp.pad(dv, rows)
-    return jnp.concatenate(d_query, axis=2), d_key, d_value
+    return jnp.concatenate(d_query[::-1], axis=2), d_key, d_value
 
 
 def _forward_block(
@@ -317,16 +317,27 @@ def _segments(length: int) -> list[_Segment]:
 
 
 def _over_blocks(
-    work: Callable[..., tuple[Array, ...]], segment: _Segment, *arrays: Array, sums: int = 0
+    work: Callable[..., tuple[Array, ...]],
+    segment: _Segment,
+    *arrays: Array,
+    totals: Sequence[Array] = (),
 ) -> list[Array]:
     """Applies ``work(start, *rows)`` to each block of a segment.
 
-    The last ``sums`` results are summed over the blocks, the others joined along the rows.
+    The last results are added to the first rows of ``totals``, in place as XLA compiles it; the
+    others are joined along the rows.
     """
     rows = [x[:, :, segment.start : segment.stop] for x in arrays]
     num_blocks = (segment.stop - segment.start) // segment.block
+
+    def add(totals: Sequence[Array], block: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+        results = list(work(*block))
+        parts = [results.pop() for _ in totals][::-1]
+        return [_add_first_rows(a, b) for a, b in zip(totals, parts, strict=True)], results
+
     if num_blocks == 1:
-        return list(work(jnp.int32(segment.start), *rows))
+        totals, joined = add(totals, (jnp.int32(segment.start), *rows))
+        return [*joined, *totals]
 
     def split(x: Array) -> Array:
         shape = (*x.shape[:2], num_blocks, segment.block, *x.shape[3:])
@@ -337,14 +348,10 @@ def _over_blocks(
         return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
     starts = segment.start + segment.block * jnp.arange(num_blocks)
-    inputs = (starts, *map(split, rows))
-    shapes = jax.eval_shape(work, *(x[0] for x in inputs))
-    zeros = [jnp.zeros(s.shape, s.dtype) for s in shapes[len(shapes) - sums :]]
-
-    def body(totals: list[Array], block: tuple[Array, ...]) -> tuple[list[Array], list[Array]]:
-        results = work(*block)
-        joined, summed = results[: len(results) - sums], results[len(results) - sums :]
-        return [a + b for a, b in zip(totals, summed, strict=True)], list(joined)
-
-    totals, joined = jax.lax.scan(body, zeros, inputs)
+    totals, joined = jax.lax.scan(add, list(totals), (starts, *map(split, rows)))
     return [*map(join, joined), *totals]
+
+
+def _add_first_rows(total: Array, part: Array) -> Array:
+    rows = total[:, :, : part.shape[2]] + part
+    return jax.lax.dynamic_update_slice(total, rows, (0, 0, 0, 0))

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fsn_jax.config import FSNConfig
+from fsn_jax.recompute import recomputed
 from fsn_jax.torus import Complex, features
 
 
@@ -18,6 +19,23 @@ def _random_quadrature(groups: int, phases: int) -> nn.initializers.Initializer:
         return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
 
     return start
+
+
+def _over_tokens(x: Array, like: Array) -> Array:
+    return jnp.expand_dims(x, tuple(range(like.ndim - 1)))
+
+
+def _read(
+    z: Complex, field: Complex | None, gains: Array | None, quadrature: Array | None
+) -> Float[Array, "*shape I"]:
+    """What a matrix is given: of every phase the quadrature ``[2, N]``, or both side by side."""
+    if field is not None and gains is not None:
+        coherence, torque = (_over_tokens(gain, z.re) for gain in gains)
+        z = Complex(z.re + coherence * field.re, z.im + torque * field.im)
+    if quadrature is None:
+        return features(z)
+    cosine, sine = (_over_tokens(part, z.re) for part in quadrature)
+    return z.re * cosine + z.im * sine
 
 
 class PhasorDense(nn.Module):
@@ -55,13 +73,12 @@ class PhasorDense(nn.Module):
         """The reals in the compute dtype, from phasors of any shape that ends in N."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
+        gains = None
         if field is not None:
             zeros = nn.initializers.zeros
             gains = self.param("field_gain", zeros, (2, c.num_phases), jnp.float32)
-            coherence, torque = (self._over_tokens(gain, z) for gain in gains)
-            z = Complex(z.re + coherence * field.re, z.im + torque * field.im)
+        seen = None  # both quadratures
         if c.features == "phasor":
-            inputs = features(z)
             kernel = self.param(
                 "kernel", self.kernel_init, (2 * c.num_phases, self.features), jnp.float32
             )
@@ -71,22 +88,18 @@ class PhasorDense(nn.Module):
                 "kernel", self.kernel_init, (c.num_phases, self.features), jnp.float32
             )
             if self.groups == 1:
-                cosine, sine = (self._over_tokens(x[0], z) for x in quadrature)
-                inputs = z.re * cosine + z.im * sine
+                seen = quadrature[:, 0]
             else:
                 # One product with a matrix made for both quadratures is quicker than G inputs.
-                inputs = features(z)
                 grouped = kernel.reshape(1, c.num_phases, self.groups, -1)
                 by_phase = quadrature.swapaxes(1, 2)[..., None]
                 kernel = (by_phase * grouped).reshape(2 * c.num_phases, self.features)
+        inputs = recomputed(_read, c.implementation)(z, field, gains, seen)
         y = inputs.astype(dtype) @ kernel.astype(dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-            y += self._over_tokens(bias, z).astype(dtype)
+            y += _over_tokens(bias, y).astype(dtype)
         return y
-
-    def _over_tokens(self, x: Array, z: Complex) -> Array:
-        return jnp.expand_dims(x, tuple(range(z.re.ndim - 1)))
 
     def _start(self) -> nn.initializers.Initializer:
         if self.angle is None:

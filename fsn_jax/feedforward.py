@@ -8,9 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fsn_jax.config import DType, FSNConfig
+from fsn_jax.config import DType, FSNConfig, Implementation
 from fsn_jax.dense import PhasorDense
+from fsn_jax.recompute import recomputed
 from fsn_jax.torus import Complex, token_phasor
+
+
+def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """``silu(gate) * up``, any shape."""
+    return jax.nn.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
@@ -20,11 +26,13 @@ class SwiGLU(nn.Module):
       width: F.
       features: width of the result.
       dtype: of the matrix products.
+      implementation: ``reference`` for one that has all derivatives, as for a model.
     """
 
     width: int
     features: int
     dtype: DType = "float32"
+    implementation: Implementation = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "*shape I"]) -> Float[Array, "*shape O"]:
@@ -32,7 +40,8 @@ class SwiGLU(nn.Module):
         dense: dict[str, Any] = {"use_bias": False, "dtype": jnp.dtype(self.dtype)}
         gate = nn.Dense(self.width, name="gate", **dense)(x)
         up = nn.Dense(self.width, name="up", **dense)(x)
-        down = nn.Dense(self.features, name="down", **dense)(jax.nn.silu(gate) * up)
+        product = recomputed(gated, self.implementation)(gate, up)
+        down = nn.Dense(self.features, name="down", **dense)(product)
         return down.astype(jnp.float32)
 
 
@@ -104,4 +113,4 @@ class PhasorSwiGLU(nn.Module):
         gate = PhasorDense(c, c.feedforward_width, angle=0.0, name="gate")(z, field)
         up = PhasorDense(c, c.feedforward_width, angle=np.pi / 2, name="up")(z, field)
         down = nn.Dense(c.num_phases, use_bias=False, dtype=jnp.dtype(c.dtype), name="down")
-        return down(jax.nn.silu(gate) * up).astype(jnp.float32)
+        return down(recomputed(gated, c.implementation)(gate, up)).astype(jnp.float32)

@@ -93,7 +93,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(epsilon=RMS_EPSILON)
         self.attention = RotaryAttention(c)
         self.feedforward_norm = nn.RMSNorm(epsilon=RMS_EPSILON)
-        self.feedforward = SwiGLU(c.feedforward_width, c.width, c.dtype)
+        self.feedforward = SwiGLU(c.feedforward_width, c.width, c.dtype, c.implementation)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """The residual stream after the block, float32."""

@@ -98,6 +98,23 @@ def test_no_square_array_at_any_length(length):
     assert largest <= fsn_jax.causal.BLOCK * length
 
 
+def test_memory_does_not_grow_with_the_length():
+    """Scratch of the compiled gradient, for as many tokens in fewer, longer sequences."""
+
+    def scratch(length):
+        def loss(query, key, value):
+            return jnp.sum(causal_sum(query, key, value, include_self=False).total ** 2)
+
+        narrow, wide = (
+            jax.ShapeDtypeStruct((4096 // length, 1, length, width), jnp.float32)
+            for width in (8, 64)
+        )
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        return gradient.lower(narrow, narrow, wide).compile().memory_analysis().temp_size_in_bytes
+
+    assert scratch(4096) < 1.1 * scratch(1024)
+
+
 def _sizes(jaxpr) -> list[int]:
     """Elements of every array that a program makes, inner programs included."""
     found = []

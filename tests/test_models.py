@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fsn_jax import FSN, Transformer
+from train.step import data_mesh
 
 MODELS = {
     "fsn": lambda **changes: FSN(cases.fsn_config(**changes)),
@@ -161,6 +162,21 @@ def residuals(model, params, tokens):
     return sum(leaf.size for leaf in jax.tree.leaves(backward))
 
 
+@every_model
+def test_the_definition_has_derivatives_of_forward_mode(name):
+    """Along a random direction, against the gradient of reverse mode."""
+    p = plain(name)
+    model = MODELS[name](implementation="reference")
+    along = jax.tree.map(lambda g: g + 0.1, p.gradients)
+
+    def loss(params):
+        return loss_and_logits(model, params, p.tokens)[0]
+
+    slope = jax.jvp(loss, (p.params,), (along,))[1]
+    inner = np.vdot(all_leaves(along), all_leaves(p.gradients))
+    np.testing.assert_allclose(slope, inner, rtol=1e-4)
+
+
 @main_models
 def test_ensemble_by_vmap(name):
     """Two models at once, each with its own parameters, on the same tokens."""
@@ -187,7 +203,7 @@ def test_ensemble_by_vmap(name):
 def test_batch_sharded_over_eight_devices(name):
     """A batch spread over a mesh gives the loss, logits and gradients of one device."""
     assert jax.device_count() == 8
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = data_mesh()
     alone = plain(name)
     tokens = jax.device_put(alone.tokens, NamedSharding(mesh, PartitionSpec("data")))
     params = jax.device_put(alone.params, NamedSharding(mesh, PartitionSpec()))
@@ -199,3 +215,23 @@ def test_batch_sharded_over_eight_devices(name):
     np.testing.assert_allclose(
         all_leaves(gradients), all_leaves(alone.gradients), rtol=1e-5, atol=1e-6
     )
+
+
+@every_model
+def test_gradients_inside_shard_map(name):
+    """As in a training step of a user's own: JAX sums what each device finds for the parameters."""
+    alone = plain(name)
+    model, batch = MODELS[name](), PartitionSpec("data")
+
+    def gradients(params, tokens):
+        mean = jax.grad(lambda p: loss_and_logits(model, p, tokens)[0])(params)
+        return jax.tree.map(lambda g: g / jax.device_count(), mean)
+
+    divided = jax.shard_map(
+        gradients,
+        mesh=data_mesh(),
+        in_specs=(PartitionSpec(), batch),
+        out_specs=PartitionSpec(),
+    )
+    found = cases.quick_jit(divided)(alone.params, alone.tokens)
+    np.testing.assert_allclose(all_leaves(found), all_leaves(alone.gradients), rtol=1e-5, atol=1e-6)

@@ -55,7 +55,9 @@ FSN_POCKET = FSNConfig(
     feedforward_width=224,
 )
 FSN_1M = match_parameters(
-    dataclasses.replace(FSN_POCKET, num_layers=6, num_phases=112, score_phases=14),
+    dataclasses.replace(
+        FSN_POCKET, num_layers=6, num_phases=112, heads_per_phase=1, score_phases=14
+    ),
     TRANSFORMER_1M.num_params(),
 )
 

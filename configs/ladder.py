@@ -12,17 +12,18 @@ rung    parameters  layers  characters (epochs)  FLOPs, FSN         FLOPs, trans
 120k    0.12M       4       12.3M (0.1)          1.6e13             1.2e13
 pocket  0.23M       4       20.5M (0.2)          4.5e13             3.5e13
 500k    0.5M        5       50M (0.6)            2.3e14             1.8e14
-1m      1.0M        6       98M (1.1)            1.0e15             7.8e14
-2m      2.0M        8       203M (2.3)           4.0e15             3.1e15
-4m      4.0M        8       400M (4.4)           1.6e16             1.1e16
-8m      8.0M        10      800M (8.9)           5.9e16             4.4e16
-16m     16.0M       12      1599M (18)           2.2e17             1.7e17
+1m      1.0M        6       98M (1.1)            8.5e14             7.8e14
+2m      2.0M        8       203M (2.3)           3.3e15             3.1e15
+4m      4.0M        8       400M (4.4)           1.2e16             1.1e16
+8m      8.0M        10      800M (8.9)           4.8e16             4.4e16
+16m     16.0M       12      1599M (18)           1.8e17             1.7e17
 ======  ==========  ======  ===================  =================  =================
 
 FLOPs are of the whole training, forward and backward, counted by ``flops_per_token``. The pocket
-arms are those of ``configs/enwik8.py``, the others the same design at another width and depth; the
-width of the feed-forward gives a rung its size. Learning rates are those tuned at the pocket rung,
-times (width of the pocket rung / width) on wider ones, for both arms alike, and not tuned again.
+arms are those of ``configs/enwik8.py``, the others the same design at another width and depth, from
+the 1m rung on with one head a phase; the width of the feed-forward gives a rung its size. Learning
+rates are those tuned at the pocket rung, times (width of the pocket rung / width) on wider ones,
+for both arms alike, and not tuned again.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ import functools
 from ml_collections import ConfigDict
 
 from configs import enwik8
-from fsn_jax import FSNConfig, TransformerConfig
+from fsn_jax import TransformerConfig
 from fsn_jax.config import match_parameters
 from train.config import (
     CheckpointConfig,
@@ -55,6 +56,7 @@ class Rung:
       num_layers: blocks.
       width: N of the FSN and D of the transformer.
       num_heads: H of the transformer; the FSN has as many fewer as at the pocket rung.
+      heads_per_phase: J of the FSN: one, as it lost nothing and costs less (docs/protocol.md).
       batch_size: B.
       context: L.
       validation: bytes of that split at each evaluation.
@@ -64,12 +66,19 @@ class Rung:
     num_layers: int
     width: int
     num_heads: int
+    heads_per_phase: int = 1
     batch_size: int = 64
     context: int = 512
     validation: int = 1_000_000
 
 
-CPURung = functools.partial(Rung, batch_size=16, context=256, validation=250_000)
+CPURung = functools.partial(
+    Rung,
+    heads_per_phase=enwik8.FSN_POCKET.heads_per_phase,
+    batch_size=16,
+    context=256,
+    validation=250_000,
+)
 POCKET = CPURung(
     enwik8.FSN_POCKET.num_params(),
     enwik8.FSN_POCKET.num_layers,
@@ -110,16 +119,11 @@ def model_of(arm: str) -> ModelConfig:
             num_layers=rung.num_layers,
             num_phases=rung.width,
             num_heads=num_heads,
-            heads_per_phase=heads_heard(pocket, num_heads),
+            heads_per_phase=rung.heads_per_phase,
             score_phases=round(pocket.score_phases * growth),
         ),
         rung.num_params,
     )
-
-
-def heads_heard(pocket: FSNConfig, num_heads: int) -> int:
-    """All of them where the pocket model hears all, else as many as there."""
-    return num_heads if pocket.heads_per_phase == pocket.num_heads else pocket.heads_per_phase
 
 
 def get_config(arm: str = "fsn_pocket") -> ConfigDict:

@@ -19,6 +19,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from train import verdicts
 from train.arms import read_arms, reference_arm
@@ -221,6 +222,9 @@ def _draw_rungs(found: Mapping[str, Any]) -> Figure:
                 axis.plot(x, line, color=f"C{index}", lw=1, ls="--", label=name)
         axis.set_xscale("log")
         axis.set_yscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 5T
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.yaxis.set_major_formatter("{x:.2f}")
         axis.yaxis.set_minor_formatter("{x:.2f}")
         axis.set_xlabel(label)

@@ -129,7 +129,8 @@ class FSNConfig:
       kernel_scale: the first harmonic's initial coefficient, for each delay and the first head that
         a phase hears; what starts at zero starts at 0.01 if ``signed_harmonics`` is off.
       dtype: of the matrix products; angles, softmax and logits are float32 always.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: recompute each block in the backward pass instead of keeping its activations; on a CPU
+        XLA (jaxlib 0.10.2) undoes that.
       implementation: of the coupling; ``auto`` takes the fastest one for the backend, ``xla`` goes
         block by block, ``pallas`` is a fused kernel for one GPU or TPU or inside ``shard_map``,
         ``reference`` is the definition, the only one with forward-mode derivatives.
@@ -309,7 +310,8 @@ class TransformerConfig:
       tied_embedding: whether the readout is the embedding transposed.
       rotary_base: of RoPE.
       dtype: of the matrix products; softmax, norms and logits are float32 always.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: recompute each block in the backward pass instead of keeping its activations; on a CPU
+        XLA (jaxlib 0.10.2) undoes that.
       implementation: of the attention, as for the FSN.
     """
 

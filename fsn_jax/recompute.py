@@ -27,6 +27,8 @@ def known_after(gradient: Array, tree: Tree) -> Tree:
 
 
 def _by_a_number(gradient: Array, tree: Tree) -> Tree:
+    if not gradient.size:
+        return tree
     zero = 0.0 * gradient[(0,) * gradient.ndim]  # not known to be zero: times NaN it is not
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 

@@ -106,5 +106,6 @@ def test_what_is_known_later_is_the_same():
     z, gain = arguments()
     for part, same in zip(known_after(gain, z), z, strict=True):
         np.testing.assert_array_equal(part, same)
+    np.testing.assert_array_equal(known_after(jnp.zeros((0, 3)), gain), gain)
     overflowed = known_after(jnp.full(3, jnp.inf), gain)
     assert jnp.isnan(overflowed).all(), "the step that this belongs to is not finite, and shows it"

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fsn_jax import kernels
 from fsn_jax.config import Implementation
-from fsn_jax.recompute import known_after
+from fsn_jax.recompute import alike_over_devices, known_after
 
 _MASKED = -1e30  # finite: exp gives 0 without the NaN that minus infinity leaves in the gradient
 
@@ -246,7 +246,8 @@ def _strict_backward(
     """As ``fsn_jax.kernels.backward``, block by block."""
     query, key, value = known_after(d_total, (query, key, value))
     d_query = []
-    d_key, d_value = (jnp.zeros(x.shape, jnp.float32) for x in (key, value))
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (key, value)]
+    _, d_key, d_value = alike_over_devices((d_total, *zeros))
     # The last segment first, whose keys are all keys: then XLA starts from it, not from zeros.
     for segment in reversed(_segments(query.shape[2])):
         prefix = key[:, :, : segment.stop], value[:, :, : segment.stop]

@@ -5,9 +5,12 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import fsn_jax.causal
 from fsn_jax.causal import (
+    BLOCK,
+    MAX_SEGMENTS,
     CausalSum,
     attention_weights_cached,
     causal_sum,
@@ -15,6 +18,7 @@ from fsn_jax.causal import (
     split_heads,
     weighted_sum,
 )
+from train.step import data_mesh
 
 # float32 sums over at most 30 terms in another order; bfloat16 has 8 bits of mantissa.
 TOLERANCE = {"float32": {"rtol": 1e-4, "atol": 1e-5}, "bfloat16": {"rtol": 0.1, "atol": 0.1}}
@@ -95,7 +99,20 @@ def test_no_square_array_at_any_length(length):
 
     program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(shape, shape, shape)
     largest = max(_sizes(program.jaxpr))
-    assert largest <= fsn_jax.causal.BLOCK * length
+    assert largest <= BLOCK * length
+
+
+def test_long_sequences_inside_shard_map():
+    """With its default checks, where segments of several blocks loop."""
+
+    def gradient(x):
+        return jax.grad(lambda x: jnp.sum(causal_sum(x, x, x, include_self=False).total ** 2))(x)
+
+    rows = PartitionSpec("data")
+    mesh = data_mesh(jax.devices()[:2])
+    divided = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=rows, out_specs=rows))
+    x = jax.random.normal(jax.random.key(0), (2, 1, 2 * MAX_SEGMENTS * BLOCK, 4))
+    np.testing.assert_allclose(divided(x), jax.jit(gradient)(x), rtol=1e-4, atol=1e-5)
 
 
 def test_memory_does_not_grow_with_the_length():

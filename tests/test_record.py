@@ -68,6 +68,15 @@ def test_does_not_overwrite(finished, tmp_path):
         record(finished, tmp_path / "results")
 
 
+@pytest.mark.parametrize("below", [".", "results"])
+def test_a_file_in_the_way_of_the_folder(finished, tmp_path, below):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    with pytest.raises(UserError, match="--results=.*name a folder"):
+        record(finished, file / below)
+    assert file.read_text() == "kept"
+
+
 def test_a_damaged_provenance_is_a_users_mistake(finished, tmp_path):
     (finished / "provenance.json").write_text("{")
     with pytest.raises(UserError, match="provenance.json cannot be read"):

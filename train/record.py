@@ -32,7 +32,8 @@ def record(run_dir: str | Path, results: Path, *, allow_modified: bool = False) 
     Seeds other than 0 get a ``_seed<n>`` after the name, unless it ends so already.
 
     Raises:
-      UserError: the run is not finished, is recorded already, or ran on code that no commit holds.
+      UserError: the run is not finished, is recorded already, or ran on code that no commit holds,
+        or ``results`` cannot be made.
     """
     run = open_run(run_dir)
     if not (run.path / "summary.json").is_file():
@@ -53,7 +54,12 @@ def record(run_dir: str | Path, results: Path, *, allow_modified: bool = False) 
     for name in EVIDENCE:
         if not (run.path / name).is_file():
             raise UserError(f"the run {run.path} has no {name}; the command that made it mends it")
-    results.mkdir(parents=True, exist_ok=True)
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--results={results} cannot be made ({error.strerror}); name a folder"
+        ) from None
     with tempfile.TemporaryDirectory(dir=results, prefix=".record-") as beside:
         copy = Path(beside) / target.name
         copy.mkdir()

@@ -8,16 +8,15 @@ radians; both have ``extend``, the same computation for tokens that follow a cac
 from collections.abc import Sequence
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from fsn_jax.cache import LayerCache, extend_sum, extend_weights
 from fsn_jax.causal import (
     CausalSum,
     attention_weights,
-    attention_weights_cached,
     causal_sum,
     merge_heads,
     slots_before,
@@ -28,150 +27,13 @@ from fsn_jax.config import FSNConfig
 from fsn_jax.coupling import field_of_sums, fold_values, local_field, side_by_side, unfold_sum
 from fsn_jax.dense import PhasorDense
 from fsn_jax.recompute import recomputed
-from fsn_jax.torus import Complex, multiply, rotary_phasor, token_phasor
-
-
-@flax.struct.dataclass
-class LayerCache:
-    """What a layer keeps of the tokens it has seen: slot u holds position u.
-
-    Tokens past its last slot cannot be kept: what is computed for them is NaN. Batch and heads are
-    one axis, and the slots of the keys the last: the layout that the products take as it is, so
-    that XLA writes a token in place and copies nothing.
-
-    Attributes:
-      key: ``[B H, E, C]``.
-      value: ``[B H, C, G]``. For the frustrated coupling these are the powers of the h-th block of
-        phases, real and imaginary parts side by side, which all heads and delays share.
-    """
-
-    key: Array
-    value: Array
-
-    @property
-    def capacity(self) -> int:
-        """C, how many tokens there is room for."""
-        return self.value.shape[1]
-
-
-def _put(cache: Array, new: Array, position: Array, axis: int) -> Array:
-    new = new.reshape(cache.shape[0], *new.shape[2:]).astype(cache.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(cache, new, position, axis=axis)
-
-
-def extend_weights(
-    query: Array, key: Array, value: Array, cache: LayerCache, position: Array
-) -> tuple[Float[Array, "B H S C"], LayerCache]:
-    """Writes S new keys and values at ``position``; weighs all that the cache then holds.
-
-    Queries and keys are ``[B, H, S, E]``, values ``[B, H, S, G]``, ``position`` an int32 scalar.
-    """
-    cache = LayerCache(
-        _put(cache.key, key.swapaxes(2, 3), position, 2), _put(cache.value, value, position, 1)
-    )
-    weights = attention_weights_cached(query, cache.key, position)
-    # A slice that does not fit is moved to where it does: silently, over tokens of before.
-    fits = position + query.shape[2] <= cache.capacity
-    return jnp.where(fits, weights, jnp.nan), cache
-
-
-def extend_sum(
-    query: Array, key: Array, value: Array, cache: LayerCache, position: Array
-) -> tuple[Float[Array, "B H S G"], LayerCache]:
-    """The weighted sum, own value included, for S new tokens; arrays as for ``extend_weights``.
-
-    The values of the cache are ``[B, H, C, G]``.
-    """
-    weights, cache = extend_weights(query, key, value, cache, position)
-    return weighted_sum(weights, cache.value), cache
+from fsn_jax.score import PhaseScore
+from fsn_jax.torus import Complex, rotary_phasor, token_phasor
 
 
 def attention_entropy(weights: Float[Array, "*shape L"]) -> Float[Array, "*shape"]:
     """Entropy of each row of attention weights, in nats."""
     return -jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1)
-
-
-class PhaseScore(nn.Module):
-    """Queries and keys whose inner product is the score of two tokens.
-
-    ``s[h, t, u] = beta_h Re sum_p q[t, p] conj(k[u, p]) exp(i (t - u) omega_p)``: gated phase
-    similarity with rotary drift. ``q`` and ``k`` are complex; see ``FSNConfig.score``. A similarity
-    head has ``q = k`` and ``omega = 0``: the more alike two tokens are, the higher their score.
-    """
-
-    config: FSNConfig
-
-    def setup(self) -> None:
-        c = self.config
-        pairs, heads = c.score_pairs, c.num_heads
-        if c.score == "projected":
-            self.query = PhasorDense(c, 2 * heads * pairs, groups=heads)
-            if c.key_heads:
-                self.key = PhasorDense(c, 2 * c.key_heads * pairs, groups=c.key_heads)
-        elif c.score == "gated":
-            small = nn.initializers.normal(0.02)
-            self.query_gate = PhasorDense(c, c.num_phases, use_bias=True, kernel_init=small)
-            self.key_gate = PhasorDense(c, c.num_phases, use_bias=True, kernel_init=small)
-        elif c.score == "static":
-            self.gate = self.param("gate", nn.initializers.ones, (c.num_phases,), jnp.float32)
-        if c.score != "none":
-            start = nn.initializers.constant(np.log(c.score_sharpness / np.sqrt(pairs)))
-            self.log_beta = self.param("log_beta", start, (heads,), jnp.float32)
-
-    def __call__(
-        self, z: Complex, rotary: Complex
-    ) -> tuple[Float[Array, "B H L E"], Float[Array, "B H L E"]]:
-        """Returns rotated queries (times beta) and keys, E = 2R reals each, in the compute dtype.
-
-        Args:
-          z: phasors ``[B, L, N]``.
-          rotary: ``exp(i t omega)`` of the tokens' positions, ``[L, R]``.
-        """
-        c = self.config
-        if c.score == "none":
-            # An inner product over nothing: all scores are zero, the mean field is uniform.
-            empty = jnp.zeros((z.re.shape[0], c.num_heads, z.re.shape[1], 0), c.dtype)
-            return empty, empty
-        if c.score == "projected":
-            asked = self.query(z)
-            told = asked[..., : 2 * c.similarity_heads * c.score_pairs]
-            if c.key_heads:
-                told = jnp.concatenate([told, self.key(z)], axis=-1)
-            query, key = self._as_pairs(asked), self._as_pairs(told)
-        else:
-            by_head = Complex(split_heads(z.re, c.num_heads), split_heads(z.im, c.num_heads))
-            query, key = (Complex(by_head.re * gate, by_head.im * gate) for gate in self._gates(z))
-        beta = jnp.exp(self.log_beta)[None, :, None, None]
-        rotary = self._drift(rotary)
-        query = multiply(query, rotary)
-        query = Complex(beta * query.re, beta * query.im)
-        return self._to_reals(query), self._to_reals(multiply(key, rotary))
-
-    def _drift(self, rotary: Complex) -> Complex:
-        """By head, ``[1, H or 1, L, R]``."""
-        rotary = Complex(rotary.re[None, None], rotary.im[None, None])
-        if not self.config.similarity_heads:
-            return rotary
-        still = (np.arange(self.config.num_heads) < self.config.similarity_heads)[:, None, None]
-        return Complex(jnp.where(still, 1.0, rotary.re), jnp.where(still, 0.0, rotary.im))
-
-    def _as_pairs(self, x: Array) -> Complex:
-        # Rotated in float32: bfloat16 rotary phasors would blur positions far apart.
-        by_head = split_heads(x.astype(jnp.float32), self.config.num_heads)
-        return Complex(*jnp.split(by_head, 2, axis=-1))
-
-    def _gates(self, z: Complex) -> tuple[Array, Array]:
-        heads = self.config.num_heads
-        if self.config.score == "static":
-            gate = self.gate.reshape(1, heads, 1, -1)
-            return gate, jnp.ones_like(gate)
-        return (
-            split_heads(1.0 + self.query_gate(z).astype(jnp.float32), heads),
-            split_heads(1.0 + self.key_gate(z).astype(jnp.float32), heads),
-        )
-
-    def _to_reals(self, x: Complex) -> Array:
-        return jnp.concatenate(x, axis=-1).astype(self.config.dtype)
 
 
 class _PhaseAttention(nn.Module):
@@ -222,28 +84,28 @@ class _PhaseAttention(nn.Module):
 
 
 SOFTPLUS_FLOOR = 0.01
-"""The least that a positive coefficient starts at: zero is infinitely far down a softplus."""
+"""Least initial value of a positive coefficient: no parameter gives a softplus of zero."""
 
 
 def _softplus_inverse(x: np.ndarray) -> np.ndarray:
     return np.log(np.expm1(np.maximum(x, SOFTPLUS_FLOOR)))
 
 
-def kernel_start(config: FSNConfig) -> np.ndarray:
-    """Initial in-phase coefficients of the kernel; frustration angles start at 0.
+def initial_kernel(config: FSNConfig) -> np.ndarray:
+    """Initial in-phase coefficients of the kernel; the initial frustration angles are 0.
 
-    ``[T, M, N]``, or ``[T, M, J, N]`` if a phase hears J > 1 heads; only the first of them is heard
-    at the start. A kernel that must not be negative (``signed_harmonics=False``) starts at
-    ``SOFTPLUS_FLOOR`` where this says less.
+    ``[T, M, N]``, or ``[T, M, J, N]`` if a phase hears J > 1 heads; all but the first head have
+    coefficients of zero. Where the kernel must be positive (``signed_harmonics=False``) the least
+    coefficient is ``SOFTPLUS_FLOOR``.
     """
     m = np.arange(1, config.num_harmonics + 1)
     wave = {"sawtooth": (-1.0) ** (m + 1) / m, "first_harmonic": 1.0 * (m == 1)}
     rho = config.kernel_scale * wave[config.kernel_init]
-    start = np.zeros(
+    kernel = np.zeros(
         (config.num_delays, config.num_harmonics, config.heads_per_phase, config.num_phases)
     )
-    start[:, :, 0] = rho[:, None]
-    return (start if config.heads_per_phase > 1 else start[:, :, 0]).astype(np.float32)
+    kernel[:, :, 0] = rho[:, None]
+    return (kernel if config.heads_per_phase > 1 else kernel[:, :, 0]).astype(np.float32)
 
 
 def _by_head(by_rank: Sequence[Array], axis: int) -> Array:
@@ -269,12 +131,12 @@ class FrustratedAttention(_PhaseAttention):
             self.value = PhasorDense(c, c.num_phases)
             self.output = nn.Dense(c.num_phases, use_bias=False, dtype=jnp.dtype(c.dtype))
             return
-        start = kernel_start(c)
-        real = start if c.signed_harmonics else _softplus_inverse(start)
+        initial = initial_kernel(c)
+        real = initial if c.signed_harmonics else _softplus_inverse(initial)
         self.kernel_real = self.param("kernel_real", lambda _: jnp.asarray(real, jnp.float32))
         if c.static_angles:
             self.kernel_imag = self.param(
-                "kernel_imag", nn.initializers.zeros, start.shape, jnp.float32
+                "kernel_imag", nn.initializers.zeros, initial.shape, jnp.float32
             )
 
     def kappa(self) -> Complex:
@@ -323,7 +185,7 @@ class FrustratedAttention(_PhaseAttention):
     def extend(
         self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "B S N"], LayerCache]:
-        """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
+        """``__call__`` for S tokens at ``position`` and on, after those in the cache."""
         field, cache = self.extend_field(theta, cache, position)
         return field.im, cache
 
@@ -420,8 +282,8 @@ class KuramotoAttention(_PhaseAttention):
 
     def setup(self) -> None:
         self.score = PhaseScore(self.config)
-        start = _softplus_inverse(np.full(self.config.num_phases, self.config.kernel_scale))
-        self.gain = self.param("gain", lambda _: jnp.asarray(start, jnp.float32))
+        initial = _softplus_inverse(np.full(self.config.num_phases, self.config.kernel_scale))
+        self.gain = self.param("gain", lambda _: jnp.asarray(initial, jnp.float32))
 
     def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
         """The update of the phases, in radians, float32.
@@ -438,7 +300,7 @@ class KuramotoAttention(_PhaseAttention):
     def extend(
         self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "B S N"], LayerCache]:
-        """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
+        """``__call__`` for S tokens at ``position`` and on, after those in the cache."""
         z = token_phasor(theta, self.config.num_phases)
         query, key = self.score(z, self._rotary_at(position, theta.shape[1], cache.capacity))
         total, cache = extend_sum(query, key, self._values(z), cache, position)

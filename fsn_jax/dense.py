@@ -1,5 +1,7 @@
 """Dense layers that read phasors: both quadratures of every phase, or one."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,15 +12,18 @@ from fsn_jax.config import FSNConfig
 from fsn_jax.recompute import recomputed
 from fsn_jax.torus import Complex, features
 
+sum_in_float32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+"""Product of any shape summed in float32, for logits: bfloat16 sums would merge close logits."""
+
 
 def _random_quadrature(groups: int, phases: int) -> nn.initializers.Initializer:
     """Cosines and sines of uniform angles, ``[2, G, N]``."""
 
-    def start(key: Array, *_: object) -> Array:
+    def init(key: Array, *_: object) -> Array:
         angle = jax.random.uniform(key, (groups, phases), jnp.float32, maxval=2 * np.pi)
         return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
 
-    return start
+    return init
 
 
 def _over_tokens(x: Array, like: Array) -> Array:
@@ -58,7 +63,7 @@ class PhasorDense(nn.Module):
       groups: G, which divides O.
       use_bias: whether a bias is added.
       kernel_init: of W.
-      angle: phi at the start, radians, the same for all; None draws each from the circle.
+      angle: initial phi in radians, the same for all phases; None draws each from the circle.
     """
 
     config: FSNConfig
@@ -83,7 +88,9 @@ class PhasorDense(nn.Module):
                 "kernel", self.kernel_init, (2 * c.num_phases, self.features), jnp.float32
             )
         else:
-            quadrature = self.param("quadrature", self._start(), (2, self.groups, c.num_phases))
+            quadrature = self.param(
+                "quadrature", self._quadrature_init(), (2, self.groups, c.num_phases)
+            )
             kernel = self.param(
                 "kernel", self.kernel_init, (c.num_phases, self.features), jnp.float32
             )
@@ -101,7 +108,7 @@ class PhasorDense(nn.Module):
             y += _over_tokens(bias, y).astype(dtype)
         return y
 
-    def _start(self) -> nn.initializers.Initializer:
+    def _quadrature_init(self) -> nn.initializers.Initializer:
         if self.angle is None:
             return _random_quadrature(self.groups, self.config.num_phases)
         parts = jnp.array([np.cos(self.angle), np.sin(self.angle)], jnp.float32)

@@ -72,13 +72,13 @@ class CollectiveModes(nn.Module):
         z = token_phasor(theta, c.num_phases)
         drive = PhasorDense(c, c.num_modes, use_bias=True, name="weights")(z, field)
         weight = jax.nn.silu(drive.astype(jnp.float32)).astype(c.dtype)
-        start = nn.initializers.normal(c.num_modes**-0.5)
+        init = nn.initializers.normal(c.num_modes**-0.5)
         shape = (c.num_modes, c.num_phases)
         field_re, field_im = (
             jnp.einsum(
                 "blk,kn->bln",
                 weight,
-                self.param(name, start, shape, jnp.float32).astype(c.dtype),
+                self.param(name, init, shape, jnp.float32).astype(c.dtype),
                 preferred_element_type=jnp.float32,
             )
             for name in ("modes_real", "modes_imag")

@@ -1,36 +1,45 @@
 """The Frustrated Synchronization Network: a language model whose token states are phases.
 
-Source: arXiv 2606.18694, reconstructed; docs/model.md has the equations and docs/choices.md what
-the published text leaves open.
+Read downward: the embedding gives every token N angles, each block moves them twice (coupling to
+other tokens, then feed-forward), the readout sees their cosines and sines. The coupling's equation
+is in ``fsn_jax.coupling``. Source: arXiv 2606.18694, reconstructed; docs/model.md has the equations
+and docs/choices.md what the published text leaves open.
 """
 
-import functools
-from collections.abc import Sequence
-
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fsn_jax.attention import FrustratedAttention, LayerCache
+from fsn_jax.attention import FrustratedAttention
+from fsn_jax.cache import LayerCache
 from fsn_jax.config import FSNConfig
+from fsn_jax.dense import sum_in_float32
 from fsn_jax.feedforward import CollectiveModes, PhasorSwiGLU
+from fsn_jax.language_model import LanguageModel
 from fsn_jax.torus import Complex, features, order_parameter, phasor
 
 
-@flax.struct.dataclass
-class Cache:
-    """State of generation, of either model.
+def initial_angles(config: FSNConfig) -> jax.nn.initializers.Initializer:
+    """Initializer of the embedding angles, in radians."""
+    if config.embedding_init == "normal":
+        return nn.initializers.normal(config.embedding_scale)
+    return nn.initializers.uniform(2 * np.pi)
 
-    Attributes:
-      layers: one ``LayerCache`` a block.
-      position: number of tokens seen, int32 scalar.
-    """
 
-    layers: Sequence[LayerCache]
-    position: Array
+class PhaseEmbedding(nn.Module):
+    """One learned angle vector per token value."""
+
+    config: FSNConfig
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L N"]:
+        """The tokens' phases before the first block, in radians, float32."""
+        c = self.config
+        shape = (c.vocab_size, c.num_phases)
+        angles = self.param("angles", initial_angles(c), shape, jnp.float32)
+        return jnp.take(angles, tokens, axis=0)
 
 
 class Block(nn.Module):
@@ -56,7 +65,7 @@ class Block(nn.Module):
     def extend(
         self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "B S N"], LayerCache]:
-        """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
+        """``__call__`` for S tokens at ``position`` and on, after those in the cache."""
         field, cache = self.attention.extend_field(theta, cache, position)
         return self._feed_forward(theta + field.im, field), cache
 
@@ -66,20 +75,8 @@ class Block(nn.Module):
         return theta + self.feedforward(theta, field if self.config.field_features else None)
 
 
-def embedding_start(config: FSNConfig) -> jax.nn.initializers.Initializer:
-    """Initial embedding angles, in radians."""
-    if config.embedding_init == "normal":
-        return nn.initializers.normal(config.embedding_scale)
-
-    return nn.initializers.uniform(2 * np.pi)
-
-
-sum_in_float32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-"""Of logits: two that differ by less than bfloat16 tells apart are not the same."""
-
-
-class FSN(nn.Module):
-    """The language model: angles in, frustrated synchronization, logits out.
+class FSN(LanguageModel):
+    """The language model: tokens to angles, frustrated synchronization, logits.
 
     ``logits[:, t]`` predicts ``tokens[:, t + 1]``.
     """
@@ -93,45 +90,8 @@ class FSN(nn.Module):
         self.blocks = [block(c, name=f"block_{i}") for i in range(c.num_layers)]
         self.readout = nn.Dense(c.vocab_size, dtype=jnp.dtype(c.dtype), dot_general=sum_in_float32)
 
-    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
-        """Logits, float32, before any softmax."""
-        theta = self.embedding(tokens)
-        for block in self.blocks:
-            theta = block(theta)
-        return self._logits(theta)
+    def _embed(self, tokens: Array) -> Array:
+        return self.embedding(tokens)
 
-    def extend(
-        self, tokens: Int[Array, "B S"], cache: Cache
-    ) -> tuple[Float[Array, "B S V"], Cache]:
-        """Logits of S tokens that follow those in the cache, and the cache with them in it.
-
-        They are NaN for tokens that the cache has no room for.
-        """
-        theta = self.embedding(tokens)
-        layers = []
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            theta, layer = block.extend(theta, layer, cache.position)
-            layers.append(layer)
-        return self._logits(theta), Cache(layers, cache.position + tokens.shape[1])
-
-    def empty_cache(self, batch: int, capacity: int) -> Cache:
-        """A cache for up to ``capacity`` tokens of each of ``batch`` sequences."""
-        layers = [block.attention.empty_cache(batch, capacity) for block in self.blocks]
-        return Cache(layers, jnp.zeros((), jnp.int32))
-
-    def _logits(self, theta: Array) -> Array:
-        return self.readout(features(phasor(theta)))
-
-
-class PhaseEmbedding(nn.Module):
-    """One learned angle vector per token value."""
-
-    config: FSNConfig
-
-    @nn.compact
-    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L N"]:
-        """The tokens' phases before the first block, in radians, float32."""
-        c = self.config
-        shape = (c.vocab_size, c.num_phases)
-        angles = self.param("angles", embedding_start(c), shape, jnp.float32)
-        return jnp.take(angles, tokens, axis=0)
+    def _read_out(self, state: Array) -> Array:
+        return self.readout(features(phasor(state)))

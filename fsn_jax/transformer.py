@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fsn_jax.attention import LayerCache, extend_sum
+from fsn_jax.cache import LayerCache, extend_sum
 from fsn_jax.causal import causal_sum, merge_heads, split_heads
 from fsn_jax.config import TransformerConfig
+from fsn_jax.dense import sum_in_float32
 from fsn_jax.feedforward import SwiGLU
-from fsn_jax.fsn import Cache, sum_in_float32
+from fsn_jax.language_model import LanguageModel
 from fsn_jax.torus import Complex, multiply, rotary_phasor
 
 RMS_EPSILON = 1e-6
@@ -47,7 +48,7 @@ class RotaryAttention(nn.Module):
     def extend(
         self, x: Float[Array, "B S D"], cache: LayerCache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
-        """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
+        """``__call__`` for S tokens at ``position`` and on, after those in the cache."""
         table = self._rotary(cache.capacity)
         rotary = Complex(
             *(jax.lax.dynamic_slice_in_dim(part, position, x.shape[1], axis=0) for part in table)
@@ -103,13 +104,13 @@ class TransformerBlock(nn.Module):
     def extend(
         self, x: Float[Array, "B S D"], cache: LayerCache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
-        """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
+        """``__call__`` for S tokens at ``position`` and on, after those in the cache."""
         update, cache = self.attention.extend(self.attention_norm(x), cache, position)
         x = x + update
         return x + self.feedforward(self.feedforward_norm(x)), cache
 
 
-class Transformer(nn.Module):
+class Transformer(LanguageModel):
     """The baseline language model; called as ``FSN`` is."""
 
     config: TransformerConfig
@@ -118,8 +119,8 @@ class Transformer(nn.Module):
         c = self.config
         # Untied: unit variance after the first norm whatever the scale. Tied: the same matrix
         # reads out, and rows of unit norm keep the first logits of order one.
-        start = nn.initializers.normal(c.width**-0.5 if c.tied_embedding else 1.0)
-        self.embedding = nn.Embed(c.vocab_size, c.width, embedding_init=start)
+        init = nn.initializers.normal(c.width**-0.5 if c.tied_embedding else 1.0)
+        self.embedding = nn.Embed(c.vocab_size, c.width, embedding_init=init)
         block = nn.remat(TransformerBlock) if c.remat else TransformerBlock
         self.blocks = [block(c, name=f"block_{i}") for i in range(c.num_layers)]
         self.final_norm = nn.RMSNorm(epsilon=RMS_EPSILON)
@@ -131,34 +132,11 @@ class Transformer(nn.Module):
                 dot_general=sum_in_float32,
             )
 
-    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
-        """Logits, float32, before any softmax."""
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self._logits(x)
+    def _embed(self, tokens: Array) -> Array:
+        return self.embedding(tokens)
 
-    def extend(
-        self, tokens: Int[Array, "B S"], cache: Cache
-    ) -> tuple[Float[Array, "B S V"], Cache]:
-        """Logits of S tokens that follow those in the cache, and the cache with them in it.
-
-        They are NaN for tokens that the cache has no room for.
-        """
-        x = self.embedding(tokens)
-        layers = []
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x, layer = block.extend(x, layer, cache.position)
-            layers.append(layer)
-        return self._logits(x), Cache(layers, cache.position + tokens.shape[1])
-
-    def empty_cache(self, batch: int, capacity: int) -> Cache:
-        """A cache for up to ``capacity`` tokens of each of ``batch`` sequences."""
-        layers = [block.attention.empty_cache(batch, capacity) for block in self.blocks]
-        return Cache(layers, jnp.zeros((), jnp.int32))
-
-    def _logits(self, x: Array) -> Array:
-        x = self.final_norm(x)
+    def _read_out(self, state: Array) -> Array:
+        x = self.final_norm(state)
         if not self.config.tied_embedding:
             return self.readout(x)
         x, table = (a.astype(self.config.dtype) for a in (x, self.embedding.embedding))

@@ -1,26 +1,25 @@
-"""``python -m train.claims``: judges the paper's claims by the runs under ``results/``.
+"""``python -m train claims``: judges the paper's claims by the runs under ``results/``.
 
-``docs/claims.toml`` says what each claim is and which runs test it; ``train/verdicts.py`` compares.
+``docs/claims.toml`` says what each claim is and which runs test it; ``verdicts.py`` compares.
 The outcome is written to the block between two markers in README.md, and in full to
 ``docs/evidence.md``. With ``--check`` nothing is written, and pages that differ are an error.
 """
 
 import dataclasses
 import json
-import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train import verdicts
-from train.arms import Arm, recorded_arms
+from train.analysis import verdicts
+from train.analysis.records import Arm, recorded_arms
+from train.analysis.verdicts import NotComparableError, NotRunError, Status, Verdict
 from train.errors import UserError
 from train.files import write_atomically
-from train.program import Arguments, run_program
-from train.verdicts import NotComparableError, NotRunError, Status, Verdict
+from train.program import Arguments
 
-BEGIN = "<!-- claims: written by python -m train.claims from results/; do not edit -->"
+BEGIN = "<!-- claims: written by python -m train claims from results/; do not edit -->"
 END = "<!-- end of claims -->"
 
 PAIRS = {
@@ -196,7 +195,7 @@ def evidence_page(
     """``docs/evidence.md``: every line of evidence with its runs, and the tables of arms."""
     parts = [
         "# Evidence\n",
-        "Written by `python -m train.claims` from [claims.toml](claims.toml) and the records under "
+        "Written by `python -m train claims` from [claims.toml](claims.toml) and the records under "
         "[results/](../results/): do not edit. Losses are validation BPC; ± is the standard "
         "deviation over seeds, or where it says s.e. the standard error of a difference. A "
         "comparison is decided where both arms have two seeds or more and their means are more "
@@ -312,7 +311,7 @@ def pages(root: Path) -> dict[Path, str]:
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
-    p = Arguments(prog="python -m train.claims", description=__doc__)
+    p = Arguments(prog="python -m train claims", description=__doc__)
     p.add_argument("--root", type=Path, default=Path(), help="the repository")
     p.add_argument("--check", action="store_true", help="write nothing; fail if a page differs")
     options = p.parse_args(argv[1:])
@@ -321,19 +320,10 @@ def program(argv: Sequence[str]) -> None:
     if options.check and differ:
         raise UserError(
             f"{', '.join(p.name for p in differ)} and results/ disagree; run "
-            f"python -m train.claims and commit what it writes"
+            f"python -m train claims and commit what it writes"
         )
     for page in differ:
         write_atomically(page, wanted[page])
         print(f"wrote {page}")
     if not differ:
         print("the pages agree with results/")
-
-
-def main() -> None:
-    """The command line."""
-    sys.exit(run_program(program, sys.argv))
-
-
-if __name__ == "__main__":
-    main()

@@ -60,41 +60,21 @@ def merge_heads(x: Float[Array, "B H L P"]) -> Float[Array, "B L HxP"]:
 
 
 def attention_weights(
-    query: Float[Array, "B H L E"], key: Float[Array, "B H L E"]
+    query: Float[Array, "B H L E"],
+    key: Float[Array, "B H L E"],
+    segment_ids: Int[Array, "B L"] | None = None,
 ) -> Float[Array, "B H L L"]:
-    """The matrix ``A`` itself: rows sum to one over ``u <= t``."""
-    return _softmax(_inner(query, key), np.tri(query.shape[2], dtype=bool))
-
-
-def attention_weights_cached(
-    query: Float[Array, "B H S E"], key: Float[Array, "BH E C"], position: Int[Array, ""]
-) -> Float[Array, "B H S C"]:
-    """As ``attention_weights``, for S queries at ``position`` and on and the C slots of a cache.
-
-    Slot u of the cache holds position u; slots after a query's own have no weight.
-    """
-    scores = _product_with_cache(query, key)
-    return _softmax(scores, slots_before(position + 1, query.shape[2], key.shape[2]))
+    """The matrix ``A`` itself: rows sum to one over ``u <= t`` in the segment of t."""
+    seen = np.tri(query.shape[2], dtype=bool)
+    if segment_ids is not None:
+        seen = seen & (segment_ids[:, None, :, None] == segment_ids[:, None, None])
+    return _softmax(_inner(query, key), seen)
 
 
 def slots_before(position: Int[Array, ""], num_tokens: int, num_slots: int) -> Bool[Array, "S C"]:
     """Which slots are before each of the tokens at ``position`` and on."""
     time = position + jnp.arange(num_tokens)[:, None]
     return jnp.arange(num_slots)[None, :] < time
-
-
-def weighted_sum(
-    weights: Float[Array, "B H S C"], value: Float[Array, "BH C G"]
-) -> Float[Array, "B H S G"]:
-    """``sum_u weights[t, u] value[u]`` over the slots of a cache, float32, for a few queries."""
-    return _product_with_cache(weights.astype(value.dtype), value)
-
-
-def _product_with_cache(x: Array, y: Array) -> Array:
-    """``x @ y`` of each head, ``[B, H, S, K]`` and ``[B H, K, N]``, the sum in float32."""
-    flat = x.reshape(y.shape[0], *x.shape[2:])
-    product = jnp.einsum("hij,hjk->hik", flat, y, preferred_element_type=jnp.float32)
-    return product.reshape(*x.shape[:3], y.shape[2])
 
 
 def _inner(x: Array, y: Array) -> Array:
@@ -125,6 +105,7 @@ def causal_sum(
     query: Float[Array, "B H L E"],
     key: Float[Array, "B H L E"],
     value: Float[Array, "B H L G"],
+    segment_ids: Int[Array, "B L"] | None = None,
     *,
     include_self: bool,
     implementation: Implementation = "auto",
@@ -137,6 +118,7 @@ def causal_sum(
       query: float32 or bfloat16; sums and softmax are float32 either way.
       key: as ``query``.
       value: as ``query``.
+      segment_ids: tokens attend to those of their own segment; None: all are in one.
       include_self: whether a token's own value is in its sum.
       implementation: ``reference`` goes through the whole matrix and has all derivatives; ``xla``
         goes block by block; ``pallas`` is a fused kernel for GPUs and TPUs (interpreted, slowly, on
@@ -146,8 +128,8 @@ def causal_sum(
     length = query.shape[2]
     if implementation == "auto":
         implementation = _fastest(query, value)
-    if implementation == "reference" or not length:
-        return _causal_sum_reference(query, key, value, include_self=include_self)
+    if implementation == "reference" or not length or segment_ids is not None:
+        return _causal_sum_reference(query, key, value, segment_ids, include_self=include_self)
     # Padded keys come after every real query and padded queries are cut off, so zeros will do.
     rows = ((0, 0), (0, 0), (0, -length % _block(length)), (0, 0))
     query, key, value = (jnp.pad(x, rows) for x in (query, key, value))
@@ -156,9 +138,9 @@ def causal_sum(
 
 
 def _causal_sum_reference(
-    query: Array, key: Array, value: Array, *, include_self: bool
+    query: Array, key: Array, value: Array, segment_ids: Array | None, *, include_self: bool
 ) -> CausalSum:
-    weights = attention_weights(query, key)
+    weights = attention_weights(query, key, segment_ids)
     own = np.eye(query.shape[2], dtype=bool)
     self_weight = jnp.where(own, weights, 0).sum(axis=-1)
     summed = weights if include_self else jnp.where(own, 0, weights)

@@ -1,99 +1,134 @@
 """Scores: which tokens couple.
 
-``s[h, t, u] = beta_h Re sum_p q[t, p] conj(k[u, p]) exp(i (t - u) omega_p)``: queries and keys are
-complex, one pair a phase or a projection of them, and position is a phase drift. The attention is
-the softmax of ``s`` over ``u <= t``. Source: arXiv 2606.11585, as reconstructed in docs/model.md.
+The score of tokens t and u in head h is an inner product of complex queries and keys, turned by
+their distance; attention is its softmax over ``u <= t``::
+
+    s[h, t, u] = beta_h Re sum_p q[h, t, p] conj(k[h, u, p]) exp(i (t - u) omega_p)
+
+With learned gates (``score="gated"``) queries are gated phasors and keys are phasors, so that
+
+    s[h, t, u] = beta_h sum_n g[h, n] cos(theta[t, n] - theta[u, n] + (t - u) omega_n):
+
+phase coherence with rotary drift, invariant under a global rotation of the phases. Source: arXiv
+2606.18694 and 2606.11585, as reconstructed in docs/model.md.
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jaxtyping import Array, Float
 
 from fsn_jax.causal import split_heads
-from fsn_jax.config import FSNConfig
 from fsn_jax.dense import PhasorDense
-from fsn_jax.torus import Complex, multiply
+from fsn_jax.fields import ScoreFields, documented, shared_settings
+from fsn_jax.torus import Complex, multiply, powers, rotary_frequencies
 
 
-class PhaseScore(nn.Module):
-    """Queries and keys whose inner product is the score of two tokens.
+def drift_frequencies(score: ScoreFields, num_phases: int) -> npt.NDArray[np.float64]:
+    """The drift ``omega`` of each pair of a head, in radians a position, ``[R]``.
 
-    ``s[h, t, u] = beta_h Re sum_p q[t, p] conj(k[u, p]) exp(i (t - u) omega_p)``: gated phase
-    similarity with rotary drift. ``q`` and ``k`` are complex; see ``FSNConfig.score``. A similarity
-    head has ``q = k`` and ``omega = 0``: the more alike two tokens are, the higher their score.
+    Where a head compares all phases every block of N / H phases has the whole range of frequencies.
     """
+    compared = score.compared_phases(num_phases)
+    period = num_phases // score.num_heads
+    if score.score not in ("gated", "content_gated"):
+        period = compared
+    drifting = round(score.drift_share * period)
+    omega = np.zeros(period)
+    omega[:drifting] = rotary_frequencies(drifting, score.rotary_base)
+    return np.tile(omega, score.num_score_pairs(num_phases) // max(period, 1))
 
-    config: FSNConfig
 
-    def setup(self) -> None:
-        c = self.config
-        pairs, heads = c.score_pairs, c.num_heads
-        if c.score == "projected":
-            self.query = PhasorDense(c, 2 * heads * pairs, groups=heads)
-            if c.key_heads:
-                self.key = PhasorDense(c, 2 * c.key_heads * pairs, groups=c.key_heads)
-        elif c.score == "gated":
-            small = nn.initializers.normal(0.02)
-            self.query_gate = PhasorDense(c, c.num_phases, use_bias=True, kernel_init=small)
-            self.key_gate = PhasorDense(c, c.num_phases, use_bias=True, kernel_init=small)
-        elif c.score == "static":
-            self.gate = self.param("gate", nn.initializers.ones, (c.num_phases,), jnp.float32)
-        if c.score != "none":
-            sharpness = nn.initializers.constant(np.log(c.score_sharpness / np.sqrt(pairs)))
-            self.log_beta = self.param("log_beta", sharpness, (heads,), jnp.float32)
+@documented
+class PhaseScore(ScoreFields, nn.Module):
+    """Queries and keys whose inner product is the score of two tokens."""
 
+    @nn.compact
     def __call__(
-        self, z: Complex, rotary: Complex
+        self, z: Complex, drift: Complex
     ) -> tuple[Float[Array, "B H L E"], Float[Array, "B H L E"]]:
-        """Returns rotated queries (times beta) and keys, E = 2R reals each, in the compute dtype.
+        """Returns drifted queries (times beta) and keys, E = 2R reals each, in the compute dtype.
 
         Args:
           z: phasors ``[B, L, N]``.
-          rotary: ``exp(i t omega)`` of the tokens' positions, ``[L, R]``.
+          drift: ``exp(i t omega)`` of the tokens' positions, ``[B or 1, 1, L, R]``.
         """
-        c = self.config
-        if c.score == "none":
+        heads, pairs = self.num_heads, drift.re.shape[-1]
+        if self.score == "none":
             # An inner product over nothing: all scores are zero, the mean field is uniform.
-            empty = jnp.zeros((z.re.shape[0], c.num_heads, z.re.shape[1], 0), c.dtype)
+            empty = jnp.zeros((z.re.shape[0], heads, z.re.shape[1], 0), self.dtype)
             return empty, empty
-        if c.score == "projected":
-            queries = self.query(z)
-            keys = queries[..., : 2 * c.similarity_heads * c.score_pairs]
-            if c.key_heads:
-                keys = jnp.concatenate([keys, self.key(z)], axis=-1)
-            query, key = self._as_pairs(queries), self._as_pairs(keys)
-        else:
-            by_head = Complex(split_heads(z.re, c.num_heads), split_heads(z.im, c.num_heads))
-            query, key = (Complex(by_head.re * gate, by_head.im * gate) for gate in self._gates(z))
-        beta = jnp.exp(self.log_beta)[None, :, None, None]
-        rotary = self._drift(rotary)
-        query = multiply(query, rotary)
-        query = Complex(beta * query.re, beta * query.im)
-        return self._to_reals(query), self._to_reals(multiply(key, rotary))
+        sharpness = nn.initializers.constant(np.log(self.score_sharpness / np.sqrt(pairs)))
+        beta = jnp.exp(self.param("log_beta", sharpness, (heads,), jnp.float32))
+        beta = beta[None, :, None, None]
+        drift = self._by_head(drift)
+        if self.score == "gated":
+            return self._gated(z, drift, beta)
+        queries = self._projected if self.score == "projected" else self._content_gated
+        query, key = (multiply(side, drift) for side in queries(z, pairs))
+        return self._to_reals(Complex(beta * query.re, beta * query.im)), self._to_reals(key)
 
-    def _drift(self, rotary: Complex) -> Complex:
-        """By head, ``[1, H or 1, L, R]``."""
-        rotary = Complex(rotary.re[None, None], rotary.im[None, None])
-        if not self.config.similarity_heads:
-            return rotary
-        static = (np.arange(self.config.num_heads) < self.config.similarity_heads)[:, None, None]
-        return Complex(jnp.where(static, 1.0, rotary.re), jnp.where(static, 0.0, rotary.im))
+    def _by_head(self, drift: Complex) -> Complex:
+        """The drift ``[B or 1, H or 1, L, R]``: similarity heads have none."""
+        if not self.similarity_heads:
+            return drift
+        static = (np.arange(self.num_heads) < self.similarity_heads)[:, None, None]
+        return Complex(jnp.where(static, 1.0, drift.re), jnp.where(static, 0.0, drift.im))
+
+    def _gated(self, z: Complex, drift: Complex, beta: Array) -> tuple[Array, Array]:
+        harmonics = [self._compared(zm) for zm in powers(z, self.score_harmonics)]
+        key = multiply(Complex(*map(_side_by_side, zip(*harmonics, strict=True))), drift)
+        # Gates of one block a head are kept as one vector over all phases.
+        pairs = key.re.shape[-1]
+        block = self.score_scope == "block" and self.score_harmonics == 1
+        shape = (self.num_heads * pairs,) if block else (self.num_heads, pairs)
+        gate = self.param("gate", nn.initializers.ones, shape, jnp.float32)
+        gate = beta * gate.reshape(1, self.num_heads, 1, pairs)
+        query = Complex(gate * key.re, gate * key.im)
+        key = Complex(*(jnp.broadcast_to(part, query.re.shape) for part in key))
+        return self._to_reals(query), self._to_reals(key)
+
+    def _content_gated(self, z: Complex, pairs: int) -> list[Complex]:
+        compared = self._compared(z)
+        sides = []
+        for name in ("query_gate", "key_gate"):
+            dense = PhasorDense(
+                **shared_settings(self, PhasorDense),
+                outputs=self.num_heads * pairs,
+                use_bias=True,
+                kernel_init=nn.initializers.normal(0.02),
+                name=name,
+            )
+            gate = split_heads(1.0 + dense(z).astype(jnp.float32), self.num_heads)
+            sides.append(Complex(compared.re * gate, compared.im * gate))
+        return sides
+
+    def _projected(self, z: Complex, pairs: int) -> list[Complex]:
+        shared = shared_settings(self, PhasorDense)
+        heads, key_heads = self.num_heads, self.num_heads - self.similarity_heads
+        queries = PhasorDense(**shared, outputs=2 * heads * pairs, groups=heads, name="query")(z)
+        keys = queries[..., : 2 * self.similarity_heads * pairs]
+        if key_heads:
+            width = 2 * key_heads * pairs
+            dense = PhasorDense(**shared, outputs=width, groups=key_heads, name="key")
+            keys = jnp.concatenate([keys, dense(z)], axis=-1)
+        return [self._as_pairs(queries), self._as_pairs(keys)]
+
+    def _compared(self, z: Complex) -> Complex:
+        """The phasors that each head compares: ``[B, 1, L, N]``, or a block, ``[B, H, L, P]``."""
+        if self.score_scope == "all":
+            return Complex(z.re[:, None], z.im[:, None])
+        return Complex(split_heads(z.re, self.num_heads), split_heads(z.im, self.num_heads))
 
     def _as_pairs(self, x: Array) -> Complex:
         # Rotated in float32: bfloat16 rotary phasors would blur positions far apart.
-        by_head = split_heads(x.astype(jnp.float32), self.config.num_heads)
+        by_head = split_heads(x.astype(jnp.float32), self.num_heads)
         return Complex(*jnp.split(by_head, 2, axis=-1))
 
-    def _gates(self, z: Complex) -> tuple[Array, Array]:
-        heads = self.config.num_heads
-        if self.config.score == "static":
-            gate = self.gate.reshape(1, heads, 1, -1)
-            return gate, jnp.ones_like(gate)
-        return (
-            split_heads(1.0 + self.query_gate(z).astype(jnp.float32), heads),
-            split_heads(1.0 + self.key_gate(z).astype(jnp.float32), heads),
-        )
-
     def _to_reals(self, x: Complex) -> Array:
-        return jnp.concatenate(x, axis=-1).astype(self.config.dtype)
+        return _side_by_side(x).astype(self.dtype)
+
+
+def _side_by_side(parts: tuple[Array, ...]) -> Array:
+    return jnp.concatenate(parts, axis=-1)

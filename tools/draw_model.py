@@ -1,4 +1,4 @@
-"""The pictures of README.md and docs/model.md, from the library's own functions: python tools/draw_model.py.
+"""The pictures of README and docs/model.md, drawn with the library: python tools/draw_model.py.
 
 Writes docs/images/coupling_curve.png and docs/images/delay_term.png.
 """

@@ -18,7 +18,7 @@ from fsn_jax.causal import (
     split_heads,
     weighted_sum,
 )
-from train.step import data_mesh
+from train.mesh import data_mesh
 
 # float32 sums over at most 30 terms in another order; bfloat16 has 8 bits of mantissa.
 TOLERANCE = {"float32": {"rtol": 1e-4, "atol": 1e-5}, "bfloat16": {"rtol": 0.1, "atol": 0.1}}

@@ -28,11 +28,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from train.bucket import fetched, is_remote
-from train.datasets.pinned import PINNED
+from train.data.pinned import PINNED
+from train.data.vocabulary import Bytes, Tokens, Unit, Vocabulary
 from train.errors import UserError
-from train.fetch import Progress, file_sha256
-from train.vocabulary import Bytes, Tokens, Unit, Vocabulary
+from train.files import file_sha256
 
 NAMES = ("enwik8", "pycode", "codeparrot", "text")
 SPLITS = ("train", "validation", "test")
@@ -123,7 +122,7 @@ class Corpus:
         if name == "test":
             if not allow_test:
                 raise UserError(
-                    "the test split is read by `python -m train.final_test` only, which records "
+                    "the test split is read by `python -m train test` only, which records "
                     "each use: choose train or validation"
                 )
             _check_hash(self, name)
@@ -147,58 +146,6 @@ class Corpus:
 
     def _ordered_splits(self) -> list[tuple[str, SplitInfo]]:
         return [(name, self.splits[name]) for name in SPLITS]
-
-
-def open_corpus(
-    *,
-    name: str,
-    path: str = "",
-    cache_dir: str = "",
-    unit: Unit = "bytes",
-    verify: bool = True,
-    progress: Progress = print,
-) -> Corpus:
-    """Open a corpus from the cache, or prepare it there first.
-
-    Args:
-      name: one of NAMES.
-      path: the user's file, folder or pattern, required by codeparrot and text; for enwik8 the
-        file itself or a zip or gzip archive of it, for pycode the folder of its wheels, both
-        optional; or, for any of them, the folder of a prepared corpus, here or in a bucket (from
-        where it is copied into the cache).
-      cache_dir: the cache; "" means `default_cache()`.
-      unit: what a token stands for; "characters" is for text.
-      verify: check the hashes of train and validation (test is checked when it is read).
-      progress: called with one line at a time while a corpus is prepared.
-
-    Raises:
-      UserError: an unknown name, files that cannot be had or used, a damaged cache.
-    """
-    if name not in NAMES:
-        raise UserError(f"config.data.name={name} is not known: choose one of {', '.join(NAMES)}")
-    cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
-    if is_remote(path):
-        folder = fetched(path, cache, setting="config.data.path", marker=MANIFEST)
-    elif path and (Path(path).expanduser() / MANIFEST).is_file():
-        folder = Path(path).expanduser()
-    else:
-        # Preparing needs more than opening does; a machine with a carried cache may not have it.
-        from train.prepare import corpus_folder, prepare_corpus
-
-        folder = corpus_folder(name, path, cache, unit)
-        if not folder.exists():
-            prepare_corpus(name, path, cache, unit=unit, progress=progress)
-    corpus = read_corpus(folder, verify=verify)
-    if corpus.name != name:
-        raise UserError(
-            f"config.data.path={path} holds the corpus {corpus.name}, not config.data.name={name}"
-        )
-    if corpus.unit != unit:
-        raise UserError(
-            f"config.data.path={path} was prepared as {corpus.unit}, not {unit}: say "
-            f"config.data.vocabulary={corpus.unit}, or name the text itself"
-        )
-    return corpus
 
 
 def default_cache() -> Path:
@@ -281,5 +228,5 @@ def _check_hash(corpus: Corpus, split: str) -> None:
 def _damaged(file: Path, what: str, folder: Path) -> UserError:
     return UserError(
         f"the prepared corpus is damaged: {file} {what}; delete {folder} and start again, or "
-        "prepare it with `python -m train.prepare`"
+        "prepare it with `python -m train prepare`"
     )

@@ -1,25 +1,24 @@
-"""``python -m train.claims``: judges the paper's claims by the runs under ``results/``.
+"""``python -m train claims``: judges the paper's claims by the runs under ``results/``.
 
-``docs/claims.toml`` says what each claim is and which runs test it; ``train/verdicts.py`` compares.
+``docs/claims.toml`` says what each claim is and which runs test it; ``verdicts.py`` compares.
 The outcome is written to ``docs/evidence.md``. With ``--check`` nothing is written, and a page that
 differs is an error.
 """
 
 import dataclasses
 import json
-import sys
 import textwrap
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train import verdicts
-from train.arms import Arm, recorded_arms
+from train.analysis import verdicts
+from train.analysis.records import Arm, recorded_arms
+from train.analysis.verdicts import NotComparableError, NotRunError, Status, Verdict
 from train.errors import UserError
 from train.files import write_atomically
-from train.program import Arguments, run_program
-from train.verdicts import NotComparableError, NotRunError, Status, Verdict
+from train.program import Arguments
 
 WIDTH = 118
 """Characters in a line of prose."""
@@ -307,7 +306,7 @@ def page_of(root: Path) -> str:
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
-    p = Arguments(prog="python -m train.claims", description=__doc__)
+    p = Arguments(prog="python -m train claims", description=__doc__)
     p.add_argument("--root", type=Path, default=Path(), help="the repository")
     p.add_argument("--check", action="store_true", help="write nothing; fail if the page differs")
     options = p.parse_args(argv[1:])
@@ -322,12 +321,3 @@ def program(argv: Sequence[str]) -> None:
         )
     write_atomically(page, text)
     print(f"wrote {page}")
-
-
-def main() -> None:
-    """The command line."""
-    sys.exit(run_program(program, sys.argv))
-
-
-if __name__ == "__main__":
-    main()

@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from train.arms import Arm, RunRecord, mean_and_deviation
-from train.copy_depth import BUCKETS, find_cell
+from train.analysis.copy_depth import BUCKETS, find_cell
+from train.analysis.records import Arm, RunRecord, mean_and_deviation
 
 Status = Literal["holds", "fails", "not yet run", "not comparable"]
 Direction = Literal["holds", "fails", "undecided"]
@@ -278,7 +278,7 @@ def copy_depth(table: Mapping[str, Any], *, full: str, base: str) -> Verdict:
     """The base layer is behind at every depth, most on far copies; the kernel is ahead from 4 on.
 
     Args:
-      table: what ``python -m train.copy_depth`` wrote, differences to the transformer.
+      table: what ``python -m train copy_depth`` wrote, differences to the transformer.
       full: name of the FSN's arm.
       base: of the base layer's.
     """
@@ -352,7 +352,7 @@ def readings(page: Mapping[str, Any]) -> Verdict:
     """Every coefficient of every layer's kernel has a finite strength and angle.
 
     Args:
-      page: what ``python -m train.readings`` wrote.
+      page: what ``python -m train readings`` wrote.
     """
     layers = page["layers"]
     every = [

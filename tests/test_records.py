@@ -5,7 +5,13 @@ import json
 import pytest
 from small_runs import write_evaluation, write_record
 
-from train.arms import mean_and_deviation, read_arms, read_run, recorded_arms, reference_arm
+from train.analysis.records import (
+    mean_and_deviation,
+    read_arms,
+    read_run,
+    recorded_arms,
+    reference_arm,
+)
 from train.errors import UserError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from train.corpus import SPLITS
+from train.data.corpus import SPLITS
 
 RECORD_BYTES = 1 << 20  # long texts are cut into records of this many bytes
 

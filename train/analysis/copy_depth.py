@@ -1,14 +1,13 @@
-"""``python -m train.copy_depth RUN ...``: the loss by copy depth, of several runs on one text.
+"""``python -m train copy_depth RUN ...``: the loss by copy depth, of several runs on one text.
 
 Each prediction of a set of windows of the validation split is sorted by the depth of the repeated
-context before it (``train/suffix_match.py``), by whether it is a copy event, and by the distance to
+context before it (``suffix_match.py``), by whether it is a copy event, and by the distance to
 its source. Every arm (runs that differ in their seed alone) is scored on the same windows, and
 the intervals are of a bootstrap over the windows, resampled for all arms alike, so that those of
 differences are paired. Prints a table; writes JSON and, beside it, a figure.
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,16 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from train.arms import mean_and_deviation, read_arms, reference_arm
+from train.analysis.figures import style
+from train.analysis.records import mean_and_deviation, read_arms, reference_arm
+from train.analysis.suffix_match import SuffixMatch, match_suffixes
 from train.errors import UserError
-from train.figures import style
 from train.files import check_json_output, write_json
 from train.load import load
 from train.metrics import bits_per_character
-from train.program import Arguments, run_program, start_jax
-from train.run import provenance
+from train.program import Arguments, start_jax
+from train.provenance import provenance
 from train.step import make_window_losses
-from train.suffix_match import SuffixMatch, match_suffixes
 
 Floats = npt.NDArray[np.float64]
 
@@ -337,7 +336,7 @@ def draw(result: dict[str, Any], target: Path) -> None:
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
-    p = Arguments(prog="python -m train.copy_depth", description=__doc__)
+    p = Arguments(prog="python -m train copy_depth", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs with checkpoints")
     p.add_argument("--output", type=Path, default=Path("copy_depth.json"), help="a .json")
     p.add_argument("--reference", default="", help="the arm to compare with; else the transformer")
@@ -362,12 +361,3 @@ def program(argv: Sequence[str]) -> None:
     draw(result, options.output.with_suffix(".png"))
     print(table_text(result))
     print(f"\n{options.output}\n{options.output.with_suffix('.png')}")
-
-
-def main() -> None:
-    """The command line."""
-    sys.exit(run_program(program, sys.argv))
-
-
-if __name__ == "__main__":
-    main()

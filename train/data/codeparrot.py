@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.datasets.files import unpacked
-from train.datasets.python_files import SEPARATOR, select, split_of
-from train.datasets.records import CorpusBuilder
+from train.data.builder import CorpusBuilder
+from train.data.python_files import SEPARATOR, select, split_of
+from train.data.user_files import unpacked
 from train.errors import UserError
 
 

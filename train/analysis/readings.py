@@ -1,4 +1,4 @@
-"""``python -m train.readings RUN``: a trained FSN read as a system of coupled oscillators.
+"""``python -m train readings RUN``: a trained FSN read as a system of coupled oscillators.
 
 For every layer: the coupling function of both delays, frustration angles, signed Daido coefficients
 and how repulsive each harmonic is, all from the kernel; attention entropy, order parameters and the
@@ -7,7 +7,6 @@ windows of the validation split.
 Writes JSON and, beside it, two figures.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,13 @@ from fsn_jax.readings import (
     trace_layers,
 )
 from fsn_jax.torus import order_parameter
-from train.copy_depth import spread_windows
+from train.analysis.copy_depth import spread_windows
+from train.analysis.figures import style
 from train.errors import UserError
-from train.figures import style
 from train.files import check_json_output, write_json
 from train.load import load
-from train.program import Arguments, run_program, start_jax
-from train.run import provenance
+from train.program import Arguments, start_jax
+from train.provenance import provenance
 
 POINTS = 65
 """Of a coupling curve, from -pi to pi."""
@@ -282,7 +281,7 @@ def draw_depth(page: dict[str, Any], target: Path) -> None:
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
-    p = Arguments(prog="python -m train.readings", description=__doc__)
+    p = Arguments(prog="python -m train readings", description=__doc__)
     p.add_argument("run", help="the folder of an FSN's run with checkpoints")
     p.add_argument("--output", type=Path, default=Path("readings.json"), help="a .json")
     p.add_argument("--checkpoint", default="latest", help="best, latest or a step")
@@ -325,12 +324,3 @@ def summary_text(page: dict[str, Any]) -> str:
             f"{np.mean(layer['data_frustration']['length']):18.3f}"
         )
     return "\n".join(lines)
-
-
-def main() -> None:
-    """The command line."""
-    sys.exit(run_program(program, sys.argv))
-
-
-if __name__ == "__main__":
-    main()

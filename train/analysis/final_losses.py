@@ -1,4 +1,4 @@
-"""``python -m train.final_losses RUN ...``: how arms end, against their size or side by side.
+"""``python -m train final_losses RUN ...``: how arms end, against their size or side by side.
 
 A RUN is a finished run's folder or its record under ``results/``. Rungs of a scale ladder are drawn
 against parameters and training FLOPs, with a fitted power law where there are enough of them;
@@ -11,7 +11,6 @@ import itertools
 import math
 import os.path
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from train import verdicts
-from train.arms import read_arms, reference_arm
-from train.figures import style
+from train.analysis import verdicts
+from train.analysis.figures import style
+from train.analysis.records import read_arms, reference_arm
 from train.files import check_json_output, write_atomically, write_json
-from train.program import Arguments, run_program
+from train.program import Arguments
 
 LEAST_RUNGS = 3
 """Of one architecture, before a slope is fitted."""
@@ -245,19 +244,10 @@ def write(found: Mapping[str, Any], output: Path) -> None:
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
-    p = Arguments(prog="python -m train.final_losses", description=__doc__)
+    p = Arguments(prog="python -m train final_losses", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of finished runs or of their records")
     p.add_argument("--reference", default="", help="the arm to compare with; else the first")
     p.add_argument("--output", type=Path, default=Path("final_losses.json"), help="a .json")
     options = p.parse_args(argv[1:])
     check_json_output(options.output)
     write(result(options.runs, reference=options.reference), options.output)
-
-
-def main() -> None:
-    """The command line."""
-    sys.exit(run_program(program, sys.argv))
-
-
-if __name__ == "__main__":
-    main()

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from train.data.fetch import CHUNK_BYTES, Capped, SourceFailure
 from train.errors import UserError
-from train.fetch import CHUNK_BYTES, Capped, SourceFailure, file_sha256
+from train.files import file_sha256
 
 SEPARATOR = b"\0"  # after each document of a JSON-lines file, and after each of several files
 JSON_FIELDS = ("text", "content")

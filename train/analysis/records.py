@@ -1,7 +1,7 @@
 """Arms: runs that differ in nothing but their seed, read from run folders or from ``results/``.
 
 A run is named after its arm; seeds other than the first add ``_seed<n>``. What is read is what
-``python -m train.record`` keeps, as plain values: a record outlives the code that made it.
+``python -m train record`` keeps, as plain values: a record outlives the code that made it.
 """
 
 import dataclasses

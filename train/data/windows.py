@@ -24,8 +24,8 @@ import numpy.typing as npt
 from jax import lax
 from jaxtyping import Array, Int, UInt
 
+from train.data.vocabulary import Tokens
 from train.errors import UserError
-from train.vocabulary import Tokens
 
 Offsets = npt.NDArray[np.signedinteger[Any]]  # int32; int64 from INT32_LIMIT bytes on
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from train.datasets.records import RECORD_BYTES, CorpusBuilder
+from train.data.builder import RECORD_BYTES, CorpusBuilder
 
 
 class Enwik8(CorpusBuilder):

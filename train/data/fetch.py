@@ -12,7 +12,6 @@ not believed, and reading stops one byte beyond what the file may hold.
 
 import dataclasses
 import gzip
-import hashlib
 import http.client
 import io
 import lzma
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from train.errors import UserError
+from train.files import file_sha256
 
 Progress = Callable[[str], None]
 
@@ -313,12 +313,6 @@ def copy_member(archive: Path, member: str, target: Path, limit: int) -> None:
                         _copy(content, target, limit)
                     return
     raise SourceFailure(f"the archive has no member {member!r}")
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class _Readable(Protocol):

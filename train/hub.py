@@ -22,11 +22,11 @@ import safetensors.numpy
 import fsn_jax
 from fsn_jax.config import ConfigError
 from train.config import ARCHITECTURES, ModelConfig
+from train.data.vocabulary import Vocabulary
 from train.errors import UserError
 from train.load import LanguageModel, TrainedModel
 from train.metrics import read_rows
 from train.step import build_model
-from train.vocabulary import Vocabulary
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FORMAT = 1
@@ -169,7 +169,7 @@ def model_card(trained: TrainedModel) -> str:
             f"(context {row['context']}, stride {row['stride']}).\n"
             for row in evaluations[-1:]
         )
-        or "Not yet evaluated on the whole validation split: `python -m train.evaluate RUN`.\n"
+        or "Not yet evaluated on the whole validation split: `python -m train evaluate RUN`.\n"
     )
     return f"""---
 {header}---
@@ -188,12 +188,12 @@ It was trained as an experiment on architectures; it knows nothing but the stati
 With the package:
 
 ```python
-from train.exchange import read_model
+from train.hub import read_model
 
 trained = read_model(".")  # this folder
 logits = trained.model.apply({{"params": trained.params}}, trained.encode(b"The ")[None])
 ```
 
-`python -m train.sample .` writes text. Without the package, if `sampler.jax_export` is here:
+`python -m train sample .` writes text. Without the package, if `sampler.jax_export` is here:
 `python sample.py --prompt 'The '`, which needs jax, numpy and flatbuffers.
 """

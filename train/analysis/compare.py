@@ -1,4 +1,4 @@
-"""``python -m train.compare RUN ...``: two arms, evaluation by evaluation, over their seeds.
+"""``python -m train compare RUN ...``: two arms, evaluation by evaluation, over their seeds.
 
 A RUN is a run's folder or its record under ``results/``. Prints, for every evaluation that all runs
 share, mean and sample deviation of both arms and the difference of the means with its standard
@@ -7,7 +7,6 @@ counts it. Writes the same as JSON and, beside it, as text and as a figure.
 """
 
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from train import verdicts
-from train.arms import Arm, RunRecord, read_arms, reference_arm
+from train.analysis import verdicts
+from train.analysis.figures import style
+from train.analysis.records import Arm, RunRecord, read_arms, reference_arm
+from train.analysis.verdicts import STANDARD_ERRORS, Loss
 from train.errors import UserError
-from train.figures import style
 from train.files import check_json_output, write_atomically, write_json
-from train.program import Arguments, run_program
-from train.verdicts import STANDARD_ERRORS, Loss
+from train.program import Arguments
 
 FIRST_MILLION = 1_000_000
 
@@ -215,7 +214,7 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
-    p = Arguments(prog="python -m train.compare", description=__doc__)
+    p = Arguments(prog="python -m train compare", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of the finished runs of two arms")
     p.add_argument("--reference", default="", help="the arm to compare with; else the transformer")
     p.add_argument(
@@ -246,12 +245,3 @@ def pair(arms: Mapping[str, Arm], reference: str) -> tuple[Arm, Arm]:
     reference = reference_arm(arms, reference)
     (one,) = (arm for name, arm in arms.items() if name != reference)
     return one, arms[reference]
-
-
-def main() -> None:
-    """The command line."""
-    sys.exit(run_program(program, sys.argv))
-
-
-if __name__ == "__main__":
-    main()

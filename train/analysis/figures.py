@@ -1,10 +1,9 @@
-"""``python -m train.figures RUN ... --output=FILE.png``: the loss curves of runs, from their logs.
+"""``python -m train figures RUN ... --output=FILE.png``: the loss curves of runs, from their logs.
 
 A RUN is a run's folder or its record under ``results/``.
 """
 
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from train.arms import read_arms
+from train.analysis.records import read_arms
 from train.errors import UserError
-from train.program import Arguments, run_program
+from train.program import Arguments
 
 
 def style() -> Any:
@@ -68,7 +67,7 @@ def loss_curve(runs: Sequence[str | Path], target: Path) -> None:
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
-    p = Arguments(prog="python -m train.figures", description=__doc__)
+    p = Arguments(prog="python -m train figures", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs or of their records")
     p.add_argument("--output", type=Path, required=True, help="the picture to write, a .png")
     options = p.parse_args(argv[1:])
@@ -77,12 +76,3 @@ def program(argv: Sequence[str]) -> None:
     if not options.output.parent.is_dir():
         raise UserError(f"--output={options.output}: there is no folder {options.output.parent}")
     loss_curve(options.runs, options.output)
-
-
-def main() -> None:
-    """The command line."""
-    sys.exit(run_program(program, sys.argv))
-
-
-if __name__ == "__main__":
-    main()

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.datasets.python_files import SEPARATOR, select, split_of
-from train.datasets.records import CorpusBuilder
-from train.fetch import SourceFailure, archive_errors
+from train.data.builder import CorpusBuilder
+from train.data.fetch import SourceFailure, archive_errors
+from train.data.python_files import SEPARATOR, select, split_of
 
 MAX_FILE_BYTES = 16 << 20  # a single source file; the longest in the pinned wheels is under 1 MiB
 

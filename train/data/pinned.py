@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from train.fetch import PackageFile, UrlArchive
+from train.data.fetch import PackageFile, UrlArchive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from train.datasets.files import SEPARATOR, Span, UserFile, contents
-from train.datasets.records import RECORD_BYTES, CorpusBuilder
+from train.data.builder import RECORD_BYTES, CorpusBuilder
+from train.data.user_files import SEPARATOR, Span, UserFile, contents
 
 
 class Text(CorpusBuilder):

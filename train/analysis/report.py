@@ -1,23 +1,22 @@
-"""``python -m train.report RUN ...``: one HTML page of runs, that needs no network.
+"""``python -m train report RUN ...``: one HTML page of runs, that needs no network.
 
 A RUN is a run's folder or its record under ``results/``; runs that differ in their seed alone are
-one arm. ``--add`` puts in what ``train.copy_depth``, ``train.final_losses`` (and with it
-``train.ladder``) and ``train.readings`` wrote.
+one arm. ``--add`` puts in what ``train copy_depth``, ``train final_losses`` (and with it
+``train ladder``) and ``train readings`` wrote.
 """
 
 import html
 import importlib.resources
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.arms import Arm, RunRecord, mean_and_deviation, read_arms
+from train.analysis.records import Arm, RunRecord, mean_and_deviation, read_arms
 from train.errors import UserError
 from train.files import write_atomically
-from train.program import Arguments, run_program
+from train.program import Arguments
 from train.run import flatten
 
 KINDS = ("copy_depth", "final_losses", "readings")
@@ -146,7 +145,7 @@ def read_analysis(file: Path) -> dict[str, Any]:
 
 def render(data: dict[str, Any], title: str) -> str:
     """The page itself."""
-    template = importlib.resources.files("train").joinpath("report.html").read_text()
+    template = importlib.resources.files("train.analysis").joinpath("report.html").read_text()
     # Within a script element only "</" could end it, and in JSON a slash may be escaped.
     content = (
         json.dumps(data, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\u0021--")
@@ -156,7 +155,7 @@ def render(data: dict[str, Any], title: str) -> str:
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
-    p = Arguments(prog="python -m train.report", description=__doc__)
+    p = Arguments(prog="python -m train report", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs or of their records")
     p.add_argument("--add", nargs="+", type=Path, default=[], help="JSON of the other programs")
     p.add_argument("--output", type=Path, default=Path("report.html"), help="an .html")
@@ -167,12 +166,3 @@ def program(argv: Sequence[str]) -> None:
     page = render(page_data(options.runs, options.add), options.title)
     write_atomically(options.output, page)
     print(f"{options.output} ({len(page.encode()) / 1e6:.1f} MB)")
-
-
-def main() -> None:
-    """The command line."""
-    sys.exit(run_program(program, sys.argv))
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ import small_runs
 from train import export, sample
 from train.errors import UserError
 from train.evaluate import Evaluation, append_evaluation
-from train.exchange import flat_params, read_model
+from train.hub import flat_params, read_model
 from train.load import load
 from train.program import run_program
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from train.data import (
+from train.data.windows import (
     WindowOrder,
     evaluation_batches,
     evaluation_windows,

@@ -28,24 +28,24 @@ PAIRS = {
     "below_throughout": verdicts.below_throughout,
     "every_seed_below": verdicts.every_seed_below,
 }
-"""Tests that take arms alone."""
+"""Tests that take only arms."""
 
 BOUNDED = {"tracks": verdicts.tracks, "early_only": verdicts.early_only}
-"""Tests that take a bound in BPC as well."""
+"""Tests that take arms and a bound in BPC."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of evidence, judged.
+    """The verdict on one piece of evidence for a claim.
 
     Attributes:
-      claim: of ``docs/claims.toml``.
-      evidence: of it.
+      claim: the claim's table in ``docs/claims.toml``.
+      evidence: the piece of evidence in that table.
       status: whether the claim holds.
-      scale: parameters, characters and corpus of the runs, in words; empty without runs.
-      measured: the numbers, in words.
-      reason: of the status.
-      arms: what was found of the runs.
+      scale: parameters, characters and corpus of the runs, as text; empty without runs.
+      measured: the measured numbers, as text.
+      reason: why the status is what it is; may be empty.
+      arms: the recorded arms.
     """
 
     claim: Mapping[str, Any]
@@ -63,7 +63,7 @@ def judge(
     recorded: Mapping[str, Arm],
     results: Path,
 ) -> Row:
-    """The status of one line of evidence, from the records and the tables beside them."""
+    """Judges one piece of evidence by the records and the tables of the analyses."""
     arms: tuple[Arm, ...] = ()
     try:
         arms, verdict = _test(evidence, recorded, results)
@@ -117,7 +117,7 @@ def _test(
 
 
 def _table(file: Path, arms: Sequence[Arm]) -> Mapping[str, Any]:
-    """What an analysis wrote, if it is of recorded runs of these arms."""
+    """Reads the table of an analysis; checks that it is of the recorded runs of these arms."""
     try:
         table = json.loads(file.read_text())
         made_of = {
@@ -141,7 +141,7 @@ def _table(file: Path, arms: Sequence[Arm]) -> Mapping[str, Any]:
 
 
 def _below_scale(claim: Mapping[str, Any], arms: Sequence[Arm]) -> str:
-    """What the runs lack of the scale that the claim is made at; empty if nothing."""
+    """Says how much smaller or shorter the runs are than the claim's; empty if they are not."""
     size = max(verdicts.parameters(arm) for arm in arms)
     seen = min(verdicts.characters(arm) for arm in arms)
     lacks = []
@@ -170,7 +170,7 @@ def _number(count: float) -> str:
 def evidence_page(
     ledger: Mapping[str, Any], rows: Sequence[Row], recorded: Mapping[str, Arm]
 ) -> str:
-    """``docs/evidence.md``: a line a claim, then its evidence with runs, and the tables of arms."""
+    """Returns ``docs/evidence.md``: one line a claim, the evidence with its runs, all arms."""
     parts = [
         "# Evidence\n",
         _wrapped(
@@ -202,12 +202,12 @@ def evidence_page(
 
 
 def _wrapped(text: str) -> str:
-    """A paragraph in lines of prose."""
+    """Wraps a paragraph."""
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def _summary(ledger: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """A table of one line a claim: what each of its evidence came to."""
+    """Returns a table with one line a claim: the verdicts on its evidence."""
     lines = ["| claim | | evidence so far |", "|---|---|---|"]
     for claim in ledger["claim"]:
         of_claim = [row for row in rows if row.claim["id"] == claim["id"]]
@@ -222,7 +222,7 @@ def _summary(ledger: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def _row_text(row: Row) -> str:
-    """A line of evidence: its verdict, the commands that make it, the records it is read from."""
+    """Returns one piece of evidence: verdict, commands that repeat it, records."""
     verdict = f"**{row.status}**" + (f": {row.reason}" if row.reason else "") + "."
     if row.measured:
         verdict += f" {row.measured} ({row.scale})."
@@ -284,7 +284,7 @@ def _arms_table(table: Mapping[str, Any], recorded: Mapping[str, Arm]) -> str:
 
 
 def page_of(root: Path) -> str:
-    """What ``docs/evidence.md`` should say, from the ledger and the records.
+    """Returns ``docs/evidence.md`` as the ledger and the records make it.
 
     Raises:
       UserError: the ledger or a record cannot be read.

@@ -97,7 +97,7 @@ def final_losses(arms: Sequence[Arm]) -> list[Loss]:
 
 
 def difference(one: Loss, other: Loss) -> tuple[float, float | None]:
-    """Returns the mean of ``one`` less that of ``other``, and its standard error (None for one seed)."""
+    """Returns the difference of the means and its standard error (None for a single seed)."""
     apart = one.mean - other.mean
     if one.deviation is None or other.deviation is None:
         return apart, None

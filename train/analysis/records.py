@@ -161,7 +161,7 @@ class RunRecord:
         return self._read("metrics.jsonl", optional=True)
 
     def _of_the_end(self, name: str) -> float | None:
-        """Returns the newest BPC of the last checkpoint on the run's own data, context and stride."""
+        """Returns the newest BPC of the last checkpoint, on the run's data, context and stride."""
         summary = self.summary
         if not summary:
             return None

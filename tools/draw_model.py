@@ -23,13 +23,13 @@ QUARTERS = ([-np.pi, -np.pi / 2, 0, np.pi / 2, np.pi], ["−π", "−π/2", "0",
 
 
 def curve(*coefficients: complex) -> np.ndarray:
-    """Gamma(phi) of one phase, ``[256]``, given kappa of each harmonic."""
+    """Returns the coupling function of one phase, ``[256]``, for kappa of each harmonic."""
     kappa = jnp.array(coefficients, jnp.complex64)[None, :, None]
     return np.asarray(coupling_function(kappa))[0, 0]
 
 
 def draw_coupling_curve(target: Path) -> None:
-    """What the two parts of the kernel do to the plain sine."""
+    """Draws what frustration angle, second harmonic and sign do to the coupling function."""
     phi = np.linspace(-np.pi, np.pi, 256)
     alpha = np.pi / 4
     panels = {
@@ -77,7 +77,7 @@ COLORS = {"A": BLUE, "B": GREY, "C": GREY, "D": ORANGE}
 
 
 def draw_delay_term(target: Path) -> None:
-    """Which tokens couple, and where each delay takes the phase of the last token."""
+    """Draws which tokens couple and how each delay moves the phase of the last token."""
     text = "CADBA"
     figure = plt.figure(figsize=(11.5, 3.7), layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=(1.25, 1, 1))
@@ -104,7 +104,7 @@ def draw_delay_term(target: Path) -> None:
 def phases_under_coupling(
     text: str, kappa: list[list[list[float]]], updates: int = 8
 ) -> list[float]:
-    """The last token's phase before and after each update, in radians.
+    """Computes the last token's phase before and after each update, in radians.
 
     It attends to the second token alone; the other tokens keep their phases.
     """
@@ -119,7 +119,7 @@ def phases_under_coupling(
 
 
 def _draw_text(axes: Axes, text: str) -> None:
-    """The tokens in a row, with an arrow for the attention and one for the pull."""
+    """Draws the tokens in a row, with one arrow for attention and one for the pull."""
     last = len(text) - 1
     for place, c in enumerate(text):
         axes.text(
@@ -144,7 +144,7 @@ def _draw_text(axes: Axes, text: str) -> None:
 
 
 def _draw_wheel(wheel: Axes, path: list[float]) -> None:
-    """The circle of phases, its letters, and the way of one phase."""
+    """Draws the circle of phases, its letters, and the path of one phase."""
     ring = np.linspace(0, 2 * np.pi, 200)
     wheel.plot(ring, np.ones_like(ring), color=GREY, lw=1)
     for c, angle in LETTERS.items():
@@ -163,7 +163,7 @@ def _draw_wheel(wheel: Axes, path: list[float]) -> None:
 
 
 def main() -> None:
-    """Draws both."""
+    """Draws both pictures."""
     with plt.rc_context(STYLE):
         draw_coupling_curve(IMAGES / "coupling_curve.png")
         draw_delay_term(IMAGES / "delay_term.png")

@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
 PROGRAMS = {
     "prepare": Entry("train.data.prepare", "prepares a corpus, for a machine without a network"),
-    "inspect": Entry("train.inspect", "parameters, FLOPs, memory and first batch, without training"),
+    "inspect": Entry("train.inspect", "parameters, FLOPs, memory and first batch, untrained"),
     "ladder": Entry("train.ladder", "trains every arm of a config file, one by one"),
     "evaluate": Entry("train.evaluate", "loss over the whole validation split"),
     "test": Entry("train.final_test", "loss on the test split, read once and recorded"),

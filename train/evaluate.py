@@ -1,4 +1,4 @@
-"""``python -m train evaluate RUN``: the loss over the whole validation split, and nothing else.
+"""``python -m train evaluate RUN``: computes the loss over the whole validation split.
 
 Each result is printed and added to the run's ``evaluations.jsonl``.
 """
@@ -28,12 +28,12 @@ from train.step import make_evaluate_rows
 
 
 class Evaluator:
-    """Cross entropy over a split, each character after the first predicted once."""
+    """Computes the cross entropy of a split; each token but the first is predicted once."""
 
     def __init__(
         self, experiment: ExperimentConfig, rows: Callable[..., Any], mesh: jax.sharding.Mesh
     ):
-        """``rows`` is the compiled ``make_evaluate_rows`` of the model on the mesh."""
+        """Takes the compiled function ``rows`` that ``make_evaluate_rows`` returns."""
         self._experiment = experiment
         self._rows = rows
         self._mesh = mesh
@@ -41,7 +41,7 @@ class Evaluator:
     def __call__(
         self, params: Any, tokens: np.ndarray, *, stride: int | None = None
     ) -> tuple[float, int]:
-        """Mean loss in nats per character and the number of characters predicted."""
+        """Returns the mean loss in nats per token and the number of predicted tokens."""
         context = self._experiment.data.context
         batches = evaluation_windows(
             len(tokens),
@@ -68,16 +68,16 @@ class Evaluator:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A loss and all that it depends on.
+    """A loss and the settings that it depends on.
 
     Attributes:
-      step: of the checkpoint.
+      step: step of the checkpoint.
       bpc: bits per character, that is per token.
-      bits_per_byte: the same unless the tokens are Unicode characters.
-      num_bytes: of the text predicted: all of the split but its first token.
-      context: most characters the model saw before a prediction.
-      stride: new characters a window predicts.
-      seconds: it took.
+      bits_per_byte: bits per byte; equals ``bpc`` unless the tokens are Unicode characters.
+      num_bytes: number of bytes predicted: all of the split but its first token.
+      context: largest number of tokens that the model saw before a prediction.
+      stride: number of new tokens that a window predicts.
+      seconds: duration of the evaluation.
     """
 
     step: int
@@ -97,15 +97,15 @@ class Evaluation:
 
 
 def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> Evaluation:
-    """Predicts every token but the first, once each.
+    """Evaluates a model on a text; every token but the first is predicted once.
 
     Args:
       trained: the model.
       tokens: unsigned[n].
-      stride: new characters a window predicts; 0 takes the run's own.
+      stride: number of new tokens that a window predicts; 0 means the run's own.
 
     Raises:
-      UserError: the stride is longer than the context or the text shorter.
+      UserError: the stride is longer than the context, or the text is shorter than it.
     """
     # Any number of devices will do: surplus rows score nothing.
     batch_size = trained.experiment.evaluation.batch_size
@@ -133,7 +133,7 @@ def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> E
 
 
 def append_evaluation(file: Path, trained: TrainedModel, result: Evaluation) -> None:
-    """Adds a line: the result, when, of which data, by which code.
+    """Appends a line with the result, the time, the data's hash and the commit.
 
     Raises:
       UserError: the file cannot be written.
@@ -155,7 +155,7 @@ def append_evaluation(file: Path, trained: TrainedModel, result: Evaluation) -> 
 
 
 def parser(description: str, prog: str) -> Arguments:
-    """What this command and the final test have in common."""
+    """Returns the command line that ``evaluate`` and ``test`` share."""
     p = Arguments(prog=prog, description=description)
     p.add_argument("run", help="a run's folder, for instance runs/quickstart")
     p.add_argument("--checkpoint", default="best", help="best, latest or a step")
@@ -166,10 +166,10 @@ def parser(description: str, prog: str) -> Arguments:
 
 
 def checked_stride(stride: int, experiment: ExperimentConfig) -> int:
-    """The stride asked for, or the run's own for 0.
+    """Returns the given stride, or the run's own for 0.
 
     Raises:
-      UserError: it is negative or longer than the context.
+      UserError: the stride is negative or longer than the context.
     """
     if not 0 <= stride <= experiment.data.context:
         raise UserError(

@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from fsn_jax.causal import slots_before
-
-_MASKED = -1e30  # finite, as in fsn_jax.causal
+from fsn_jax.kernels.xla import MASKED, slots_before
 
 
 @flax.struct.dataclass
@@ -140,7 +138,7 @@ def attention_weights_cached(
     visible: Bool[Array, "*BH S C"],
 ) -> Float[Array, "B H S C"]:
     """The softmax of the scores of S queries over the slots of a cache that they see."""
-    scores = jnp.where(visible, _product_with_cache(query, key), _MASKED)
+    scores = jnp.where(visible, _product_with_cache(query, key), MASKED)
     return jax.nn.softmax(scores, axis=-1)  # float32 whatever the inputs
 
 

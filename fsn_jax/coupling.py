@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex64, Float, Int
 
-from fsn_jax.recompute import alike_over_devices
+from fsn_jax.recompute import match_varying_axes
 from fsn_jax.torus import Complex, multiply, powers
 
 
@@ -227,7 +227,7 @@ def _scale(waves: list[Array], kappa: Complex) -> Array:
         for tau in range(num_delays)
         for part in kappa
     ]
-    return _scaled_sum(*alike_over_devices((waves, factors)))
+    return _scaled_sum(*match_varying_axes((waves, factors)))
 
 
 @jax.custom_vjp

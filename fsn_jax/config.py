@@ -86,8 +86,8 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
         1.0, "standard deviation of normal initial angles, in radians", least=0
     )
 
-    def check(self) -> None:
-        super().check()
+    def _check(self) -> None:
+        super()._check()
         self.check_width(self.num_phases)
         if self.field_features and self.values == "linear":
             raise ConfigError(
@@ -202,8 +202,8 @@ class TransformerConfig(Frozen, ModelFields):
     tied_embedding: bool = setting(False, "whether the readout is the embedding transposed")
     rotary_base: float = setting(10_000.0, "base of RoPE", above=1)
 
-    def check(self) -> None:
-        super().check()
+    def _check(self) -> None:
+        super()._check()
         if self.width % (2 * self.num_heads):
             raise ConfigError(
                 f"TransformerConfig.width must be a multiple of 2 * num_heads (rotary pairs); "
@@ -226,22 +226,25 @@ class TransformerConfig(Frozen, ModelFields):
         return float(TRAINING_FLOPS_FACTOR * 2 * multiply_adds)
 
 
-def recorded_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an ``FSNConfig`` that this or an earlier version wrote, in today's names.
+def recorded_fields(
+    kind: type[FSNConfig] | type[TransformerConfig], fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All fields of a config that this or an earlier version wrote, in today's names.
 
     Before ``score_scope`` was a field, ``gated`` meant gates that depend on content, ``static`` was
     one gate a phase, and kernels began without frustration angles.
 
     Args:
-      fields: what ``dataclasses.asdict`` gave.
+      kind: the class of the config.
+      fields: what ``dataclasses.asdict`` gave; what it lacks gets its default.
     """
-    if "score_scope" in fields:
-        return dict(fields)
-    before = {"score": "projected", "kernel_angle": 0.0, "score_scope": "all", **fields}
-    renamed = {"gated": "content_gated", "static": "gated"}
-    if before["score"] in renamed:
-        before |= {"score": renamed[before["score"]], "score_scope": "block"}
-    return before
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    if kind is FSNConfig and "score_scope" not in fields:
+        defaults |= {"score": "projected", "kernel_angle": 0.0}
+        renamed = {"gated": "content_gated", "static": "gated"}
+        if fields.get("score") in renamed:
+            fields = {**fields, "score": renamed[fields["score"]], "score_scope": "block"}
+    return {**defaults, **fields}
 
 
 _Model = typing.TypeVar("_Model", FSNConfig, TransformerConfig)

@@ -9,7 +9,7 @@ import inspect
 import math
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 
 
 def setting(
-    default: _Value, doc: str, *, least: float | None = None, above: float | None = None
+    default: _Value, doc: str, *, least: int | float | None = None, above: int | float | None = None
 ) -> _Value:
     """A field of a dataclass with its meaning and its range.
 
@@ -75,7 +75,7 @@ def _problem(hint: Any, value: Any) -> str:
     return ""
 
 
-def _out_of_range(metadata: typing.Mapping[str, Any], value: Any) -> str:
+def _out_of_range(metadata: Mapping[Any, Any], value: Any) -> str:
     least, above = metadata.get("least"), metadata.get("above")
     if least is not None and value < least:
         return f"at least {least}; got {value}"
@@ -135,12 +135,12 @@ class Fields:
             if isinstance(value, np.generic):
                 setattr(self, field.name, value.item())
         check_fields(self)
-        self.check()
+        self._check()
         after: Any = getattr(super(), "__post_init__", None)  # of a Flax module
         if after is not None:
             after()
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raises ConfigError if settings do not go together."""
 
     def refuse(self, name: str, reason: str) -> typing.NoReturn:
@@ -218,8 +218,8 @@ class ScoreFields(DenseFields):
         4.0, "initial inverse temperature in units of ``1 / sqrt(R)``", above=0
     )
 
-    def check(self) -> None:
-        super().check()
+    def _check(self) -> None:
+        super()._check()
         gated = self.score in ("gated", "content_gated")
         if self.similarity_heads > self.num_heads:
             self.refuse("similarity_heads", f"be from 0 to num_heads ({self.num_heads})")
@@ -291,8 +291,8 @@ class CouplingFields(ScoreFields):
         0.1, "standard deviation of the initial frustration angles, in radians", least=0
     )
 
-    def check(self) -> None:
-        super().check()
+    def _check(self) -> None:
+        super()._check()
         if self.heads_per_phase > self.num_heads:
             self.refuse("heads_per_phase", f"be from 1 to num_heads ({self.num_heads})")
 
@@ -337,8 +337,8 @@ class ModelFields(ComputeFields):
         "XLA (jaxlib 0.10.2) undoes that",
     )
 
-    def check(self) -> None:
-        super().check()
+    def _check(self) -> None:
+        super()._check()
         if self.dropout >= 1:
             self.refuse("dropout", "be from 0 to below 1")
 

@@ -16,6 +16,7 @@ import oracle
 from flax.traverse_util import flatten_dict
 
 from fsn_jax import FSNConfig, TransformerConfig
+from fsn_jax.fields import shared_settings
 
 TINY_FSN: dict[str, Any] = {
     "vocab_size": 11,
@@ -100,6 +101,11 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 def fsn_config(**changes: Any) -> FSNConfig:
     """Build the tiny FSN configuration with some fields changed."""
     return FSNConfig(**{**TINY_FSN, **changes})
+
+
+def layer(kind: Any, config: FSNConfig) -> Any:
+    """Build a layer with the settings of a model."""
+    return kind(**shared_settings(config, kind))
 
 
 def transformer_config(**changes: Any) -> TransformerConfig:

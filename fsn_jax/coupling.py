@@ -74,7 +74,7 @@ def local_field(
     if num_delays not in (1, 2):
         raise ValueError(f"kappa has {num_delays} delays; 1 or 2 are supported")
 
-    future = ~np.tri(length, dtype=bool)
+    future = ~np.tri(length, dtype=bool)[None, None]
     attention = jnp.where(future & (attention != 0), jnp.nan, attention)
 
     def mean_field(weights: Array, z: Array) -> Array:

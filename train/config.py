@@ -156,17 +156,20 @@ class EvaluationConfig:
       num_bytes: how much of the start of the validation split; 0 means all of it.
       batch_size: windows at a time.
       stride: new characters a window predicts; 0 means the context, so each window starts cold.
+      copy_depth: if not 0, the loss on copy events is recorded too: on characters that go on a
+        repetition of at least so many characters in their window (``train/data/suffix_match.py``).
     """
 
     every: int = 500
     num_bytes: int = 0
     batch_size: int = 64
     stride: int = 0
+    copy_depth: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_at_least(self, 1, "every", "batch_size")
-        check_at_least(self, 0, "num_bytes", "stride")
+        check_at_least(self, 0, "num_bytes", "stride", "copy_depth")
 
 
 @dataclasses.dataclass(frozen=True)

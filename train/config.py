@@ -157,8 +157,8 @@ class EvaluationConfig:
       batch_size: number of windows in a batch.
       stride: number of new tokens that a window predicts; 0 means the context, so that no window
         sees what came before it.
-      copy_depth: if not 0, the loss on copy events is recorded too, i.e. on characters that go on a
-        repetition of at least this many characters in their window (``train/data/suffix_match.py``).
+      copy_depth: if not 0, the loss on copy events is recorded too, i.e. on characters that go on
+        a repetition of at least this many in their window (``train/data/suffix_match.py``).
     """
 
     every: int = 500

@@ -163,17 +163,20 @@ class EvaluationConfig:
       batch_size: number of windows in a batch.
       stride: number of new tokens that a window predicts; 0 means the context, so that no window
         sees what came before it.
+      copy_depth: if not 0, the loss on copy events is recorded too, i.e. on characters that go on
+        a repetition of at least this many in their window (``train/data/suffix_match.py``).
     """
 
     every: int = 500
     num_bytes: int = 0
     batch_size: int = 64
     stride: int = 0
+    copy_depth: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_at_least(self, 1, "every", "batch_size")
-        check_at_least(self, 0, "num_bytes", "stride")
+        check_at_least(self, 0, "num_bytes", "stride", "copy_depth")
 
 
 @dataclasses.dataclass(frozen=True)

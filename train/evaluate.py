@@ -17,53 +17,74 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train.config import ExperimentConfig
+from train.data.suffix_match import match_suffixes
 from train.data.windows import evaluation_windows
 from train.errors import UserError
 from train.load import TrainedModel, load
 from train.mesh import DATA_AXIS, placed
-from train.metrics import bits_per_character
+from train.metrics import SplitLoss, bits_per_character
 from train.program import Arguments, start_jax
 from train.provenance import device_description, git_state
 from train.step import make_evaluate_rows
 
 
 class Evaluator:
-    """Computes the cross entropy of a split; each token but the first is predicted once."""
+    """Cross entropy over a split, each character after the first predicted once.
+
+    The windows, and which of their predictions count, are made once and serve every call.
+    """
 
     def __init__(
-        self, experiment: ExperimentConfig, rows: Callable[..., Any], mesh: jax.sharding.Mesh
+        self,
+        experiment: ExperimentConfig,
+        rows: Callable[..., Any],
+        mesh: jax.sharding.Mesh,
+        tokens: np.ndarray,
     ):
-        """Takes the compiled function ``rows`` that ``make_evaluate_rows`` returns."""
-        self._experiment = experiment
-        self._rows = rows
-        self._mesh = mesh
+        """Prepares the windows of a split.
 
-    def __call__(
-        self, params: Any, tokens: np.ndarray, *, stride: int | None = None
-    ) -> tuple[float, int]:
-        """Returns the mean loss in nats per token and the number of predicted tokens."""
-        context = self._experiment.data.context
+        Args:
+          experiment: context, stride, batch size, and from which depth on copy events are told
+            apart (``config.evaluation.copy_depth``).
+          rows: the compiled ``make_evaluate_rows`` of the model on the mesh.
+          mesh: of the devices to evaluate on.
+          tokens: unsigned[n], the split.
+        """
+        context, settings = experiment.data.context, experiment.evaluation
         batches = evaluation_windows(
-            len(tokens),
-            context,
-            stride or self._experiment.evaluation_stride,
-            self._experiment.evaluation.batch_size,
+            len(tokens), context, experiment.evaluation_stride, settings.batch_size
         )
-        offsets = np.arange(context + 1)
-        by_row = NamedSharding(self._mesh, P(DATA_AXIS))
-        sums, count = [], 0
+        self._tokens, self._rows, self._mesh = tokens, rows, mesh
+        self._offsets = np.arange(context + 1)
+        self._batches = []
         for starts, scored in batches:
+            masks = [scored]
+            if settings.copy_depth:
+                match = match_suffixes(tokens[starts[:, None] + self._offsets])
+                masks.append(scored & match.is_copy & (match.depth >= settings.copy_depth))
+            self._batches.append((starts, np.stack(masks, axis=1)))
+
+    def __call__(self, params: Any) -> SplitLoss:
+        """The loss of these parameters."""
+        by_row = NamedSharding(self._mesh, P(DATA_AXIS))
+        sums = []
+        for starts, masks in self._batches:
             # Each process gathers the rows of its own devices.
             def gathered(index: Any, starts: np.ndarray = starts) -> np.ndarray:
-                return tokens[starts[index[0], None] + offsets]
+                return self._tokens[starts[index[0], None] + self._offsets]
 
-            shape = (len(starts), context + 1)
+            shape = (len(starts), len(self._offsets))
             windows = jax.make_array_from_callback(shape, by_row, gathered)
-            sums.append(self._rows(params, windows, placed(scored, by_row)))
-            count += int(scored.sum())
+            sums.append(self._rows(params, windows, placed(masks, by_row)))
         # float64 on the host, in the order of the text: the sum does not depend on the devices.
-        total = sum(np.asarray(rows, np.float64).sum() for rows in sums)
-        return float(total) / count, count
+        total = sum(np.asarray(rows, np.float64).sum(axis=0) for rows in sums)
+        counts = sum(masks.sum(axis=(0, 2)) for _, masks in self._batches)
+        whole = SplitLoss(float(total[0]) / int(counts[0]), int(counts[0]))
+        if len(total) == 1 or not counts[1]:
+            return whole
+        return dataclasses.replace(
+            whole, copy_mean=float(total[1]) / int(counts[1]), copy_count=int(counts[1])
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,22 +133,25 @@ def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> E
     batch_size += -batch_size % trained.mesh.size
     experiment = dataclasses.replace(
         trained.experiment,
-        evaluation=dataclasses.replace(trained.experiment.evaluation, batch_size=batch_size),
+        evaluation=dataclasses.replace(
+            trained.experiment.evaluation,
+            batch_size=batch_size,
+            stride=stride or trained.experiment.evaluation_stride,
+            copy_depth=0,
+        ),
     )
-    stride = stride or experiment.evaluation_stride
     rows = make_evaluate_rows(trained.model, mesh=trained.mesh)
-    evaluator = Evaluator(experiment, rows, trained.mesh)
     began = time.perf_counter()
-    loss, count = evaluator(trained.params, tokens, stride=stride)
+    loss = Evaluator(experiment, rows, trained.mesh, tokens)(trained.params)
     num_bytes = trained.corpus.codec.num_bytes(tokens[1:])
-    bpc = bits_per_character(loss)
+    bpc = bits_per_character(loss.mean)
     return Evaluation(
         step=trained.step,
         bpc=bpc,
-        bits_per_byte=bpc if num_bytes == count else bpc * count / num_bytes,
+        bits_per_byte=bpc if num_bytes == loss.count else bpc * loss.count / num_bytes,
         num_bytes=num_bytes,
         context=experiment.data.context,
-        stride=stride,
+        stride=experiment.evaluation_stride,
         seconds=round(time.perf_counter() - began, 1),
     )
 

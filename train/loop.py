@@ -215,7 +215,7 @@ def _train(
     rate = learning_rate(experiment.optimizer, training.num_steps)
     train_steps = train_steps_of(experiment, model, optimizer, mesh)
     validation_bytes = corpus.codec.num_bytes(validation[1:])
-    evaluate = Evaluator(experiment, make_evaluate_rows(model, mesh=mesh), mesh)
+    evaluate = Evaluator(experiment, make_evaluate_rows(model, mesh=mesh), mesh, validation)
 
     first_does(lambda: refuse_lost_checkpoints(run, experiment))
     with Checkpoints(run.checkpoints, experiment.checkpoints) as checkpoints:
@@ -277,9 +277,9 @@ def _train(
                 paused = time.perf_counter()
                 fresh_loss = None
                 if evaluating:
-                    validation_loss, _ = evaluate(state.params, validation)
-                    fresh_loss = validation_loss
-                    metrics.validation(step, loss=validation_loss, num_bytes=validation_bytes)
+                    evaluated = evaluate(state.params)
+                    validation_loss = fresh_loss = evaluated.mean
+                    metrics.validation(step, evaluated, num_bytes=validation_bytes)
                 if saving:
                     checkpoints.save(state, step, fresh_loss)
                     run.saved()

@@ -4,6 +4,7 @@
 the same bytes as an uninterrupted one. Times go to ``timing.jsonl``.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -25,6 +26,23 @@ METRICS = "metrics.jsonl"
 def bits_per_character(nats: float) -> float:
     """Converts a cross entropy in nats per character to bits per character."""
     return nats / math.log(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitLoss:
+    """Cross entropy over a split.
+
+    Attributes:
+      mean: nats per character.
+      count: number of characters predicted.
+      copy_mean: nats per copy event; None if copy events are not told apart, or there are none.
+      copy_count: number of copy events among the characters.
+    """
+
+    mean: float
+    count: int
+    copy_mean: float | None = None
+    copy_count: int = 0
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -130,17 +148,20 @@ class Metrics:
         self._scalar("characters_per_second", speed, step)
         self._show(step, loss=f"{loss:.3f}", bpc=f"{row['bpc']:.3f}", speed=f"{speed / 1e3:.1f}k/s")
 
-    def validation(self, step: int, *, loss: float, num_bytes: int) -> None:
-        """Records an evaluation on ``num_bytes`` predicted characters of the validation split."""
-        bpc = bits_per_character(loss)
+    def validation(self, step: int, evaluated: SplitLoss, *, num_bytes: int) -> None:
+        """Records an evaluation on ``num_bytes`` predicted bytes of the validation split."""
+        bpc = bits_per_character(evaluated.mean)
         row = {
             "kind": "validation",
             "step": step,
             "characters": step * self._characters_per_step,
-            "loss": loss,
+            "loss": evaluated.mean,
             "bpc": bpc,
             "bytes": num_bytes,
         }
+        if evaluated.copy_mean is not None:
+            row["copy_bpc"] = bits_per_character(evaluated.copy_mean)
+            row["copies"] = evaluated.copy_count
         self._record(row)
         self._show(step, validation=f"{bpc:.3f}")
 
@@ -194,7 +215,7 @@ class Unwritten(Metrics):
     def losses(self, before: int, losses: np.ndarray) -> None:
         """Nothing."""
 
-    def validation(self, step: int, *, loss: float, num_bytes: int) -> None:
+    def validation(self, step: int, evaluated: SplitLoss, *, num_bytes: int) -> None:
         """Nothing."""
 
     def say(self, message: str) -> None:

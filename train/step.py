@@ -312,13 +312,14 @@ def make_window_losses(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def make_evaluate_rows(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
-    """Compiles ``(params, windows unsigned[B, L + 1], scored bool[B, L]) -> float32[B]``.
+    """Compiles ``(params, windows unsigned[B, L + 1], masks bool[B, C, L]) -> float32[B, C]``.
 
-    The result is each window's cross entropy in nats, summed over its scored tokens.
+    The result is each window's cross entropy in nats, summed over the characters of each mask.
     """
 
-    def local(params: Any, windows: Array, scored: Array) -> Array:
-        return jnp.where(scored, window_loss(model, params, windows), 0.0).sum(axis=-1)
+    def local(params: Any, windows: Array, masks: Array) -> Array:
+        losses = window_loss(model, params, windows)[:, None]
+        return jnp.where(masks, losses, 0.0).sum(axis=-1)
 
     rows = jax.shard_map(
         local,

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from train.analysis.figures import style
 from train.analysis.records import mean_and_deviation, read_arms, reference_arm
-from train.analysis.suffix_match import SuffixMatch, match_suffixes
+from train.data.suffix_match import SuffixMatch, match_suffixes
 from train.errors import UserError
 from train.files import check_json_output, write_json
 from train.load import load

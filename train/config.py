@@ -20,8 +20,8 @@ from fsn_jax.config import (
     check_positive,
     recorded_fields,
 )
+from fsn_jax.vocabulary import Unit
 from train.bucket import is_remote
-from train.data.vocabulary import Unit
 from train.errors import UserError
 
 ModelConfig = FSNConfig | TransformerConfig

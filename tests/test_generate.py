@@ -340,6 +340,9 @@ def test_a_stop_sequence_in_the_prompt_does_not_end_the_text():
         ("prompt", jnp.zeros((1, 0), jnp.int32)),
         ("prompt", jnp.full((1, 2), 11)),
         ("prompt", jnp.full((1, 2), -1)),
+        ("prompt", jnp.zeros((0, 2), jnp.int32)),
+        ("prompt", [1, 2]),
+        ("prompt", [[0.5, 1.0]]),
         ("stop", [[1], []]),
     ],
 )

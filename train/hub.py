@@ -21,9 +21,11 @@ import safetensors.numpy
 
 import fsn_jax
 from fsn_jax.config import ConfigError
+from train.bucket import is_remote
 from train.config import ARCHITECTURES, ModelConfig
 from train.data.vocabulary import Vocabulary
 from train.errors import UserError
+from train.files import user_path
 from train.load import LanguageModel, TrainedModel
 from train.metrics import read_rows
 from train.step import build_model
@@ -71,7 +73,7 @@ def read_model(folder: str | Path) -> LanguageModel:
     Raises:
       UserError: a file is missing, damaged, or does not fit the others.
     """
-    folder = Path(folder)
+    folder = user_path("the model", folder)
     try:
         config = json.loads((folder / CONFIG).read_text())
         if config["format"] != FORMAT:
@@ -98,7 +100,7 @@ def read_model(folder: str | Path) -> LanguageModel:
 
 def is_exported(folder: str | Path) -> bool:
     """Whether a folder holds an exported model."""
-    return (Path(folder) / WEIGHTS).is_file()
+    return not is_remote(folder) and (user_path("the run", folder) / WEIGHTS).is_file()
 
 
 def flat_params(params: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fsn_jax import FSN, FSNConfig
 from train.analysis import copy_depth
 from train.analysis.copy_depth import BUCKETS, find_cell, tabulate
 from train.analysis.records import read_run
-from train.analysis.suffix_match import SuffixMatch, match_suffixes
+from train.data.suffix_match import SuffixMatch, match_suffixes
 from train.errors import UserError
 
 LETTERS = 4

@@ -268,10 +268,10 @@ def test_evaluation_predicts_each_character_once(corpus, whole, tmp_path, stride
         one = tiny_experiment(
             corpus.folder, tmp_path, evaluation__stride=stride, evaluation__batch_size=batch_size
         )
-        evaluate = Evaluator(one, make_evaluate_rows(build_model(TINY_FSN), mesh=mesh), mesh)
-        loss, count = evaluate(jax.device_put(params, replicated(mesh)), text)
-        assert count == len(text) - 1
-        found.append(loss)
+        rows = make_evaluate_rows(build_model(TINY_FSN), mesh=mesh)
+        evaluated = Evaluator(one, rows, mesh, text)(jax.device_put(params, replicated(mesh)))
+        assert evaluated.count == len(text) - 1
+        found.append(evaluated.mean)
     assert found[0] == pytest.approx(total / (len(text) - 1), rel=1e-6)
     assert found == pytest.approx([found[0]] * 3, rel=1e-7)
     assert experiment.evaluation_stride == step
@@ -280,9 +280,34 @@ def test_evaluation_predicts_each_character_once(corpus, whole, tmp_path, stride
 def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary(corpus, whole, tmp_path):
     params = {**whole[1].params, "readout": jax.tree.map(np.zeros_like, whole[1].params["readout"])}
     rows = make_evaluate_rows(build_model(TINY_FSN), mesh=mesh_of(8))
-    evaluate = Evaluator(tiny_experiment(corpus.folder, tmp_path), rows, mesh_of(8))
-    loss, _ = evaluate(params, corpus.tokens("validation"))
-    assert loss / math.log(2) == pytest.approx(math.log2(len(ALPHABET)), rel=1e-6)
+    experiment = tiny_experiment(corpus.folder, tmp_path)
+    evaluated = Evaluator(experiment, rows, mesh_of(8), corpus.tokens("validation"))(params)
+    assert evaluated.mean / math.log(2) == pytest.approx(math.log2(len(ALPHABET)), rel=1e-6)
+
+
+def test_copy_events_are_the_characters_that_go_on_a_repetition(corpus, whole, tmp_path):
+    """Their loss and number, against a search of each window for its longest repeated suffix."""
+    experiment = tiny_experiment(corpus.folder, tmp_path, evaluation__copy_depth=2)
+    text = np.random.default_rng(0).integers(0, 3, 8 * CONTEXT + 1).astype(np.uint8)
+    params = whole[1].params
+    rows = make_evaluate_rows(build_model(TINY_FSN), mesh=mesh_of(8))
+    evaluated = Evaluator(experiment, rows, mesh_of(8), text)(params)
+    total, count = 0.0, 0
+    for first in range(0, len(text) - 1, CONTEXT):
+        window = text[first : first + CONTEXT + 1]
+        logits = log_probabilities(params, window[:-1])
+        for t in range(CONTEXT):
+            seen = [_common_suffix(window[: t + 1], window[: u + 1]) for u in range(t)]
+            depth = max(seen, default=0)
+            if depth >= 2 and window[t - seen[::-1].index(depth)] == window[t + 1]:
+                total -= logits[t, window[t + 1]]
+                count += 1
+    assert evaluated.copy_count == count > 10
+    assert evaluated.copy_mean == pytest.approx(total / count, rel=1e-5)
+
+
+def _common_suffix(x, y):
+    return next((n for n in range(len(y)) if x[-1 - n] != y[-1 - n]), len(y))
 
 
 # Compilation and divergence

@@ -18,7 +18,7 @@ from train.analysis import final_losses, report
 from train.analysis.copy_depth import BUCKETS, FAR, tabulate
 from train.analysis.readings import read_layer
 from train.analysis.records import read_arms
-from train.analysis.suffix_match import match_suffixes
+from train.data.suffix_match import match_suffixes
 from train.errors import UserError
 
 SAMPLE = "</script><script>document.title = 'broken out'</script> <b>bold</b> &amp; <!-- é"

@@ -301,9 +301,10 @@ def test_parameters_that_are_not_finite_are_left_as_they_were():
     assert (int(tally.skipped), int(tally.steps), float(tally.loss)) == (STEPS, 0, 0.0)
 
 
-def test_rows_of_evaluation_are_sums_over_what_is_scored():
+def test_rows_of_evaluation_are_sums_over_masks():
     model, params, windows = build_model(TINY_FSN), fresh(num_devices=8).params, WINDOWS[0]
-    scored = np.random.default_rng(1).random((BATCH, CONTEXT)) < 0.5
+    masks = np.random.default_rng(1).random((BATCH, 2, CONTEXT)) < 0.5
     losses = jax.jit(functools.partial(window_loss, model))(params, windows)
-    rows = make_evaluate_rows(model, mesh=mesh_of(8))(params, windows, scored)
-    np.testing.assert_allclose(rows, (np.asarray(losses) * scored).sum(-1), rtol=1e-6)
+    rows = make_evaluate_rows(model, mesh=mesh_of(8))(params, windows, masks)
+    expected = (np.asarray(losses)[:, None] * masks).sum(-1)
+    np.testing.assert_allclose(rows, expected, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""``python -m train evaluate RUN``: the loss over the whole validation split, and nothing else.
+"""``python -m train evaluate RUN``: computes the loss over the whole validation split.
 
 Each result is printed and added to the run's ``evaluations.jsonl``.
 """
@@ -17,67 +17,88 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train.config import ExperimentConfig
+from train.data.suffix_match import match_suffixes
 from train.data.windows import evaluation_windows
 from train.errors import UserError
 from train.load import TrainedModel, load
 from train.mesh import DATA_AXIS, placed
-from train.metrics import bits_per_character
+from train.metrics import SplitLoss, bits_per_character
 from train.program import Arguments, start_jax
 from train.provenance import device_description, git_state
 from train.step import make_evaluate_rows
 
 
 class Evaluator:
-    """Cross entropy over a split, each character after the first predicted once."""
+    """Cross entropy over a split, each character after the first predicted once.
+
+    The windows, and which of their predictions count, are made once and serve every call.
+    """
 
     def __init__(
-        self, experiment: ExperimentConfig, rows: Callable[..., Any], mesh: jax.sharding.Mesh
+        self,
+        experiment: ExperimentConfig,
+        rows: Callable[..., Any],
+        mesh: jax.sharding.Mesh,
+        tokens: np.ndarray,
     ):
-        """``rows`` is the compiled ``make_evaluate_rows`` of the model on the mesh."""
-        self._experiment = experiment
-        self._rows = rows
-        self._mesh = mesh
+        """Prepares the windows of a split.
 
-    def __call__(
-        self, params: Any, tokens: np.ndarray, *, stride: int | None = None
-    ) -> tuple[float, int]:
-        """Mean loss in nats per character and the number of characters predicted."""
-        context = self._experiment.data.context
+        Args:
+          experiment: context, stride, batch size, and from which depth on copy events are told
+            apart (``config.evaluation.copy_depth``).
+          rows: the compiled ``make_evaluate_rows`` of the model on the mesh.
+          mesh: of the devices to evaluate on.
+          tokens: unsigned[n], the split.
+        """
+        context, settings = experiment.data.context, experiment.evaluation
         batches = evaluation_windows(
-            len(tokens),
-            context,
-            stride or self._experiment.evaluation_stride,
-            self._experiment.evaluation.batch_size,
+            len(tokens), context, experiment.evaluation_stride, settings.batch_size
         )
-        offsets = np.arange(context + 1)
-        by_row = NamedSharding(self._mesh, P(DATA_AXIS))
-        sums, count = [], 0
+        self._tokens, self._rows, self._mesh = tokens, rows, mesh
+        self._offsets = np.arange(context + 1)
+        self._batches = []
         for starts, scored in batches:
+            masks = [scored]
+            if settings.copy_depth:
+                match = match_suffixes(tokens[starts[:, None] + self._offsets])
+                masks.append(scored & match.is_copy & (match.depth >= settings.copy_depth))
+            self._batches.append((starts, np.stack(masks, axis=1)))
+
+    def __call__(self, params: Any) -> SplitLoss:
+        """The loss of these parameters."""
+        by_row = NamedSharding(self._mesh, P(DATA_AXIS))
+        sums = []
+        for starts, masks in self._batches:
             # Each process gathers the rows of its own devices.
             def gathered(index: Any, starts: np.ndarray = starts) -> np.ndarray:
-                return tokens[starts[index[0], None] + offsets]
+                return self._tokens[starts[index[0], None] + self._offsets]
 
-            shape = (len(starts), context + 1)
+            shape = (len(starts), len(self._offsets))
             windows = jax.make_array_from_callback(shape, by_row, gathered)
-            sums.append(self._rows(params, windows, placed(scored, by_row)))
-            count += int(scored.sum())
+            sums.append(self._rows(params, windows, placed(masks, by_row)))
         # float64 on the host, in the order of the text: the sum does not depend on the devices.
-        total = sum(np.asarray(rows, np.float64).sum() for rows in sums)
-        return float(total) / count, count
+        total = sum(np.asarray(rows, np.float64).sum(axis=0) for rows in sums)
+        counts = sum(masks.sum(axis=(0, 2)) for _, masks in self._batches)
+        whole = SplitLoss(float(total[0]) / int(counts[0]), int(counts[0]))
+        if len(total) == 1 or not counts[1]:
+            return whole
+        return dataclasses.replace(
+            whole, copy_mean=float(total[1]) / int(counts[1]), copy_count=int(counts[1])
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A loss and all that it depends on.
+    """A loss and the settings that it depends on.
 
     Attributes:
-      step: of the checkpoint.
+      step: step of the checkpoint.
       bpc: bits per character, that is per token.
-      bits_per_byte: the same unless the tokens are Unicode characters.
-      num_bytes: of the text predicted: all of the split but its first token.
-      context: most characters the model saw before a prediction.
-      stride: new characters a window predicts.
-      seconds: it took.
+      bits_per_byte: bits per byte; equals ``bpc`` unless the tokens are Unicode characters.
+      num_bytes: number of bytes predicted: all of the split but its first token.
+      context: largest number of tokens that the model saw before a prediction.
+      stride: number of new tokens that a window predicts.
+      seconds: duration of the evaluation.
     """
 
     step: int
@@ -97,43 +118,46 @@ class Evaluation:
 
 
 def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> Evaluation:
-    """Predicts every token but the first, once each.
+    """Evaluates a model on a text; every token but the first is predicted once.
 
     Args:
       trained: the model.
       tokens: unsigned[n].
-      stride: new characters a window predicts; 0 takes the run's own.
+      stride: number of new tokens that a window predicts; 0 means the run's own.
 
     Raises:
-      UserError: the stride is longer than the context or the text shorter.
+      UserError: the stride is longer than the context, or the text is shorter than it.
     """
     # Any number of devices will do: surplus rows score nothing.
     batch_size = trained.experiment.evaluation.batch_size
     batch_size += -batch_size % trained.mesh.size
     experiment = dataclasses.replace(
         trained.experiment,
-        evaluation=dataclasses.replace(trained.experiment.evaluation, batch_size=batch_size),
+        evaluation=dataclasses.replace(
+            trained.experiment.evaluation,
+            batch_size=batch_size,
+            stride=stride or trained.experiment.evaluation_stride,
+            copy_depth=0,
+        ),
     )
-    stride = stride or experiment.evaluation_stride
     rows = make_evaluate_rows(trained.model, mesh=trained.mesh)
-    evaluator = Evaluator(experiment, rows, trained.mesh)
     began = time.perf_counter()
-    loss, count = evaluator(trained.params, tokens, stride=stride)
+    loss = Evaluator(experiment, rows, trained.mesh, tokens)(trained.params)
     num_bytes = trained.corpus.codec.num_bytes(tokens[1:])
-    bpc = bits_per_character(loss)
+    bpc = bits_per_character(loss.mean)
     return Evaluation(
         step=trained.step,
         bpc=bpc,
-        bits_per_byte=bpc if num_bytes == count else bpc * count / num_bytes,
+        bits_per_byte=bpc if num_bytes == loss.count else bpc * loss.count / num_bytes,
         num_bytes=num_bytes,
         context=experiment.data.context,
-        stride=stride,
+        stride=experiment.evaluation_stride,
         seconds=round(time.perf_counter() - began, 1),
     )
 
 
 def append_evaluation(file: Path, trained: TrainedModel, result: Evaluation) -> None:
-    """Adds a line: the result, when, of which data, by which code.
+    """Appends a line with the result, the time, the data's hash and the commit.
 
     Raises:
       UserError: the file cannot be written.
@@ -155,7 +179,7 @@ def append_evaluation(file: Path, trained: TrainedModel, result: Evaluation) -> 
 
 
 def parser(description: str, prog: str) -> Arguments:
-    """What this command and the final test have in common."""
+    """Returns the command line that ``evaluate`` and ``test`` share."""
     p = Arguments(prog=prog, description=description)
     p.add_argument("run", help="a run's folder, for instance runs/quickstart")
     p.add_argument("--checkpoint", default="best", help="best, latest or a step")
@@ -166,10 +190,10 @@ def parser(description: str, prog: str) -> Arguments:
 
 
 def checked_stride(stride: int, experiment: ExperimentConfig) -> int:
-    """The stride asked for, or the run's own for 0.
+    """Returns the given stride, or the run's own for 0.
 
     Raises:
-      UserError: it is negative or longer than the context.
+      UserError: the stride is negative or longer than the context.
     """
     if not 0 <= stride <= experiment.data.context:
         raise UserError(

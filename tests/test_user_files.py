@@ -11,7 +11,7 @@ from train.data.prepare import open_corpus
 from train.data.user_files import find_files, not_text
 from train.errors import UserError
 
-TEXT = "Some words, a line end\n".encode() * 3000
+TEXT = b"Some words, a line end\n" * 3000
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(1000)
 NOISE = random.Random(0).randbytes(70_000)
 

@@ -64,8 +64,8 @@ slice, under SLURM or Open MPI), or anywhere with --coordinator=HOST:PORT --num_
 --process_id=0 to N-1. All of them must see the run folder.
 
 The exit status is 0 at the end, 2 for a mistake (one line says which), 75 after SIGTERM or the loss
-of a process, 130 after Ctrl-C: start the same command again. SIGTERM and Ctrl-C let a run finish and
-save its step; a second Ctrl-C ends it at once."""
+of a process, 130 after Ctrl-C: start the same command again. A run finishes and saves its step on
+SIGTERM and Ctrl-C; a second Ctrl-C ends it at once."""
 
 
 def program(argv: Sequence[str]) -> None:

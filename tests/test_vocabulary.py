@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from fsn_jax.vocabulary import TextError, Vocabulary, code_points
 from train import evaluate, final_test, main, sample
 from train.config import DataConfig
 from train.data.corpus import read_corpus
 from train.data.prepare import open_corpus
-from train.data.vocabulary import Vocabulary, code_points
 from train.errors import UserError
 from train.metrics import read_rows
 
@@ -66,7 +66,7 @@ def test_more_than_256_characters_take_wider_tokens():
     ],
 )
 def test_what_has_no_token_is_named(text, said):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(TextError, match=said):
         of(LETTERS).encode(text, source="mine")
 
 
@@ -137,7 +137,7 @@ CONFIG = """from configs import text
 def get_config():
     config = text.get_config()
     config.model.update(num_layers=1, num_phases=8, num_heads=2, heads_per_phase=1, score_phases=0)
-    config.model.update(score="static", similarity_heads=0, feedforward="none")
+    config.model.update(score="gated", similarity_heads=0, feedforward="none")
     config.data.context = 64
     config.training.update(batch_size=8, num_steps=20, log_every=10)
     config.evaluation.update(every=10, batch_size=8, num_bytes=500)

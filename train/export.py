@@ -15,17 +15,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from fsn_jax.generate import sample_token
+from fsn_jax.hub import Pretrained
 from train.errors import UserError
 from train.files import user_path
 from train.hub import write_model
-from train.load import LanguageModel, load
+from train.load import load
 from train.program import Arguments, start_jax
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SAMPLER, SCRIPT = "sampler.jax_export", "sample.py"
 
 
-def export_sampler(trained: LanguageModel) -> bytes:
+def export_sampler(trained: Pretrained) -> bytes:
     """Serializes the model, its parameters and the sampling of tokens as one program.
 
     It takes ``(window int32[context], length int32[], seed uint32[], drawn int32[], temperature

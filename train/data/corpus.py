@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fsn_jax.vocabulary import Bytes, Tokens, Unit, Vocabulary
 from train.data.pinned import PINNED
-from train.data.vocabulary import Bytes, Tokens, Unit, Vocabulary
 from train.errors import UserError
 from train.files import file_sha256, user_path
 

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from fsn_jax.vocabulary import Tokens, Unit, code_points
 from train.bucket import fetched, is_remote
 from train.data.corpus import (
     DEFAULT_CACHE,
@@ -31,7 +32,6 @@ from train.data.fetch import Progress, SourceFailure
 from train.data.pinned import PINNED
 from train.data.recipes import SHARD_SUFFIX, Recipe, recipe_of
 from train.data.user_files import find_files, fingerprint
-from train.data.vocabulary import Tokens, Unit, code_points
 from train.errors import UserError
 from train.files import user_path
 from train.program import Arguments

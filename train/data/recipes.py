@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fsn_jax.vocabulary import Unit, code_points
 from train.data.corpus import SPLITS
 from train.data.fetch import LocalFile, Progress, fetch
 from train.data.pinned import ENWIK8_MEMBER, PINNED
@@ -18,7 +19,6 @@ from train.data.user_files import (
     plan_splits,
     without_duplicates,
 )
-from train.data.vocabulary import Unit, code_points
 from train.errors import UserError
 from train.files import user_path
 

@@ -33,7 +33,8 @@ def write_model(trained: TrainedModel, folder: Path) -> None:
         name: np.ascontiguousarray(jax.device_get(leaf))
         for name, leaf in hub.flat_params(trained.params).items()
     }
-    safetensors.numpy.save_file(arrays, folder / hub.WEIGHTS, metadata={"format": "flax"})
+    # save_file would leave the file to its owner alone, whatever the umask.
+    (folder / hub.WEIGHTS).write_bytes(safetensors.numpy.save(arrays, {"format": "flax"}))
     architecture = type(trained.model).__name__
     config = {
         "architectures": [architecture],

@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -28,7 +29,7 @@ from train.bucket import is_remote
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus, default_cache
 from train.errors import UserError, no_run
-from train.files import write_atomically
+from train.files import user_path, write_atomically
 from train.metrics import read_rows
 from train.mirror import Mirror, fetched_run
 from train.processes import first_does, together
@@ -84,6 +85,20 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def has_begun(self) -> bool:
+        """Whether a start of the run came as far as its first step."""
+        return (self.path / "provenance.json").exists()
+
+    def kept(self) -> str:
+        """What the next start goes on from, in words."""
+        folder = self.checkpoints
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        steps = [int(name) for name in names if name.isdecimal()]
+        if not steps:
+            return "no checkpoint is saved yet: the same command begins at step 0"
+        return f"the checkpoint of step {max(steps)} is kept: the same command goes on from there"
+
+    @property
     def metrics(self) -> Path:
         """The path of the exact log."""
         return self.path / "metrics.jsonl"
@@ -121,7 +136,7 @@ class RunFolder:
 
 def default_folder(experiment: ExperimentConfig) -> Path:
     """Returns the folder that a config names."""
-    return Path(experiment.run_dir or Path("runs") / experiment.name).expanduser()
+    return user_path("config.run_dir", experiment.run_dir or Path("runs") / experiment.name)
 
 
 def create_or_resume(experiment: ExperimentConfig, corpus: Corpus) -> RunFolder:
@@ -187,7 +202,10 @@ def open_run(path: str | Path) -> RunFolder:
     Raises:
       UserError: the folder holds no run.
     """
-    folder = fetched_run(str(path), default_cache() / "runs") if is_remote(path) else Path(path)
+    if is_remote(path):
+        folder = fetched_run(str(path), default_cache() / "runs")
+    else:
+        folder = user_path("the run", path)
     if not (folder / "config.json").is_file():
         raise no_run(folder)
     return RunFolder(folder)
@@ -196,7 +214,7 @@ def open_run(path: str | Path) -> RunFolder:
 def _take_lock(lock: IO[str], path: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "an unknown process"
         lock.close()
@@ -204,6 +222,12 @@ def _take_lock(lock: IO[str], path: Path) -> None:
             f"the run folder {path} is in use by {holder}; wait for it, or choose another with "
             f"--config.run_dir=FOLDER"
         ) from None
+    except OSError as error:  # as on Lustre, unless it was mounted for it
+        print(
+            f"warning: the file system of {path} has no locks ({error.strerror}): nothing keeps a "
+            f"second process from training in it",
+            file=sys.stderr,
+        )
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
@@ -238,7 +262,7 @@ def _refuse_other_settings(run: RunFolder, experiment: ExperimentConfig) -> None
 
 def refuse_other_data(run: RunFolder, corpus: Corpus) -> None:
     """Raises UserError if the corpus is not the one that the run started with."""
-    starts = run.read_provenance() if (run.path / "provenance.json").exists() else []
+    starts = run.read_provenance() if run.has_begun else []
     if starts and starts[0]["data"]["sha256"] != corpus.sha256:
         raise UserError(
             f"the corpus {corpus.name!r} has changed since the run in {run.path} started (sha256 "
@@ -259,7 +283,7 @@ def refuse_lost_checkpoints(run: RunFolder, experiment: ExperimentConfig) -> Non
     if folder.is_dir() and any(entry.name.isdecimal() for entry in folder.iterdir()):
         return
     reached = max((row["step"] for row in read_rows(run.metrics)), default=0)
-    starts = run.read_provenance() if (run.path / "provenance.json").exists() else []
+    starts = run.read_provenance() if run.has_begun else []
     removed = reached and not folder.is_dir()
     if removed or reached > 2 * first or any(start["step"] for start in starts):
         raise UserError(
@@ -288,8 +312,7 @@ def cannot_write(run: RunFolder, error: BaseException) -> UserError | None:
     if not reason:
         return None
     return UserError(
-        f"cannot write to the run folder {run.path} ({reason}); make room or mend it and give the "
-        f"same command again: the run goes on from its last checkpoint"
+        f"cannot write to the run folder {run.path} ({reason}); make room or mend it; {run.kept()}"
     )
 
 

@@ -20,6 +20,7 @@ from train.data.user_files import (
     without_duplicates,
 )
 from train.errors import UserError
+from train.files import user_path
 
 MIN_SPLIT_BYTES = 2048  # of every split: some windows
 MIN_BYTES = 20 * MIN_SPLIT_BYTES
@@ -51,7 +52,7 @@ def _enwik8(path: str, scratch: Path, progress: Progress) -> Recipe:
     from train.data.enwik8 import Enwik8
 
     [wanted] = PINNED["enwik8"].files
-    own = [LocalFile(Path(path).expanduser(), member=ENWIK8_MEMBER)]
+    own = [LocalFile(user_path("config.data.path", path), member=ENWIK8_MEMBER)]
     raw = fetch(
         scratch / wanted.name,
         own if path else wanted.sources,
@@ -77,7 +78,7 @@ def _pycode(path: str, scratch: Path, progress: Progress) -> Recipe:
 
     wheels = []
     for wanted in PINNED["pycode"].files:
-        own = [LocalFile(Path(path).expanduser() / wanted.name, member=None)]
+        own = [LocalFile(user_path("config.data.path", path) / wanted.name, member=None)]
         wheels.append(
             fetch(
                 scratch / wanted.name,
@@ -139,7 +140,7 @@ def _own_text(path: str, progress: Progress, unit: Unit) -> Recipe:
     from train.data.builder import builder_options
     from train.data.text import Text, between_characters, separated
 
-    found = find_files(path)
+    found = find_files(path, report=progress)
     files = without_duplicates(found)
     if unit == "characters":
         for file in files:

@@ -1,6 +1,7 @@
 """text: the user's own file or folder."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,9 @@ class Text(CorpusBuilder):
             for piece in separated(file, several=len(self.files) > 1):
                 text = piece[max(span.start - before, 0) : max(span.stop - before, 0)]
                 for offset in range(0, len(text), RECORD_BYTES):
-                    yield file.name, text[offset : offset + RECORD_BYTES]
+                    # A name need not be UTF-8, as what a record holds must be.
+                    name = os.fsencode(file.name).decode(errors="replace")
+                    yield name, text[offset : offset + RECORD_BYTES]
                 before += len(piece)
                 if before >= span.stop:
                     break

@@ -1,6 +1,6 @@
 """A pocket model on enwik8, in minutes on a laptop: ``make train``.
 
-Two cores of a 2.1 GHz server CPU: 100 seconds, 2.305 BPC on the first 200,000 bytes of validation.
+Two cores of an AMD EPYC: 51 seconds, 2.307 BPC on the first 200,000 bytes of validation.
 The arm after a colon is ``fsn`` (default) or ``transformer``, on the same batches.
 """
 

@@ -1,7 +1,7 @@
 """What the programs say to wrong inputs: one line, status 2, nothing compiled, nothing lost.
 
 The table below is also a page: `pytest tests/test_bad_inputs.py --update-pages` writes
-docs/bad_inputs.md, and without the option the page is compared with the table.
+docs/history/bad_inputs.md, and without the option the page is compared with the table.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from train.flags import parse_config
 from train.program import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "bad_inputs.md"
+PAGE = ROOT / "docs" / "history" / "bad_inputs.md"
 
 CONFIG = '''"""A config file as a user would write it."""
 

@@ -1,4 +1,4 @@
-"""The ledger: judged from records, written into pages, and in agreement with this repository."""
+"""The ledger: judged from records, written as a page, and in agreement with this repository."""
 
 import json
 import runpy
@@ -24,7 +24,7 @@ CLAIM = {
 EVIDENCE = {"test": "below", "arms": ["one", "other"], "commands": ["python -m train"]}
 
 
-def test_the_pages_agree_with_the_results():
+def test_the_page_agrees_with_the_results():
     """If this fails: python -m train claims, then commit what it writes."""
     claims.program(["claims", f"--root={ROOT}", "--check"])
 
@@ -149,10 +149,9 @@ def test_a_ladder_is_judged_by_the_rungs_that_were_run(tmp_path):
 
 @pytest.fixture
 def repository(tmp_path):
-    """A README with an empty block, the real ledger, and records of two of its arms."""
+    """The real ledger, and records of two of its arms."""
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "claims.toml", tmp_path / "docs")
-    (tmp_path / "README.md").write_text(f"before\n{claims.BEGIN}\n{claims.END}\nafter\n")
     for seed in range(2):
         for arm, low in (("fsn", 2.0), ("transformer", 2.5)):
             curve = (3.0 + low, low + seed / 100)
@@ -160,35 +159,35 @@ def repository(tmp_path):
     return tmp_path
 
 
-def test_the_pages_are_written_and_a_change_of_either_side_is_noticed(repository, capsys):
+def test_the_page_is_written_and_a_change_of_either_side_is_noticed(repository, capsys):
     check = ["claims", f"--root={repository}", "--check"]
-    with pytest.raises(UserError, match=r"README.md, evidence.md and results/ disagree"):
+    with pytest.raises(UserError, match=r"evidence.md and results/ disagree"):
         claims.program(check)
     claims.program(["claims", f"--root={repository}"])
     claims.program(check)
-    assert "agree with results/" in capsys.readouterr().out
-    readme = repository / "README.md"
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n")
-    assert "at 2 of 2 evaluations" in text and text.count("**not yet run**") == 8
+    assert "agrees with results/" in capsys.readouterr().out
+    page = repository / "docs" / "evidence.md"
+    text = page.read_text()
+    summary = {row[3:5]: row for row in text.splitlines() if row.startswith("| [C")}
+    assert [*summary] == [f"C{i}" for i in range(1, 10)]
+    assert "at this scale the direction holds" in summary["C1"]
+    assert sum("**not yet run**" in row for row in summary.values()) == 8
     # What is missing beside what there is: the same claim at its own size.
-    assert ". Not yet run: no record of enwik8_fsn_1m |" in text
-    page = (repository / "docs" / "evidence.md").read_text()
-    assert "| `enwik8_transformer_pocket` | 2 | 1,000 | 1,000,000 | 2.5050 ± 0.0071" in page
-    assert "+0.5000 ± 0.0071 (s.e.)" in page
+    first, _ = text.split("\n## C2\n")
+    assert "**not yet run**: no record of enwik8_fsn_1m." in first
+    assert "at 2 of 2 evaluations" in first.replace("\n", " ")
+    assert "| `enwik8_transformer_pocket` | 2 | 1,000 | 1,000,000 | 2.5050 ± 0.0071" in text
+    assert "+0.5000 ± 0.0071 (s.e.)" in text
 
-    readme.write_text(text.replace("2.0050", "1.9050"))
-    with pytest.raises(UserError, match=r"README.md and results/ disagree"):
+    page.write_text(text.replace("2.0050", "1.9050"))
+    with pytest.raises(UserError, match=r"evidence.md and results/ disagree"):
         claims.program(check)
-    readme.write_text(text)
+    page.write_text(text)
     shutil.rmtree(repository / "results" / "enwik8_fsn_pocket_seed1")
     with pytest.raises(UserError, match="disagree"):
         claims.program(check)
 
 
-def test_a_readme_without_its_block_is_a_mistake(repository):
-    (repository / "README.md").write_text("nothing")
-    with pytest.raises(UserError, match=r"README.md must hold the lines"):
-        claims.program(["claims", f"--root={repository}"])
+def test_a_folder_without_a_ledger_is_a_mistake(tmp_path):
     with pytest.raises(UserError, match=r"run in the repository"):
-        claims.program(["claims", f"--root={repository / 'results'}"])
+        claims.program(["claims", f"--root={tmp_path}"])

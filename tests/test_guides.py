@@ -1,4 +1,4 @@
-"""The TPU and GPU guides: every command line is understood."""
+"""README and the guides: every command line is understood."""
 
 import re
 import shlex
@@ -11,7 +11,13 @@ from train import evaluate, inspect, main
 from train.data import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDES = ("docs/cloud_tpu.md", "docs/gpu.md", "README.md")
+GUIDES = (
+    "README.md",
+    "docs/cloud_tpu.md",
+    "docs/commands.md",
+    "docs/data.md",
+    "docs/gpu.md",
+)
 COMMAND = re.compile(r"python -m train ([^\n;&#\"|]*)")
 
 
@@ -44,4 +50,10 @@ def test_a_command_of_the_guides_is_understood(arguments, monkeypatch):
 
 def test_there_are_commands_in_each_guide():
     found = [param.id.partition(":")[0] for param in commands()]
-    assert {*found} == {"cloud_tpu", "gpu", "README"}
+    assert {*found} == {Path(page).stem for page in GUIDES}
+
+
+def test_the_page_of_commands_lists_every_program():
+    page = (ROOT / "docs" / "commands.md").read_text()
+    listed, _ = page.split("## Other programs")
+    assert {*re.findall(r"^\| `([a-z_]+)[ `]", listed, re.MULTILINE)} == {*front.PROGRAMS}

@@ -1,4 +1,4 @@
-"""The pictures of docs/model.md, from the library's own functions: python tools/draw_model.py.
+"""The pictures of README and docs/model.md, drawn with the library: python tools/draw_model.py.
 
 Writes docs/images/coupling_curve.png and docs/images/delay_term.png.
 """
@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch
 
 from fsn_jax.coupling import coupling_function, coupling_update
@@ -69,77 +70,96 @@ def draw_coupling_curve(target: Path) -> None:
     plt.close(figure)
 
 
-LETTERS = {"A": 0.4, "B": 2.2, "C": 3.6, "D": 5.3}
-"""Phases in radians."""
+LETTERS = {"A": 0.15, "B": 1.75, "C": 3.4, "D": 5.0}
+"""Phases in radians, as in examples/tour.ipynb."""
+
+COLORS = {"A": BLUE, "B": GREY, "C": GREY, "D": ORANGE}
 
 
 def draw_delay_term(target: Path) -> None:
-    """Left: which tokens couple with which delay. Right: where that takes the phase."""
+    """Which tokens couple, and where each delay takes the phase of the last token."""
     text = "CADBA"
-    theta = jnp.array([LETTERS[c] for c in text])[None, :, None]
-    attention = jnp.eye(5).at[4].set(jnp.eye(5)[1])[None, None]
-    kappa = jnp.array([[[0.0]], [[0.5]]], jnp.complex64)
-    path = [float(theta[0, -1, 0])]
-    for _ in range(8):
-        theta = theta.at[0, -1].add(coupling_update(theta, attention, kappa)[0, -1])
-        path.append(float(theta[0, -1, 0]))
+    figure = plt.figure(figsize=(11.5, 3.7), layout="constrained")
+    left, middle, right = figure.subfigures(1, 3, width_ratios=(1.25, 1, 1))
+    _draw_text(left.add_subplot(), text)
+    for panel, kappa, title in (
+        (
+            middle,
+            [[[0.8]], [[0.0]]],
+            "Coupled to that A (τ = 0):\nsame phase, so nothing moves",
+        ),
+        (
+            right,
+            [[[0.0]], [[0.8]]],
+            "Coupled to its successor (τ = 1):\nthe phase turns from A to D",
+        ),
+    ):
+        wheel = panel.add_subplot(projection="polar")
+        _draw_wheel(wheel, phases_under_coupling(text, kappa))
+        wheel.set_title(title, fontsize=11, pad=12)
+    figure.savefig(target)
+    plt.close(figure)
 
-    figure = plt.figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.5, 1))
-    axes = left.add_subplot()
+
+def phases_under_coupling(
+    text: str, kappa: list[list[list[float]]], updates: int = 8
+) -> list[float]:
+    """The last token's phase before and after each update, in radians.
+
+    It attends to the second token alone; the other tokens keep their phases.
+    """
+    theta = jnp.array([LETTERS[c] for c in text])[None, :, None]  # [B, L, N] = [1, 5, 1]
+    attention = jnp.eye(len(text)).at[-1].set(jnp.eye(len(text))[1])[None, None]
+    kernel = jnp.array(kappa, jnp.complex64)  # [T, M, N]
+    path = [float(theta[0, -1, 0])]
+    for _ in range(updates):
+        theta = theta.at[0, -1].add(coupling_update(theta, attention, kernel)[0, -1])
+        path.append(float(theta[0, -1, 0]))
+    return path
+
+
+def _draw_text(axes: Axes, text: str) -> None:
+    """The tokens in a row, with an arrow for the attention and one for the pull."""
+    last = len(text) - 1
     for place, c in enumerate(text):
-        mine = place == 4
         axes.text(
-            place,
-            0,
-            c,
-            ha="center",
-            va="center",
-            fontsize=20,
-            weight="bold",
-            color=BLUE if mine else "black",
+            place, 0, c, ha="center", va="center", fontsize=22, weight="bold", color=COLORS[c]
         )
-        label = {1: "u", 2: "u + 1", 4: "t"}.get(place, "")
-        axes.text(place, -0.42, label, ha="center", color=GREY, style="italic")
-    axes.text(5, 0, "?", ha="center", va="center", fontsize=20, color=GREY)
-    for start, end, bend, color, style in (
-        ((4, 0.28), (1, 0.28), 0.42, GREY, "--"),
-        ((2, 0.28), (4, 0.2), -0.32, BLUE, "-"),
+    axes.text(last + 1, 0, "?", ha="center", va="center", fontsize=22, color=GREY)
+    for place, label in ((1, "u"), (2, "u + 1"), (last, "t")):
+        axes.text(place, -0.5, label, ha="center", va="center", color=GREY, style="italic")
+    arrow = {"arrowstyle": "-|>", "mutation_scale": 16, "lw": 2}
+    for start, end, bend, look in (
+        ((last, 0.26), (1, 0.26), 0.5, {"color": BLUE, "ls": "--"}),
+        ((2, -0.72), (last, -0.72), 0.45, {"color": ORANGE}),
     ):
         axes.add_patch(
-            FancyArrowPatch(
-                start,
-                end,
-                connectionstyle=f"arc3,rad={bend}",
-                arrowstyle="-|>",
-                mutation_scale=16,
-                color=color,
-                lw=1.8,
-                ls=style,
-            )
+            FancyArrowPatch(start, end, connectionstyle=f"arc3,rad={bend}", **arrow, **look)
         )
-    axes.text(2.5, 0.98, "attends: same character, A[t, u]", color=GREY, ha="center")
-    axes.text(5.3, 0.62, "is pulled to the\nsuccessor, κ[1]", color=BLUE, ha="right")
-    axes.set(xlim=(-0.6, 5.6), ylim=(-0.6, 1.15))
+    axes.text(2.5, 1.2, "attends to the earlier A", color=BLUE, ha="center", va="center")
+    axes.text(3, -1.38, "is pulled by its successor", color=ORANGE, ha="center", va="center")
+    axes.set(xlim=(-0.5, 5.5), ylim=(-1.75, 1.5))
     axes.set_axis_off()
-    axes.set_title("The delay term couples t to u + 1", fontsize=11)
+    axes.set_title("The last A: what comes next?", fontsize=11, pad=12)
 
-    wheel = right.add_subplot(projection="polar")
+
+def _draw_wheel(wheel: Axes, path: list[float]) -> None:
+    """The circle of phases, its letters, and the way of one phase."""
     ring = np.linspace(0, 2 * np.pi, 200)
     wheel.plot(ring, np.ones_like(ring), color=GREY, lw=1)
     for c, angle in LETTERS.items():
-        wheel.plot([angle], [1], "o", color="black", ms=5)
-        wheel.text(angle, 1.22, c, ha="center", va="center", fontsize=14, weight="bold")
-    wheel.plot(path, np.linspace(0.55, 0.92, len(path)), "o-", color=BLUE, ms=4, lw=1.2)
+        wheel.plot([angle], [1], "o", color=COLORS[c], ms=8)
+        wheel.text(
+            angle, 1.25, c, ha="center", va="center", fontsize=15, weight="bold", color=COLORS[c]
+        )
+    wheel.plot(path, np.full(len(path), 0.82), "o", color=BLUE, ms=5)
+    wheel.plot(np.linspace(path[0], path[-1]), np.full(50, 0.82), color=BLUE, lw=1.2)
     wheel.annotate(
-        "", (path[-1], 0.93), (0, 0), arrowprops={"arrowstyle": "-|>", "color": BLUE, "lw": 2}
+        "", (path[-1], 0.78), (0, 0), arrowprops={"arrowstyle": "-|>", "color": BLUE, "lw": 2}
     )
-    wheel.set(ylim=(0, 1.35), yticks=[], xticks=[])
+    wheel.set(ylim=(0, 1.4), yticks=[], xticks=[])
     wheel.grid(False)
     wheel.spines["polar"].set_visible(False)
-    wheel.set_title("The phase of t, eight updates: from A to D", fontsize=11)
-    figure.savefig(target)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -1,9 +1,8 @@
 """Checkpoints of a run: asynchronous saves, the latest and the best kept, exact restoration.
 
-Each is sealed with the hashes of its files (``train.integrity``). Whatever is damaged when the
-folder is opened to go on is named, and moved aside to ``<run folder>/damaged_checkpoints``; the
-newest whole checkpoint is then the latest. Orbax restores arrays by the shapes that the config
-gives; nothing is unpickled.
+Each checkpoint holds the hashes of its files (``train.integrity``). When a run resumes, damaged
+checkpoints are named and moved to ``<run folder>/damaged_checkpoints``; the newest intact one is
+then the latest. Orbax restores arrays by the shapes that the config gives; nothing is unpickled.
 """
 
 import logging
@@ -36,11 +35,11 @@ _ITEM = "state"
 class Checkpoints:
     """The checkpoints in ``<run folder>/checkpoints``.
 
-    A context manager: leaving it waits for saves under way.
+    A context manager that waits for pending saves when it exits.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, read_only: bool = False):
-        """Opens the folder, or makes it unless ``read_only``."""
+        """Opens the folder; creates it unless ``read_only``."""
         _hush()
         self.folder = folder.resolve()
         if read_only:
@@ -88,34 +87,34 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, state: TrainState, step: int, validation_loss: float | None) -> None:
-        """Starts a save; the values are copied before this returns, so ``state`` may be donated."""
+        """Starts a save. The values are copied first, so ``state`` may be donated afterwards."""
         metrics = None if validation_loss is None else {METRIC: validation_loss}
         self._manager.save(
             step, args=ocp.args.Composite(**{_ITEM: ocp.args.StandardSave(state)}), metrics=metrics
         )
 
     def wait(self) -> None:
-        """Returns when every started save is on disk."""
+        """Waits until every started save is on disk."""
         self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
-        """Step of the newest checkpoint, None if there is none."""
+        """The step of the newest checkpoint; None without a checkpoint."""
         return self._manager.latest_step()
 
     def all_steps(self) -> list[int]:
-        """Steps of all checkpoints kept, ascending."""
+        """The steps of all kept checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def best(self) -> int | None:
-        """Step of the checkpoint with the lowest validation loss, None if none was evaluated."""
+        """The step of the checkpoint with the lowest validation loss; None without evaluations."""
         return self._manager.best_step()
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at ``step``.
+        """Restores the state saved at ``step``.
 
         Args:
-          step: which checkpoint.
-          like: shapes, types and placement, see ``train.step.abstract_state``.
+          step: step of the checkpoint.
+          like: shapes, dtypes and shardings, see ``train.step.abstract_state``.
 
         Raises:
           UserError: the checkpoint holds another model, or is damaged.
@@ -131,10 +130,10 @@ class Checkpoints:
             raise self._damage_error(step) from error
 
     def restore_latest(self, like: TrainState) -> tuple[int, TrainState] | None:
-        """The newest checkpoint that can be read, with its step; None if there is none.
+        """Restores the newest readable checkpoint, with its step; None without a checkpoint.
 
         Raises:
-          UserError: the checkpoint holds another model, or none of them can be read.
+          UserError: the checkpoint holds another model, or no checkpoint can be read.
         """
         while (step := self.latest()) is not None:
             try:
@@ -148,7 +147,7 @@ class Checkpoints:
         return None
 
     def _find_damaged(self) -> dict[int, str]:
-        """What is wrong with each checkpoint that is not as it was saved."""
+        """Returns the damage of each damaged checkpoint, by step."""
         if not self.folder.is_dir():
             return {}
         steps = [int(entry.name) for entry in self.folder.iterdir() if entry.name.isdecimal()]
@@ -156,10 +155,10 @@ class Checkpoints:
         return {step: what for step, what in found if what is not None}
 
     def _set_damaged_aside(self) -> None:
-        """Moves what is damaged out of the way of what is whole, and says so.
+        """Moves damaged checkpoints aside, with a warning for each.
 
         Raises:
-          UserError: nothing is whole.
+          UserError: no checkpoint is intact.
         """
         damaged = self._damaged | self._find_damaged()
         if not damaged:
@@ -211,12 +210,12 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _hush() -> None:
-    """Keeps off stderr what is raised as well, or is nobody's concern.
+    """Silences log messages that repeat a raised error or do not concern the user.
 
-    Orbax tells of each save and of files it may clean up, where a run has its own progress line.
-    When an array cannot be read or written it logs several tracebacks beside raising the error, and
-    closes its event loop at the first: the other arrays then report to it from threads, also
-    after the program has said what went wrong.
+    Orbax logs each save and clean-up, while a run has a progress line of its own. When an array
+    cannot be read or written, Orbax raises the error and also logs several tracebacks. It closes
+    its event loop at the first one, and the other arrays then report to the closed loop from
+    threads, even after the program has printed what went wrong.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -226,7 +225,7 @@ def _hush() -> None:
 
 
 class _Unraisable:
-    """Passes on what cannot be raised, but for reports to a closed event loop."""
+    """Passes on unraisable errors, except reports to a closed event loop."""
 
     def __init__(self, report: Callable[[Any], Any]):
         self._report = report

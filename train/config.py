@@ -1,8 +1,8 @@
-"""What a run is: frozen dataclasses inside, a locked ConfigDict outside, converted once.
+"""The settings of a run: a locked ConfigDict outside, frozen dataclasses inside, converted once.
 
 A file under ``configs/`` builds a ConfigDict with ``experiment(...)``; the command line may change
 any of its fields (``--config.model.num_layers=4``); ``ExperimentConfig.from_config_dict`` checks
-everything and is what the programs use. Each default stands here, once.
+all of them and is what the programs use. Each default stands here, once.
 """
 
 import dataclasses
@@ -28,17 +28,17 @@ LARGEST_BYTE_VOCABULARY = 256
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The corpus and how it reaches the device.
+    """Settings of the corpus and how it reaches the device.
 
     Attributes:
-      name: which corpus; ``text`` is the user's own.
-      path: a file or folder of the user's (needed by ``codeparrot`` and ``text``).
-      cache_dir: where prepared corpora live; empty means $FSN_JAX_CACHE or ~/.cache/fsn_jax.
+      name: name of the corpus; ``text`` is the user's own.
+      path: the user's file or folder (required by ``codeparrot`` and ``text``).
+      cache_dir: folder of prepared corpora; empty means $FSN_JAX_CACHE or ~/.cache/fsn_jax.
       placement: ``resident`` keeps the corpus on the device and gathers windows inside the
-        compiled step; ``host`` feeds them through Grain. The batches are the same bits.
-      vocabulary: what a token of ``text`` stands for: one of its bytes, or one of its Unicode
-        characters. Every other corpus is of bytes.
-      context: L, tokens a window.
+        compiled step; ``host`` feeds them through Grain. Both give the same batches, bit for bit.
+      vocabulary: tokens of ``text``: its bytes or its Unicode characters. Tokens of all other
+        corpora are bytes.
+      context: L, number of tokens in a window.
     """
 
     name: Literal["enwik8", "pycode", "codeparrot", "text"] = "enwik8"
@@ -60,23 +60,23 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam with warm-up, cosine decay, clipping, and a learning-rate factor per group.
+    """Settings of the optimizer: warm-up, cosine decay, clipping, a learning-rate factor per group.
 
     Attributes:
-      matrices: what turns the gradients of the matrices inside the blocks into a direction:
-        ``adam``, or ``muon``, which makes their momentum orthogonal. All else is Adam's.
-      peak_learning_rate: of the matrices, after warm-up.
-      final_fraction: of the peak, at the last step.
-      warmup_steps: of linear growth from zero.
-      beta1: decay of the first moment.
-      beta2: decay of the second moment.
-      epsilon: of Adam's denominator.
-      muon_beta: decay of Muon's momentum.
-      weight_decay: of all matrices, also of tables and readout; every other group has none.
+      matrices: optimizer of the matrices inside the blocks: ``adam``, or ``muon``, which
+        orthogonalises their momentum. Adam optimizes all other parameters.
+      peak_learning_rate: learning rate of the matrices after warm-up.
+      final_fraction: learning rate at the last step, as a fraction of the peak.
+      warmup_steps: number of steps of linear growth from zero.
+      beta1: decay rate of Adam's first moment.
+      beta2: decay rate of Adam's second moment.
+      epsilon: constant in Adam's denominator.
+      muon_beta: decay rate of Muon's momentum.
+      weight_decay: decay of all matrices, tables and readout included; other groups have none.
       clip_norm: largest global norm of the gradient.
-      angle_factor: learning rate of the embedding angles over that of the matrices.
-      kernel_factor: the same for the coupling kernels, gains and collective modes.
-      gate_factor: the same for score gates and inverse temperatures.
+      angle_factor: learning rate of the embedding angles relative to that of the matrices.
+      kernel_factor: relative learning rate of coupling kernels, gains and collective modes.
+      gate_factor: relative learning rate of score gates and inverse temperatures.
     """
 
     matrices: Literal["adam", "muon"] = "adam"
@@ -111,20 +111,20 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """The steps.
+    """Settings of the training steps.
 
     Attributes:
-      batch_size: B, windows a step over all devices.
-      num_steps: optimizer steps in the run.
-      steps_per_dispatch: steps compiled into one call, so that a small model does not wait for
-        the host.
-      accumulation_steps: parts that a batch is worked through in, to save memory; 0 leaves it to
-        the device: one part, or on a CPU parts that fit its caches.
-      log_every: steps between rows of metrics.
-      skipped_limit: steps with a NaN or infinite loss or gradient that may be skipped before the
-        run stops.
-      parameters: ``replicated`` on every device, or ``sharded`` (divided among them, with Adam's
-        moments) to fit a larger model; the losses are the same but for rounding.
+      batch_size: B, number of windows in a step, over all devices.
+      num_steps: number of optimizer steps in the run.
+      steps_per_dispatch: number of steps compiled into one call, so that a small model does not
+        wait for the host.
+      accumulation_steps: number of parts in which a batch is processed, to save memory; 0 means
+        one part, or on a CPU parts that fit its caches.
+      log_every: number of steps between rows of metrics.
+      skipped_limit: number of steps with a NaN or infinite loss or gradient that may be skipped
+        before the run stops.
+      parameters: layout of the parameters: ``replicated`` on every device, or ``sharded`` over the
+        devices with Adam's moments, to fit a larger model. The losses agree up to rounding.
     """
 
     batch_size: int = 32
@@ -149,15 +149,16 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Validation during the run; ``python -m train evaluate`` covers the whole split.
+    """Settings of validation during the run; ``python -m train evaluate`` covers the whole split.
 
     Attributes:
-      every: steps between evaluations.
-      num_bytes: how much of the start of the validation split; 0 means all of it.
-      batch_size: windows at a time.
-      stride: new characters a window predicts; 0 means the context, so each window starts cold.
-      copy_depth: if not 0, the loss on copy events is recorded too: on characters that go on a
-        repetition of at least so many characters in their window (``train/data/suffix_match.py``).
+      every: number of steps between evaluations.
+      num_bytes: number of tokens at the start of the validation split; 0 means all.
+      batch_size: number of windows in a batch.
+      stride: number of new tokens that a window predicts; 0 means the context, so that no window
+        sees what came before it.
+      copy_depth: if not 0, the loss on copy events is recorded too: on characters that continue a
+        repetition of at least this many characters in their window (see ``suffix_match.py``).
     """
 
     every: int = 500
@@ -174,11 +175,11 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints.
+    """Settings of the checkpoints.
 
     Attributes:
-      every: steps between saves.
-      keep: how many of the latest to keep, beside the best.
+      every: number of steps between saves.
+      keep: number of latest checkpoints to keep, beside the best.
     """
 
     every: int = 500
@@ -208,19 +209,19 @@ PARTS: dict[str, type[Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """A whole run.
+    """All settings of a run.
 
     Attributes:
-      name: of the run, and of its folder under ``runs/``.
-      run_dir: the run's folder; empty means ``runs/<name>``.
-      seed: of the initial parameters and of the order of the data.
-      architecture: which model ``model`` configures.
-      model: the model. A ``vocab_size`` of 0 outside stands for the corpus's own; here it is then
-        the largest a byte corpus can have, until ``with_vocabulary`` settles it.
-      vocabulary_from_corpus: whether it was 0.
+      name: name of the run, and of its folder under ``runs/``.
+      run_dir: folder of the run; empty means ``runs/<name>``.
+      seed: seed of the initial parameters and of the order of the data.
+      architecture: name of the architecture that ``model`` configures.
+      model: config of the model. A ``vocab_size`` of 0 in the ConfigDict means that of the corpus;
+        here it is then the largest of a byte corpus, until ``with_vocabulary`` sets it.
+      vocabulary_from_corpus: whether ``vocab_size`` was 0.
       data, optimizer, training, evaluation, checkpoints: see their classes.
-      mirror_dir: a bucket (``gs://BUCKET/runs``) or folder in which a copy of the run's folder is
-        kept, by the same name; empty for none.
+      mirror_dir: bucket (``gs://BUCKET/runs``) or folder that keeps a copy of the run's folder
+        under the same name; empty for no copy.
     """
 
     name: str
@@ -238,7 +239,7 @@ class ExperimentConfig:
 
     @classmethod
     def from_config_dict(cls, config: ConfigDict) -> "ExperimentConfig":
-        """Checks every field.
+        """Converts a ConfigDict and checks every field.
 
         Raises:
           UserError: a field is missing, unknown, or has a value that cannot work.
@@ -311,7 +312,7 @@ class ExperimentConfig:
             )
 
     def with_vocabulary(self, vocab_size: int) -> "ExperimentConfig":
-        """The same run with the corpus's vocabulary.
+        """Returns the settings with the vocabulary size of the corpus.
 
         Raises:
           UserError: the config names another size.
@@ -327,16 +328,16 @@ class ExperimentConfig:
 
     @property
     def evaluation_stride(self) -> int:
-        """New characters each evaluation window predicts."""
+        """Number of new tokens that an evaluation window predicts."""
         return self.evaluation.stride or self.data.context
 
     @property
     def characters_per_step(self) -> int:
-        """Characters predicted in a step."""
+        """Number of tokens predicted in a step."""
         return self.training.batch_size * self.data.context
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values: what the run folder's ``config.json`` holds."""
+        """Returns nested plain values, as in the run folder's ``config.json``."""
         fields = dataclasses.asdict(self)
         fields.pop("vocabulary_from_corpus")
         fields["model"] = {"architecture": fields.pop("architecture"), **fields["model"]}
@@ -344,7 +345,7 @@ class ExperimentConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "ExperimentConfig":
-        """The inverse of ``to_dict`` after ``json.dumps``."""
+        """Inverts ``to_dict`` followed by ``json.dumps``."""
         return cls.from_config_dict(ConfigDict(json.loads(text)))
 
 
@@ -372,7 +373,7 @@ def experiment(
     checkpoints: CheckpointConfig | None = None,
     seed: int = 0,
 ) -> ConfigDict:
-    """A locked ConfigDict for a file under ``configs/``: the given parts, defaults for the rest."""
+    """Returns a locked ConfigDict for a file under ``configs/``, missing parts by default."""
     architecture = "fsn" if isinstance(model, FSNConfig) else "transformer"
     parts: dict[str, Any] = {
         "data": data or DataConfig(),

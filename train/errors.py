@@ -1,4 +1,4 @@
-"""What a user of the programs is meant to see instead of a traceback, and the exit statuses."""
+"""Errors that users see as one line instead of a traceback, and the exit statuses."""
 
 EXIT_FAILURE = 1  # a bug: with a traceback
 EXIT_USER_ERROR = 2
@@ -8,12 +8,12 @@ EXIT_UNREAD = 141  # 128 + SIGPIPE: who read the output, as `head` does, has gon
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the message is one line naming the setting and the fix.
+    """A mistake that the user can correct; the message is one line with the setting and the remedy.
 
     The programs print it as `error: ...` and exit with status 2, without a traceback.
 
     Attributes:
-      everywhere: whether every process of the run raises it, so that they can end together.
+      everywhere: whether every process of the run raises the error, so that all end together.
     """
 
     everywhere = False
@@ -24,23 +24,23 @@ class UserError(Exception):
 
 
 def no_run(folder: object) -> UserError:
-    """What to say of a folder that is named as a run's and is none."""
+    """Returns the error for a folder that is not a run folder."""
     return UserError(f"{folder} is not a run folder (no config.json); train one first")
 
 
 def unfinished(folder: object) -> UserError:
-    """What to say of a run that has not ended where only one that has will do."""
+    """Returns the error for an unfinished run where a finished one is needed."""
     return UserError(f"the run {folder} is not finished; the command that began it goes on")
 
 
 class TryAgain(Exception):
-    """The run stopped for a reason outside it; the same command goes on (exit status 75).
+    """The run stopped for an external reason; the same command resumes it (exit status 75).
 
     Attributes:
-      everywhere: as of `UserError`.
+      everywhere: whether every process of the run raises the error.
     """
 
     def __init__(self, message: str, *, everywhere: bool):
-        """The message is one line."""
+        """Makes the message one line."""
         super().__init__(" ".join(message.split()))
         self.everywhere = everywhere

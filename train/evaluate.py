@@ -1,4 +1,4 @@
-"""``python -m train evaluate RUN``: the loss over the whole validation split, and nothing else.
+"""``python -m train evaluate RUN``: computes the loss over the whole validation split.
 
 Each result is printed and added to the run's ``evaluations.jsonl``.
 """
@@ -29,7 +29,7 @@ from train.step import make_evaluate_rows
 
 
 class Evaluator:
-    """Cross entropy over a split, each character after the first predicted once.
+    """Computes the cross entropy of a split; each token but the first is predicted once.
 
     The windows, and which of their predictions count, are made once and serve every call.
     """
@@ -44,10 +44,10 @@ class Evaluator:
         """Prepares the windows of a split.
 
         Args:
-          experiment: context, stride, batch size, and from which depth on copy events are told
-            apart (``config.evaluation.copy_depth``).
-          rows: the compiled ``make_evaluate_rows`` of the model on the mesh.
-          mesh: of the devices to evaluate on.
+          experiment: context, stride, batch size, and the depth from which copy events count
+            (``config.evaluation.copy_depth``).
+          rows: the compiled function that ``make_evaluate_rows`` returns.
+          mesh: mesh of the devices to evaluate on.
           tokens: unsigned[n], the split.
         """
         context, settings = experiment.data.context, experiment.evaluation
@@ -89,16 +89,16 @@ class Evaluator:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A loss and all that it depends on.
+    """A loss and the settings that it depends on.
 
     Attributes:
-      step: of the checkpoint.
+      step: step of the checkpoint.
       bpc: bits per character, that is per token.
-      bits_per_byte: the same unless the tokens are Unicode characters.
-      num_bytes: of the text predicted: all of the split but its first token.
-      context: most characters the model saw before a prediction.
-      stride: new characters a window predicts.
-      seconds: it took.
+      bits_per_byte: bits per byte; equals ``bpc`` unless the tokens are Unicode characters.
+      num_bytes: number of bytes predicted: all of the split but its first token.
+      context: largest number of tokens that the model saw before a prediction.
+      stride: number of new tokens that a window predicts.
+      seconds: duration of the evaluation.
     """
 
     step: int
@@ -118,15 +118,15 @@ class Evaluation:
 
 
 def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> Evaluation:
-    """Predicts every token but the first, once each.
+    """Evaluates a model on a text; every token but the first is predicted once.
 
     Args:
       trained: the model.
       tokens: unsigned[n].
-      stride: new characters a window predicts; 0 takes the run's own.
+      stride: number of new tokens that a window predicts; 0 means the run's own.
 
     Raises:
-      UserError: the stride is longer than the context or the text shorter.
+      UserError: the stride is longer than the context, or the text is shorter than it.
     """
     # Any number of devices will do: surplus rows score nothing.
     batch_size = trained.experiment.evaluation.batch_size
@@ -157,7 +157,7 @@ def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> E
 
 
 def append_evaluation(file: Path, trained: TrainedModel, result: Evaluation) -> None:
-    """Adds a line: the result, when, of which data, by which code.
+    """Appends a line with the result, the time, the data's hash and the commit.
 
     Raises:
       UserError: the file cannot be written.
@@ -179,7 +179,7 @@ def append_evaluation(file: Path, trained: TrainedModel, result: Evaluation) -> 
 
 
 def parser(description: str, prog: str) -> Arguments:
-    """What this command and the final test have in common."""
+    """Returns the command line that ``evaluate`` and ``test`` share."""
     p = Arguments(prog=prog, description=description)
     p.add_argument("run", help="a run's folder, for instance runs/quickstart")
     p.add_argument("--checkpoint", default="best", help="best, latest or a step")
@@ -190,10 +190,10 @@ def parser(description: str, prog: str) -> Arguments:
 
 
 def checked_stride(stride: int, experiment: ExperimentConfig) -> int:
-    """The stride asked for, or the run's own for 0.
+    """Returns the given stride, or the run's own for 0.
 
     Raises:
-      UserError: it is negative or longer than the context.
+      UserError: the stride is negative or longer than the context.
     """
     if not 0 <= stride <= experiment.data.context:
         raise UserError(

@@ -1,4 +1,4 @@
-"""``python -m train export RUN FOLDER``: a trained model for others, in the hub's layout.
+"""``python -m train export RUN FOLDER``: writes a trained model in the hub's layout.
 
 The folder holds ``model.safetensors``, ``config.json`` and a model card, and a sampler that runs
 without this package: ``sampler.jax_export`` (StableHLO for CPU, CUDA and TPU) and ``sample.py``.
@@ -25,12 +25,12 @@ SAMPLER, SCRIPT = "sampler.jax_export", "sample.py"
 
 
 def export_sampler(trained: LanguageModel) -> bytes:
-    """The model, its parameters and the drawing of tokens as one serialized program.
+    """Serializes the model, its parameters and the sampling of tokens as one program.
 
     It takes ``(window int32[context], length int32[], seed uint32[], drawn int32[], temperature
-    float32[], top_k int32[], top_p float32[])`` and returns the window, int32[context], with every
-    place from ``length`` on drawn. The i-th token drawn takes ``fold_in(key(seed), i)``, where
-    ``drawn`` were drawn before: the same tokens as ``fsn_jax.generate.generate``.
+    float32[], top_k int32[], top_p float32[])`` and returns the window, int32[context], with all
+    positions from ``length`` on sampled. Token i uses the key ``fold_in(key(seed), i)``, where
+    ``drawn`` tokens were sampled before. The tokens equal those of ``fsn_jax.generate.generate``.
     """
     context = trained.context
     # By way of the host: the program must not hold the mesh of the machine that exports it.

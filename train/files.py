@@ -1,4 +1,4 @@
-"""Small files that programs write: whole or not at all."""
+"""Writes small files completely or not at all."""
 
 import hashlib
 import json
@@ -10,22 +10,22 @@ from train.errors import UserError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file so that a crash leaves the old one or the new one."""
+    """Writes a small file atomically: a crash leaves the old file or the new one."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text)
     os.replace(beside, path)
 
 
 BESIDE_JSON = (".txt", ".png")
-"""A table or a figure of the same result, by the same name."""
+"""Suffixes of the files that stand beside a JSON result under the same name."""
 
 
 def check_json_output(output: Path) -> None:
-    """Makes the folder of ``--output``, before the work whose result goes there.
+    """Creates the folder of ``--output`` before the work starts.
 
     Raises:
-      UserError: it names no .json, a folder has the name of what goes beside it, or its own folder
-        cannot be made or written.
+      UserError: the path does not end in .json, a folder has the name of a file to be written, or
+        the path's folder cannot be created or written.
     """
     if output.suffix != ".json" or output.is_dir():
         raise UserError(f"--output={output} must be a .json in a folder")
@@ -44,11 +44,11 @@ def check_json_output(output: Path) -> None:
 
 
 def write_json(output: Path, content: Any, *, indent: int | None = None) -> None:
-    """Writes what a program found; see ``check_json_output``."""
+    """Writes the result of a program; see ``check_json_output``."""
     write_atomically(output, json.dumps(content, indent=indent) + "\n")
 
 
 def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """Computes the hexadecimal SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

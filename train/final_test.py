@@ -1,7 +1,7 @@
-"""``python -m train test RUN``: the loss on the test split, read once and recorded.
+"""``python -m train test RUN``: computes the loss on the test split once, and records it.
 
-The only program that opens the test split. Each use is a line in the run's ``test_reads.jsonl``; a
-checkpoint and stride already read are reported from there, not computed again.
+No other program opens the test split. Each use adds a line to the run's ``test_reads.jsonl``. If
+the checkpoint and stride are there already, the recorded loss is printed and nothing computed.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a run leaves when it ends: a summary, the loss curve, a sample of text."""
+"""Writes what a finished run leaves: a summary, the loss curve, a sample of text."""
 
 import json
 from typing import Any
@@ -19,9 +19,9 @@ SAMPLE_LENGTH = 400
 
 
 def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome: Outcome) -> None:
-    """Writes ``summary.json``, ``loss.png`` and ``sample.txt`` and tells where they are.
+    """Writes ``summary.json``, ``loss.png`` and ``sample.txt`` and prints their paths.
 
-    Every process of the run calls it; the one that writes does all of it.
+    Every process of the run calls this; only the one that writes the run writes the files.
     """
     params = on_host(outcome.state.params)
     if not run.writes:

@@ -1,4 +1,4 @@
-"""The command line of a run: ``--config=FILE[:ARGUMENT] --config.FIELD=VALUE ...``, options."""
+"""Parses the command line of a run: ``--config=FILE[:ARGUMENT] --config.FIELD=VALUE ...``."""
 
 import difflib
 import runpy
@@ -21,11 +21,11 @@ _KINDS: dict[type, tuple[Callable[..., Any], str]] = {
     float: (flags.DEFINE_float, "a number"),
     str: (flags.DEFINE_string, "a text"),
 }
-"""How a flag is made of a setting, and what it takes."""
+"""For each type of setting: the absl function that defines its flag, and what it accepts."""
 
 
 def parse_config(argv: Sequence[str]) -> ExperimentConfig:
-    """The experiment that ``--config=FILE[:ARGUMENT] --config.FIELD=VALUE ...`` describes.
+    """Returns the settings that ``--config=FILE[:ARGUMENT] --config.FIELD=VALUE ...`` describe.
 
     Raises:
       UserError: a flag, the file or a setting is wrong.
@@ -63,10 +63,10 @@ def parse_config(argv: Sequence[str]) -> ExperimentConfig:
 
 
 def parse_options(argv: Sequence[str]) -> tuple[Joining, str, list[str]]:
-    """What a start is told beside the settings of the run.
+    """Parses the options that are not settings of the run.
 
     Returns:
-      How the processes of a run find each other; the steps to trace as written; the arguments left.
+      How the processes of a run find each other; the steps to trace, as text; the other arguments.
 
     Raises:
       UserError: a flag is wrong.
@@ -85,10 +85,10 @@ def parse_options(argv: Sequence[str]) -> tuple[Joining, str, list[str]]:
 
 
 def load_config(argument: str) -> ConfigDict:
-    """What the function ``get_config`` of ``FILE[:ARGUMENT]`` returns.
+    """Returns what the function ``get_config`` of ``FILE[:ARGUMENT]`` returns.
 
     Raises:
-      UserError: there is no such file or it fails.
+      UserError: the file does not exist or fails.
     """
     file, colon, rest = argument.partition(":")
     if not Path(file).is_file():

@@ -1,9 +1,9 @@
-"""A trained model as a folder in the layout of the Hugging Face hub, and back, bit for bit.
+"""Writes a trained model in the layout of the Hugging Face hub, and reads it back bit for bit.
 
 ::
 
     model.safetensors   the parameters, named by their path (block_0.attention.kernel_real)
-    config.json         the model, its vocabulary and context, where it comes from
+    config.json         the model's config, vocabulary, context and provenance
     README.md           the model card
 """
 
@@ -33,7 +33,7 @@ FORMAT = 1
 
 
 def write_model(trained: TrainedModel, folder: Path) -> None:
-    """Writes the three files into a folder that is there."""
+    """Writes the three files into an existing folder."""
     language_model = trained.language_model
     arrays = {
         name: np.ascontiguousarray(jax.device_get(leaf))
@@ -66,10 +66,10 @@ def write_model(trained: TrainedModel, folder: Path) -> None:
 
 
 def read_model(folder: str | Path) -> LanguageModel:
-    """Reads what ``write_model`` wrote; needs neither the run nor its data.
+    """Reads a folder that ``write_model`` wrote; needs neither the run nor its data.
 
     Raises:
-      UserError: a file is missing, damaged, or does not fit the others.
+      UserError: a file is missing, damaged, or inconsistent with the others.
     """
     folder = Path(folder)
     try:
@@ -102,7 +102,7 @@ def is_exported(folder: str | Path) -> bool:
 
 
 def flat_params(params: Any) -> dict[str, Any]:
-    """Every parameter by its path, joined by dots."""
+    """Returns all parameters by their paths, joined by dots."""
     return {
         ".".join(entry.key for entry in path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
@@ -110,7 +110,7 @@ def flat_params(params: Any) -> dict[str, Any]:
 
 
 def _params(arrays: Mapping[str, np.ndarray], config: ModelConfig, file: Path) -> Any:
-    """The parameter tree of a model from its arrays."""
+    """Builds the parameter tree of a model from its arrays."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     like = jax.eval_shape(build_model(config).init, jax.random.key(0), tokens)["params"]
     wanted = flat_params(like)
@@ -127,7 +127,7 @@ def _params(arrays: Mapping[str, np.ndarray], config: ModelConfig, file: Path) -
 
 
 def model_card(trained: TrainedModel) -> str:
-    """The README of an exported model, with the metadata that the hub reads."""
+    """Returns the README of an exported model, with the metadata that the hub reads."""
     experiment, corpus = trained.experiment, trained.corpus
     evaluations = [
         row

@@ -1,7 +1,7 @@
-"""Whether a folder still holds the bytes that were written into it: a list of hashes inside it.
+"""Detects damage in a folder by a list of its files' hashes inside it.
 
-The list is written while the folder still has its temporary name, so that a folder that has its
-final name has the list, and every file in it is as long and as whole as it was.
+The list is written while the folder has its temporary name. So a folder with its final name has the
+list, and every file had its full length when the list was written.
 """
 
 import asyncio
@@ -31,10 +31,9 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder, in a few words; None if nothing is.
+    """Describes the damage of a folder in a few words; None for an intact one.
 
-    A folder without a list, saved before there were lists, is taken as whole as far as this can
-    tell.
+    A folder without a list (from an older version) counts as intact.
     """
     try:
         json.loads((folder / STEP_METADATA).read_text())
@@ -60,10 +59,10 @@ def damage(folder: Path) -> str | None:
 
 
 class SealedPath(atomicity.AtomicRenameTemporaryPath):  # type: ignore[misc]
-    """A folder that Orbax writes under a temporary name, seals, and renames."""
+    """A folder that Orbax writes under a temporary name, with hashes, and renames."""
 
     async def finalize(self) -> None:
-        """Seals the folder and gives it its final name."""
+        """Writes the list of hashes and gives the folder its final name."""
         if self.get_final().name.isdecimal():  # a checkpoint, not one of the items in it
             await asyncio.to_thread(seal, Path(self.get()))
         await super().finalize()

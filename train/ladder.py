@@ -1,10 +1,10 @@
-"""``python -m train ladder --config=configs/ladder.py``: trains every arm of a file, one by one.
+"""``python -m train ladder --config=configs/ladder.py``: trains every arm of a config file.
 
-Each arm is a process of its own, ``python -m train --config=FILE:ARM``, on all devices there are. A
-finished arm is skipped, an interrupted one goes on from its checkpoint, a failed one is reported
-and the others run on. Then ``train final_losses`` tables and draws how they ended. The same command
-again does what is left. ``--config.FIELD=VALUE`` is passed on to every arm. ``--at_once=2`` trains
-two side by side on a CPU, each on half of its cores.
+Each arm is a process of its own, ``python -m train --config=FILE:ARM``, on all devices. Finished
+arms are skipped, interrupted ones resume from their checkpoints, failed ones are reported while the
+others go on. Then ``train final_losses`` tabulates and draws the final losses. The same command
+again runs what is left. ``--config.FIELD=VALUE`` is passed to every arm. ``--at_once=2`` trains two
+side by side on a CPU, each on half of its cores.
 """
 
 import os
@@ -26,16 +26,16 @@ from train.program import Arguments
 from train.run import default_folder, open_run
 
 PAUSE = 0.2
-"""Seconds between two looks at the runs."""
+"""Seconds between two checks of the running processes."""
 
 
 class Job(NamedTuple):
-    """One run to be made.
+    """One run to train.
 
     Attributes:
-      name: of the run.
-      arguments: of ``python -m train``.
-      experiment: what they describe.
+      name: name of the run.
+      arguments: arguments of ``python -m train``.
+      experiment: the settings that the arguments describe.
     """
 
     name: str
@@ -44,10 +44,10 @@ class Job(NamedTuple):
 
 
 def plan(file: str, arms: Sequence[str], seeds: Sequence[int], changes: Sequence[str]) -> list[Job]:
-    """The runs of a file of arms; every one of them is checked before the first is made.
+    """Returns the runs of a config file, all checked before the first one starts.
 
     Raises:
-      UserError: the file has no such arm, a setting is wrong, or two runs have one folder.
+      UserError: the file has no such arm, a setting is wrong, or two runs share a folder.
     """
     if not Path(file).is_file():
         raise UserError(f"--config={file}: there is no file {file}; see configs/ for some")
@@ -79,7 +79,7 @@ def plan(file: str, arms: Sequence[str], seeds: Sequence[int], changes: Sequence
 
 
 def plan_text(jobs: Sequence[Job]) -> str:
-    """A table of what is to be run: sizes and budgets."""
+    """Formats a table of the runs with sizes and budgets."""
     width = max(len(job.name) for job in jobs)
     lines = [f"{'run':{width}}  parameters       steps     characters   training FLOPs"]
     for job in jobs:
@@ -94,7 +94,7 @@ def plan_text(jobs: Sequence[Job]) -> str:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether the run has ended with these very settings."""
+    """Whether the run has finished with the same settings."""
     folder = default_folder(job.experiment)
     if not (folder / "summary.json").is_file():
         return False
@@ -105,12 +105,12 @@ def is_finished(job: Job) -> bool:
 
 
 def begin(job: Job, cores: Set[int], log: Path | None) -> subprocess.Popen[bytes]:
-    """Starts to train one run in a process of its own.
+    """Starts one run in a process of its own.
 
     Args:
       job: the run.
-      cores: those it may use; any if there are none.
-      log: where what it prints goes; None leaves it on the terminal.
+      cores: cores that the process may use; empty for all.
+      log: file for its output; None for the terminal.
     """
     command = [sys.executable, "-m", "train", *job.arguments]
     before = os.sched_getaffinity(0) if cores else None
@@ -128,10 +128,10 @@ def begin(job: Job, cores: Set[int], log: Path | None) -> subprocess.Popen[bytes
 
 
 def shares_of_cores(at_once: int) -> list[Set[int]]:
-    """Cores for each of the runs side by side, equally many; no core for one run alone.
+    """Divides the cores equally among the runs side by side; empty for a single run.
 
     Raises:
-      UserError: there are not as many cores, or this system cannot keep a process to some.
+      UserError: there are too few cores, or the system cannot bind a process to cores.
     """
     if at_once == 1:
         return [frozenset()]
@@ -145,7 +145,7 @@ def shares_of_cores(at_once: int) -> list[Set[int]]:
 
 
 def told_to_stop(job: Job, status: int) -> KeyboardInterrupt | TryAgain | None:
-    """What to raise for a run that did not end by itself; None for any other exit status."""
+    """Returns the exception for a run that was stopped from outside; None for other statuses."""
     if status in (EXIT_INTERRUPTED, -signal.SIGINT):
         return KeyboardInterrupt()
     if status == EXIT_TRY_AGAIN:
@@ -154,15 +154,15 @@ def told_to_stop(job: Job, status: int) -> KeyboardInterrupt | TryAgain | None:
 
 
 def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
-    """Trains what is not finished; returns what went wrong, by run.
+    """Trains all unfinished runs; returns the failures by run.
 
     Args:
-      jobs: the runs, begun in this order.
-      at_once: how many side by side, each on its own share of the cores.
+      jobs: the runs, in the order in which they start.
+      at_once: number of runs side by side, each on its own share of the cores.
 
     Raises:
       KeyboardInterrupt: a run was interrupted by the user.
-      TryAgain: a run was told to stop, as when the machine is wanted back.
+      TryAgain: a run received SIGTERM, as when the machine is preempted.
       UserError: see ``shares_of_cores``.
     """
     failed: dict[str, str] = {}

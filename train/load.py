@@ -1,4 +1,4 @@
-"""From a run's folder to a model that can be applied: what evaluation and sampling start from."""
+"""Loads a model from a run's folder, for evaluation and sampling."""
 
 import dataclasses
 from pathlib import Path
@@ -23,14 +23,14 @@ from train.step import abstract_state, build_model
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """What it takes to continue a text.
+    """A model with everything that sampling needs.
 
     Attributes:
       model: the Flax module.
       params: its parameters.
-      vocabulary: what its tokens stand for.
-      context: the longest window it was trained on, in tokens.
-      corpus_name: of the text that the vocabulary is of.
+      vocabulary: the vocabulary of its tokens.
+      context: length of the training windows, in tokens.
+      corpus_name: name of the corpus that the vocabulary comes from.
     """
 
     model: FSN | Transformer
@@ -40,22 +40,22 @@ class LanguageModel:
     corpus_name: str
 
     def encode(self, text: bytes) -> npt.NDArray[np.int32]:
-        """The tokens of a text; see ``Vocabulary.encode``."""
+        """Returns the tokens of a text; see ``Vocabulary.encode``."""
         return self.vocabulary.encode(text, source=self.corpus_name)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """A model of a run at one checkpoint.
+    """A run's model at one checkpoint.
 
     Attributes:
-      run: its folder.
-      experiment: its settings.
-      corpus: the data it was trained on.
+      run: the run's folder.
+      experiment: the run's settings.
+      corpus: the data that the model was trained on.
       model: the Flax module.
       params: its parameters.
-      step: of the checkpoint.
-      mesh: where the parameters are.
+      step: step of the checkpoint.
+      mesh: the devices that hold the parameters.
     """
 
     run: RunFolder
@@ -68,7 +68,7 @@ class TrainedModel:
 
     @property
     def language_model(self) -> LanguageModel:
-        """Without the run and its data."""
+        """The model alone, without the run and its data."""
         return LanguageModel(
             model=self.model,
             params=self.params,
@@ -79,7 +79,7 @@ class TrainedModel:
 
 
 def open_experiment_corpus(experiment: ExperimentConfig) -> Corpus:
-    """The corpus of an experiment, prepared if need be."""
+    """Opens the corpus of an experiment; prepares it first if needed."""
     data = experiment.data
     return open_corpus(
         name=data.name, path=data.path, cache_dir=data.cache_dir, unit=data.vocabulary
@@ -87,15 +87,15 @@ def open_experiment_corpus(experiment: ExperimentConfig) -> Corpus:
 
 
 def load(run_dir: str | Path, *, which: str = "best") -> TrainedModel:
-    """Loads a run.
+    """Loads the model of a run.
 
     Args:
-      run_dir: its folder.
+      run_dir: folder of the run.
       which: ``best`` (lowest validation loss; the latest if none was evaluated), ``latest``, or a
         step.
 
     Raises:
-      UserError: there is no run, no such checkpoint, or the corpus is not the run's.
+      UserError: the run or the checkpoint does not exist, or the corpus is not the run's.
     """
     run = open_run(run_dir)
     experiment = run.read_config()

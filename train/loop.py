@@ -1,7 +1,7 @@
-"""The training loop: dispatch, log, evaluate, save; resumes where the newest checkpoint stands.
+"""The training loop: dispatch, log, evaluate, save. It resumes from the newest checkpoint.
 
-Every process of a run goes through it in step; the one that opened the run's folder to write
-(``run.writes``) keeps its records.
+All processes of a run execute it in step. The one that opened the run's folder for writing
+(``run.writes``) keeps the records.
 """
 
 import dataclasses
@@ -47,22 +47,22 @@ from train.step import (
 
 
 class DivergedError(UserError):
-    """More steps than allowed had a loss or gradient that was not finite."""
+    """More steps than allowed had a loss or gradient that is not finite."""
 
     everywhere = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """The result of a training run.
 
     Attributes:
-      state: after the last step.
-      step: of it.
-      validation_loss: nats per character, of the last evaluation in this start.
-      best_step: of the checkpoint with the lowest validation loss.
-      seconds: of this start, from the first step to the last save.
-      resumed_from: the step this start began at.
+      state: train state after the last step.
+      step: the last step.
+      validation_loss: loss of the last evaluation since this start, in nats per token.
+      best_step: step of the checkpoint with the lowest validation loss.
+      seconds: time from the first step of this start to the last save.
+      resumed_from: the step at which this start began.
     """
 
     state: TrainState
@@ -74,11 +74,11 @@ class Outcome:
 
 
 CACHED_TOKENS = 256
-"""Tokens a part of a batch has on a CPU: of these sizes the quickest, see docs/performance.md."""
+"""Number of tokens in a part of a batch on a CPU; the fastest measured, see docs/performance.md."""
 
 
 def cpu_devices(experiment: ExperimentConfig, num_cores: int) -> int:
-    """Devices to make of a CPU: as many as it has cores, or as divide its batches equally."""
+    """Returns the number of CPU devices: one a core, or fewer so that they divide the batches."""
     training, evaluation = experiment.training, experiment.evaluation
     rows = training.batch_size // max(1, training.accumulation_steps)
     together = math.gcd(rows, evaluation.batch_size)
@@ -86,7 +86,7 @@ def cpu_devices(experiment: ExperimentConfig, num_cores: int) -> int:
 
 
 def parts_of_batch(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> int:
-    """Parts that a device works through its windows of a batch in."""
+    """Returns the number of parts in which a device processes its windows of a batch."""
     training = experiment.training
     if training.accumulation_steps or mesh.devices.flat[0].platform != "cpu":
         return max(1, training.accumulation_steps)
@@ -115,11 +115,11 @@ def check_devices(experiment: ExperimentConfig, num_devices: int) -> None:
 
 
 def check_experiment(experiment: ExperimentConfig, corpus: Corpus, num_devices: int) -> None:
-    """Judges the settings beside the corpus and the devices, before anything is written.
+    """Checks the settings against the corpus and the devices, before anything is written.
 
     Raises:
-      UserError: a batch does not divide, a split is too short for a window, or the corpus cannot
-        be placed as asked.
+      UserError: a batch does not divide, a split is too short for a window, or the corpus does not
+        fit ``data.placement``.
     """
     check_devices(experiment, num_devices)
     context, evaluation = experiment.data.context, experiment.evaluation
@@ -142,7 +142,7 @@ def train_steps_of(
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> jax.stages.Wrapped:
-    """``make_train_steps`` as the settings say."""
+    """Calls ``make_train_steps`` with the settings of an experiment."""
     return make_train_steps(
         model,
         optimizer,
@@ -164,21 +164,21 @@ def train(
     mesh: jax.sharding.Mesh | None = None,
     profile: Span | None = None,
 ) -> Outcome:
-    """Trains, or goes on training, the run in ``run``, on ``mesh`` (of all devices if None).
+    """Trains or resumes a run.
 
     Args:
-      experiment: its settings.
-      corpus: its data.
-      run: its open folder.
-      show_progress: whether to draw the bar.
-      mesh: of the devices to train on.
+      experiment: the settings.
+      corpus: the data.
+      run: the open run folder.
+      show_progress: whether to show a progress bar.
+      mesh: the devices to train on; all devices if None.
       profile: steps to trace.
 
     Raises:
-      UserError: the settings do not suit the corpus or the devices, the checkpoint is of another
-        model, or none is whole, or the run's folder cannot be written any more.
+      UserError: the settings do not fit the corpus or the devices, the checkpoint is of another
+        model, no checkpoint is intact, or the run's folder cannot be written any more.
       DivergedError: the loss or gradient stopped being finite.
-      TryAgain: SIGTERM came; what was done is saved.
+      TryAgain: SIGTERM came; the last step is saved.
     """
     try:
         with Preemption() as preemption:
@@ -319,7 +319,7 @@ def _batches(
     order: WindowOrder,
     start: int,
 ) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """For each dispatch the step it ends at and what ``train_steps`` takes after the state."""
+    """Yields the last step of each dispatch and the inputs of ``train_steps`` after the state."""
     training = experiment.training
     per_dispatch = training.steps_per_dispatch
     ends = range(start + per_dispatch, training.num_steps + 1, per_dispatch)

@@ -1,4 +1,4 @@
-"""``python -m train --config=configs/quickstart.py``: trains, or goes on training, a run."""
+"""``python -m train --config=configs/quickstart.py``: trains or resumes a run."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The devices of a run as one mesh, and how arrays lie on it."""
+"""The mesh over the devices of a run, and the shardings of arrays on it."""
 
 import functools
 from typing import Any, Literal
@@ -16,7 +16,7 @@ Layout = Literal["replicated", "sharded"]
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with one axis, ``data``, over all devices, those of a process side by side."""
+    """Returns a mesh with one axis, ``data``, over all devices, ordered by process."""
     devices = devices or jax.devices()
     # By process, which jax.make_mesh does not promise: so each one's rows of a batch are one slice.
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
@@ -24,19 +24,19 @@ def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def by_step_and_row(mesh: Mesh) -> NamedSharding:
-    """``[K, B, ...]``: every device has its rows of each of K batches."""
+    """Returns the sharding of ``[K, B, ...]``: each device holds its rows of each of K batches."""
     return NamedSharding(mesh, P(None, DATA_AXIS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds all of it."""
+    """Returns the sharding with a full copy on every device."""
     return NamedSharding(mesh, P())
 
 
 def divided_axis(shape: tuple[int, ...], num_devices: int, layout: Layout) -> int | None:
-    """Along which axis an array of the state is divided: its longest that divides evenly, or none.
+    """Returns the axis to shard: the longest that divides evenly, or None.
 
-    A function of the shape, so that the moments of Adam lie where their parameters do.
+    It depends on the shape alone, so that Adam's moments are sharded as their parameters are.
     """
     if layout == "replicated" or num_devices == 1:
         return None
@@ -45,25 +45,25 @@ def divided_axis(shape: tuple[int, ...], num_devices: int, layout: Layout) -> in
 
 
 def spec(leaf: Any, mesh: Mesh, layout: Layout) -> P:
-    """Which axis of an array the mesh divides; see ``divided_axis``."""
+    """Returns the PartitionSpec of an array; see ``divided_axis``."""
     axis = divided_axis(leaf.shape, mesh.size, layout)
     return P() if axis is None else P(*[None] * axis, DATA_AXIS)
 
 
 def shardings(tree: Any, mesh: Mesh, layout: Layout) -> Any:
-    """How each array of a state lies on the mesh."""
+    """Returns the sharding of each array of a state."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf, mesh, layout)), tree)
 
 
 def placed(values: np.ndarray, sharding: NamedSharding) -> Array:
-    """An array that every process has whole, of which each device takes its part."""
+    """Puts an array, which every process holds completely, on the devices with a sharding."""
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def on_host(tree: Any) -> Any:
-    """Whole copies of arrays that may be divided among devices of several processes.
+    """Returns full copies of arrays that may be sharded over several processes.
 
-    Every process must call it.
+    Every process must call this.
     """
 
     def copy(leaf: Array) -> np.ndarray:
@@ -75,19 +75,19 @@ def on_host(tree: Any) -> Any:
 
 
 YNN_FOR_PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
-"""XLA's default (jaxlib 0.10.2) hands sums to YNN as well, where the sum over a batch that is the
-gradient of a gain takes as long as a product of matrices (docs/performance.md)."""
+"""Keeps sums in XLA. By default (jaxlib 0.10.2) the library YNN computes them; there the sum over a
+batch that is the gradient of a gain takes as long as a matrix product (docs/performance.md)."""
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """Options for ``jax.jit`` of a program on these devices."""
+    """Returns the compiler options for ``jax.jit`` on these devices."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return YNN_FOR_PRODUCTS if on_cpu and _known(**YNN_FOR_PRODUCTS) else {}
 
 
 @functools.cache
 def _known(**options: str) -> bool:
-    """Whether this version of XLA takes the options."""
+    """Whether this version of XLA accepts the options."""
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:

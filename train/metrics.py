@@ -1,7 +1,7 @@
-"""Where a run's numbers go: ``metrics.jsonl`` (exact), ``timing.jsonl`` (not), TensorBoard, a bar.
+"""Logs a run's metrics: ``metrics.jsonl``, ``timing.jsonl``, TensorBoard, a progress bar.
 
-``metrics.jsonl`` holds nothing that depends on the clock, so that a run that was interrupted and
-resumed leaves the same bytes as one that was not.
+``metrics.jsonl`` holds nothing that depends on the clock, so an interrupted and resumed run leaves
+the same bytes as an uninterrupted one. Times go to ``timing.jsonl``.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ METRICS = "metrics.jsonl"
 
 
 def bits_per_character(nats: float) -> float:
-    """BPC of a cross entropy in nats per character."""
+    """Converts a cross entropy in nats per character to bits per character."""
     return nats / math.log(2)
 
 
@@ -46,7 +46,7 @@ class SplitLoss:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; a last line cut short by a crash is left out."""
+    """Reads the rows of a JSONL file; skips a last line that a crash cut short."""
     if not path.exists():
         return []
     rows = []
@@ -59,10 +59,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class RowLog:
-    """A JSONL file that is cut back to a step when a run resumes, then appended to."""
+    """A JSONL file that is truncated to a step when a run resumes, then appended to."""
 
     def __init__(self, path: Path, *, resume_step: int):
-        """Drops what was logged after ``resume_step`` and opens the file."""
+        """Drops the rows after ``resume_step`` and opens the file."""
         kept = [row for row in read_rows(path) if row["step"] <= resume_step]
         # Written beside and moved into place: a crash here must not lose the rows already kept.
         beside = path.with_suffix(".tmp")
@@ -85,7 +85,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 class Metrics:
-    """The running display and record of a run."""
+    """Writes the metrics of a run and shows its progress."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Metrics:
         characters_per_step: int,
         show_progress: bool,
     ):
-        """Opens the logs of a run that starts, or goes on, at ``resume_step``."""
+        """Opens the logs of a run that starts or resumes at ``resume_step``."""
         self._rows = RowLog(folder / METRICS, resume_step=resume_step)
         self._timing = RowLog(folder / "timing.jsonl", resume_step=resume_step)
         trained = [row["loss"] for row in read_rows(folder / METRICS) if row["kind"] == "train"]
@@ -177,11 +177,11 @@ class Metrics:
         tqdm.write(message)
 
     def leave_out(self, seconds: float) -> None:
-        """Keeps time spent on something else out of the next row's speed."""
+        """Excludes time from the speed of the next row."""
         self._clock += seconds
 
     def close(self) -> None:
-        """Closes everything."""
+        """Closes all logs."""
         self._bar.close()
         self._rows.close()
         self._timing.close()
@@ -204,7 +204,7 @@ class Metrics:
 
 
 class Unwritten(Metrics):
-    """What a process that does not write has in place of its run's metrics."""
+    """The metrics of a process that does not write: every method does nothing."""
 
     def __init__(self) -> None:
         """Opens nothing."""

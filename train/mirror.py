@@ -1,10 +1,10 @@
 """A copy of a run's folder in another place, kept up to date while the run trains.
 
-The run is written here, where a folder can be locked and appended to; what a bucket holds is a
-copy of it, from which another machine goes on. Files are copied in an order that makes every
-moment's copy one to go on from: the logs, then the checkpoints that are complete, each with the
-file last without which it counts as damaged (``train.integrity``), then the config without which a
-folder is not a run. Only then are those checkpoints removed there that are gone here.
+The run is written to a local folder, which can be locked and appended to. The bucket holds a copy,
+from which another machine can resume at any moment. For that, files are copied in this order: the
+logs; the complete checkpoints, each with its list of hashes last, without which it counts as
+damaged (``train.integrity``); the config, without which a folder is not a run. Checkpoints that are
+gone here are removed from the copy at the end.
 """
 
 import contextlib
@@ -35,10 +35,10 @@ class Mirror:
     """The copy of the run folder ``folder`` in ``parent/<its name>``."""
 
     def __init__(self, folder: Path, parent: str):
-        """Nothing is read yet.
+        """Checks the place of the copy; reads nothing yet.
 
         Raises:
-          UserError: the place cannot be one, or lies within the run or around it.
+          UserError: the place is not supported, or is inside the run's folder or around it.
         """
         check_scheme("config.mirror_dir", parent)
         self.folder = epath.Path(folder)
@@ -53,11 +53,10 @@ class Mirror:
             )
 
     def fetch(self) -> bool:
-        """Brings the run here if there is none here and one there; whether it did.
+        """Fetches the copy if there is no local run; returns whether it did.
 
         Raises:
-          UserError: the copy is of another run than the one here, or ahead of it, or cannot be
-            reached.
+          UserError: the copy is of another run, or ahead of the local one, or cannot be reached.
         """
         with self._reaching():
             if not (self.place / CONFIG).exists():
@@ -69,27 +68,27 @@ class Mirror:
         return True
 
     def push(self) -> None:
-        """Brings the copy up to date.
+        """Updates the copy.
 
         Raises:
-          UserError: it cannot be written.
+          UserError: the copy cannot be written.
         """
         if self._thread is not None:
             self._thread.join()
         self._push()
 
     def push_behind(self) -> None:
-        """Starts to bring the copy up to date beside the training.
+        """Starts to update the copy in a thread.
 
-        One that is still under way is left to end, without another; a failure is a warning, and
-        the next push tries again.
+        Does nothing if an update is still running. A failure is a warning; the next push tries
+        again.
         """
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._push_or_warn, name="mirror", daemon=True)
             self._thread.start()
 
     def push_or_warn(self) -> None:
-        """Brings the copy up to date, or tells that it is not."""
+        """Updates the copy, or warns that it is out of date."""
         if self._thread is not None:
             self._thread.join()
         self._push_or_warn()
@@ -135,10 +134,10 @@ class Mirror:
 
 
 def fetched_run(remote: str, cache: Path) -> Path:
-    """A folder of this machine with the run that a remote folder holds.
+    """Copies the run of a remote folder to this machine and returns the local folder.
 
     Raises:
-      UserError: there is no run there, or it cannot be reached.
+      UserError: the remote folder holds no run or cannot be reached.
     """
     check_scheme("the run", remote)
     with reaching("the run", remote):
@@ -165,7 +164,7 @@ def _copy_run(
 
 
 def _steps(run: epath.Path) -> list[int]:
-    """The checkpoints of a run that have their final name, ascending."""
+    """Returns the steps of a run's complete checkpoints, ascending."""
     folder = run / CHECKPOINTS
     if not folder.exists():
         return []
@@ -173,6 +172,6 @@ def _steps(run: epath.Path) -> list[int]:
 
 
 def _first_start(run: epath.Path) -> str | None:
-    """When a run began, None if that is not written yet."""
+    """Returns the time at which a run began; None if it is not written yet."""
     file = run / STARTS
     return str(json.loads(file.read_text())[0]["time"]) if file.exists() else None

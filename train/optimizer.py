@@ -1,8 +1,8 @@
 """Adam, or Muon for the matrices of the blocks, with decay, warm-up, cosine, clipping, and groups.
 
-Muon (K. Jordan and others, 2024; here that of Optax) replaces a matrix's momentum by the nearest
+Muon (K. Jordan and others, 2024; Optax' implementation) replaces a matrix's momentum by the nearest
 orthogonal matrix. Scaled to the root mean square of a typical Adam update (J. Liu and others, arXiv
-2502.16982) it takes the learning rate and the decay of Adam.
+2502.16982) it works with the learning rate and decay of Adam.
 """
 
 import itertools
@@ -46,13 +46,13 @@ _GROUP_OF_LEAF = {
 
 
 def group_of(path: tuple[Any, ...]) -> str:
-    """The group of a parameter.
+    """Returns the group of a parameter.
 
     Args:
-      path: its path in the parameter tree, as names or as ``jax.tree_util`` gives it.
+      path: the parameter's path in the tree, as names or as ``jax.tree_util`` gives it.
 
     Raises:
-      KeyError: a parameter that no group knows, which a new layer must decide.
+      KeyError: no group contains the parameter; a new layer must choose one.
     """
     names = [str(getattr(entry, "key", entry)) for entry in path]
     if any(name in ("query_gate", "key_gate") for name in names):
@@ -62,12 +62,12 @@ def group_of(path: tuple[Any, ...]) -> str:
 
 
 def groups(params: Any) -> Any:
-    """The tree of groups of a parameter tree."""
+    """Returns the tree of groups of a parameter tree."""
     return jax.tree_util.tree_map_with_path(lambda path, _: group_of(path), params)
 
 
 def learning_rate_factors(config: OptimizerConfig) -> dict[str, float]:
-    """Each group's learning rate over that of the matrices."""
+    """Returns each group's learning rate relative to that of the matrices."""
     return {
         ANGLES: config.angle_factor,
         KERNELS: config.kernel_factor,
@@ -79,7 +79,7 @@ def learning_rate_factors(config: OptimizerConfig) -> dict[str, float]:
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine to ``final_fraction`` of the peak at the last step."""
+    """Returns a schedule: linear warm-up, then a cosine to ``final_fraction`` of the peak."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.peak_learning_rate,
@@ -92,13 +92,13 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, num_steps: int, *, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
-    """The optimizer of a run: clip, Adam or Muon, decay, group factors, schedule.
+    """Builds the optimizer of a run: clip, Adam or Muon, decay, group factors, schedule.
 
     Args:
-      config: its settings.
-      num_steps: of the run, for the schedule.
-      mesh: of the devices that share Muon's work; without one, each of them does all of it. The
-        state is the same with and without.
+      config: settings of the optimizer.
+      num_steps: number of steps in the run, for the schedule.
+      mesh: the devices that share Muon's work; if None, each device does all of it. The state is
+        the same in both cases.
     """
     factors = learning_rate_factors(config)
     decayed: Callable[[Any], Any] = lambda params: jax.tree.map(  # noqa: E731
@@ -145,10 +145,10 @@ def _direction(config: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTran
 def _by_shape(
     muon: optax.GradientTransformation, mesh: Mesh | None
 ) -> optax.GradientTransformation:
-    """Muon over one stack of matrices for each shape, wide ones and tall ones together.
+    """Muon on one stack of matrices for each shape, wide and tall ones together.
 
-    A few large products in place of many small ones; the devices of a mesh share the matrices of a
-    stack among them, where each would otherwise turn all of them. The state has no stacks.
+    A few large products replace many small ones. The devices of a mesh divide the matrices of a
+    stack among them. The state holds no stacks.
     """
     shares = P(mesh.axis_names) if mesh else P()
 

@@ -1,10 +1,10 @@
-"""SIGTERM as a notice: the step under way is finished and saved, then the program ends.
+"""Handles SIGTERM: the program finishes and saves the current dispatch, then ends.
 
 A machine that is taken away sends SIGTERM and some seconds later SIGKILL: spot and preemptible
-machines, maintenance of Cloud TPUs, SLURM's and Kubernetes' ends of a job. In a run of one process
-a handler notes it. In a run of many, JAX's own service notes it in whichever process it comes to
-and names one step, the same for all, after which every process stops: stopping at different steps
-they would wait for each other for ever.
+machines, maintenance of Cloud TPUs, the end of a SLURM or Kubernetes job. In a run of one process a
+handler notes the signal. In a run of several, JAX's preemption service notes it in any process and
+names one step for all, after which every process stops: if they stopped at different steps, they
+would wait for each other forever.
 """
 
 import signal
@@ -17,10 +17,10 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-    """Whether the run has been told to stop; a context manager that takes SIGTERM meanwhile."""
+    """A context manager that notes SIGTERM and says whether the run must stop."""
 
     def __init__(self) -> None:
-        """Nothing has been told."""
+        """No signal has been received yet."""
         self._told = False
         self._before: Any = None
         # A second handler would take the place of JAX's; Python lets only the main thread set one.
@@ -37,11 +37,11 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._before)
 
     def reached(self, before: int, step: int) -> bool:
-        """Whether to stop at ``step``, having come from ``before``; the same in every process.
+        """Whether to stop at ``step``; the answer is the same in every process.
 
         Args:
-          before: the step that the last call named, or where this start began.
-          step: optimizer steps done.
+          before: the step of the last call, or the first step of this start.
+          step: number of finished optimizer steps.
         """
         if not self._shared:
             return self._told

@@ -1,4 +1,4 @@
-"""What every program of this package does around its work."""
+"""Runs programs: start-up of JAX, one-line errors, exit statuses."""
 
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Arguments(argparse.ArgumentParser):
-    """A command line whose mistakes are one line, like every other, without the usage."""
+    """An argument parser that reports mistakes in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
@@ -32,11 +32,11 @@ class Arguments(argparse.ArgumentParser):
 
 
 def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    """Runs a program; whatever stops it on purpose becomes one line on stderr and a status.
+    """Runs a program and turns deliberate exceptions into one line on stderr and an exit status.
 
     Returns:
-      0 at the end, 2 for a user's mistake, 75 if the run was told to stop or lost a process (start
-      it again), 130 for Ctrl-C, 141 if nobody reads the output any more.
+      0 at the end, 2 for a user's mistake, 75 after SIGTERM or the loss of a process (the same
+      command resumes), 130 for Ctrl-C, 141 if the reader of the output has closed it.
     """
     try:
         program(argv)
@@ -60,7 +60,7 @@ def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -75,7 +75,7 @@ def _end(line: str, status: int, *, together: bool) -> int:
 
 
 def _others_wait() -> bool:
-    """Whether this is one of many processes of a run."""
+    """Whether this is one of several processes of a run."""
     if "jax" not in sys.modules:
         return False
     import jax
@@ -84,18 +84,17 @@ def _others_wait() -> bool:
 
 
 def start_jax(joining: "Joining | None" = None, *, cpu_devices: int = 1) -> None:
-    """Joins the other processes, finds the devices, and keeps compiled programs between runs.
+    """Joins the other processes, finds the devices, and sets up the compilation cache.
 
-    The programs are kept in $JAX_COMPILATION_CACHE_DIR, or under ~/.cache/fsn_jax.
+    Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, or under ~/.cache/fsn_jax.
 
     Args:
       joining: how to find the other processes.
-      cpu_devices: devices to make of a CPU, where neither the user has said nor other processes
-        share it: each works on its windows of a batch, which XLA spreads over cores better than a
-        single product.
+      cpu_devices: number of CPU devices, unless the user has set it or other processes share the
+        CPU. XLA spreads windows over devices better than one product over cores.
 
     Raises:
-      UserError: JAX finds no device, or the other processes of the run cannot be joined.
+      UserError: JAX finds no device, or the other processes cannot be joined.
     """
     import jax  # here, since to prepare or open a corpus takes none of it
 

@@ -1,4 +1,4 @@
-"""What a run ran: the commit, the packages, the devices and the data."""
+"""Records what produced a run: commit, packages, devices, data."""
 
 import datetime
 import hashlib
@@ -21,7 +21,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def write_provenance(run: RunFolder, corpus: Corpus, *, resume_step: int) -> None:
-    """Adds an entry for this start: what runs, on what, with which data."""
+    """Appends an entry for this start to the run's provenance."""
     if not run.writes:
         return
     file = run.path / "provenance.json"
@@ -31,7 +31,7 @@ def write_provenance(run: RunFolder, corpus: Corpus, *, resume_step: int) -> Non
 
 
 def provenance(corpus: Corpus) -> dict[str, Any]:
-    """What runs now, on what, with which data."""
+    """Returns commit, command, packages, devices and data of this process."""
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
@@ -49,7 +49,7 @@ def provenance(corpus: Corpus) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide the numbers."""
+    """Returns the versions of the packages that affect the numbers."""
     found = {}
     for name in PACKAGES:
         try:
@@ -60,7 +60,7 @@ def package_versions() -> dict[str, str]:
 
 
 def device_description() -> str:
-    """For instance ``8 x cpu (Intel ..., 2 cores)``."""
+    """Describes the devices, for instance ``8 x cpu (Intel ..., 2 cores)``."""
     devices = jax.devices()
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
@@ -79,7 +79,7 @@ def _processor() -> str:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the code that runs and whether the tree differs from it, but for ``results/``."""
+    """Returns the commit and whether the tree differs from it outside of ``results/``."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:

@@ -1,7 +1,7 @@
 """``python -m train record RUN ...``: copies the evidence of finished runs to ``results/``.
 
-What is copied is small and enough to judge and repeat a run: settings, provenance, losses, speed
-and summary; no checkpoints.
+The evidence is small and suffices to judge and repeat a run: settings, provenance, losses, speed
+and summary, no checkpoints.
 """
 
 import shutil
@@ -28,11 +28,11 @@ IF_THERE = ("evaluations.jsonl", "test_reads.jsonl")
 def record(run_dir: str | Path, results: Path, *, allow_modified: bool = False) -> Path:
     """Copies one run's evidence to ``results/<name>`` and returns that folder.
 
-    Seeds other than 0 get a ``_seed<n>`` after the name, unless it ends so already.
+    For seeds other than 0 the name ends in ``_seed<n>``.
 
     Raises:
-      UserError: the run is not finished, is recorded already, or ran on code that no commit holds,
-        or ``results`` cannot be made.
+      UserError: the run is not finished, is recorded already, ran on uncommitted code, or
+        ``results`` cannot be created.
     """
     run = open_run(run_dir)
     if not (run.path / "summary.json").is_file():

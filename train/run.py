@@ -1,9 +1,9 @@
-"""A run's folder: its config, its provenance, its parameter table, its lock.
+"""The folder of a run: config, provenance, parameter table, lock.
 
 ::
 
     runs/<name>/
-      config.json        every setting
+      config.json        all settings
       provenance.json    commit, packages, device, data hash: one entry a start
       parameters.txt     the parameter table
       metrics.jsonl      losses, exact          timing.jsonl   speed
@@ -43,7 +43,7 @@ _FREE = {
     "training.skipped_limit",
     "checkpoints.keep",
 }
-"""Settings that may change when a run goes on: they do not touch its numbers."""
+"""Settings that may change when a run resumes, since they do not affect its numbers."""
 
 
 class RunFolder:
@@ -59,7 +59,7 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Brings the run's copy up to date and releases the lock."""
+        """Updates the run's copy and releases the lock."""
         try:
             if self._mirror and kind is None:
                 self._mirror.push()
@@ -69,27 +69,27 @@ class RunFolder:
             self.close()
 
     def saved(self) -> None:
-        """To be called when a checkpoint was saved: the run's copy follows beside the training."""
+        """Starts to update the run's copy; call it after each save."""
         if self._mirror:
             self._mirror.push_behind()
 
     @property
     def writes(self) -> bool:
-        """Whether this process is the one that writes the run."""
+        """Whether this process writes the run."""
         return self._lock is not None
 
     @property
     def checkpoints(self) -> Path:
-        """Where Orbax keeps the checkpoints."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:
-        """The exact log."""
+        """The path of the exact log."""
         return self.path / "metrics.jsonl"
 
     def read_config(self) -> ExperimentConfig:
-        """The run's settings.
+        """Reads the run's settings.
 
         Raises:
           UserError: the file is damaged.
@@ -97,7 +97,7 @@ class RunFolder:
         return self._read("config.json", ExperimentConfig.from_json)
 
     def read_provenance(self) -> list[dict[str, Any]]:
-        """One entry a start of the run.
+        """Reads the provenance, one entry for each start of the run.
 
         Raises:
           UserError: the file is damaged.
@@ -120,16 +120,16 @@ class RunFolder:
 
 
 def default_folder(experiment: ExperimentConfig) -> Path:
-    """The folder that a config names."""
+    """Returns the folder that a config names."""
     return Path(experiment.run_dir or Path("runs") / experiment.name).expanduser()
 
 
 def create_or_resume(experiment: ExperimentConfig, corpus: Corpus) -> RunFolder:
-    """Makes the run's folder, or opens it to go on with the same settings.
+    """Creates the run's folder, or opens it to resume with the same settings.
 
     Raises:
       UserError: the folder cannot be written, is in use, or holds a run with other settings or
-        other data.
+        data.
     """
     path = default_folder(experiment)
     # Process 0 writes; the others come when the folder is there, and find it if all share it.
@@ -182,10 +182,10 @@ def _unwritable(path: Path, error: OSError) -> UserError:
 
 
 def open_run(path: str | Path) -> RunFolder:
-    """Opens a run's folder to read from it; one in a bucket is copied into the cache first.
+    """Opens a run's folder for reading; a run in a bucket is copied into the cache first.
 
     Raises:
-      UserError: there is no run there.
+      UserError: the folder holds no run.
     """
     folder = fetched_run(str(path), default_cache() / "runs") if is_remote(path) else Path(path)
     if not (folder / "config.json").is_file():
@@ -210,7 +210,7 @@ def _take_lock(lock: IO[str], path: Path) -> None:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as ``{"model.num_layers": 4, ...}``."""
+    """Flattens nested settings to ``{"model.num_layers": 4, ...}``."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -237,7 +237,7 @@ def _refuse_other_settings(run: RunFolder, experiment: ExperimentConfig) -> None
 
 
 def refuse_other_data(run: RunFolder, corpus: Corpus) -> None:
-    """Raises UserError unless the corpus is the one that the run started with."""
+    """Raises UserError if the corpus is not the one that the run started with."""
     starts = run.read_provenance() if (run.path / "provenance.json").exists() else []
     if starts and starts[0]["data"]["sha256"] != corpus.sha256:
         raise UserError(
@@ -248,12 +248,12 @@ def refuse_other_data(run: RunFolder, corpus: Corpus) -> None:
 
 
 def refuse_lost_checkpoints(run: RunFolder, experiment: ExperimentConfig) -> None:
-    """Raises UserError if a run without any checkpoint had one: it does not begin anew in silence.
+    """Raises UserError if the run has lost its checkpoints, so that it does not restart silently.
 
-    To be called before the checkpoints are opened, which makes their folder. That comes before the
-    first row: rows without the folder tell that it was removed. The row of a step is written before
-    its checkpoint, and a checkpoint waits for the one before: rows beyond the second save tell that
-    the first was complete.
+    Call this before the checkpoints are opened, which creates their folder. The folder is created
+    before the first row is logged, so rows without the folder mean that it was removed. The row of
+    a step is written before its checkpoint, and a checkpoint waits for the one before, so rows
+    beyond the second save mean that the first was complete.
     """
     folder, first = run.checkpoints, experiment.checkpoints.every
     if folder.is_dir() and any(entry.name.isdecimal() for entry in folder.iterdir()):
@@ -274,9 +274,9 @@ _UNWRITABLE = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.
 
 
 def cannot_write(run: RunFolder, error: BaseException) -> UserError | None:
-    """What to say if ``error`` means that the run's folder takes no more; None if it does not.
+    """Returns the error to raise if ``error`` means that the folder cannot be written; else None.
 
-    Orbax hands on what its storage said as text.
+    Orbax passes on errors of its storage as text.
     """
     if isinstance(error, UserError):
         return None
@@ -294,13 +294,13 @@ def cannot_write(run: RunFolder, error: BaseException) -> UserError | None:
 
 
 def write_parameter_table(run: RunFolder, params: Any) -> None:
-    """Writes path, shape, size of every parameter, and the total."""
+    """Writes path, shape and size of every parameter, and the total."""
     if run.writes:
         write_atomically(run.path / "parameters.txt", parameter_table(params))
 
 
 def parameter_table(params: Any) -> str:
-    """A line a parameter: path, shape, number of scalars."""
+    """Formats one line a parameter: path, shape, number of scalars."""
     rows = [
         (name, str(tuple(leaf.shape)), f"{int(np.prod(leaf.shape)):,}")
         for name, leaf in flatten_dict(params, sep="/").items()

@@ -1,4 +1,4 @@
-"""``python -m train sample RUN``: text from a trained model, printed as it is drawn."""
+"""``python -m train sample RUN``: writes text from a trained model as it is sampled."""
 
 import codecs
 import itertools
@@ -29,10 +29,10 @@ def sample_bytes(
     top_p: float,
     stop: Sequence[bytes] = (),
 ) -> Iterator[bytes]:
-    """Yields the bytes that follow ``prompt``, a few at a time, up to the first of ``stop``.
+    """Yields the bytes after ``prompt``, a few at a time, up to the first of ``stop``.
 
     Raises:
-      UserError: the prompt or ``stop`` has a byte that the corpus has not.
+      UserError: the prompt or ``stop`` has a byte that the corpus does not have.
     """
     tokens = jnp.asarray(trained.encode(prompt))[None]
     for chunk in stream(
@@ -57,11 +57,11 @@ _CONTROLS |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): None}
 
 
 def write_as_it_comes(chunks: Iterable[bytes], out: TextIO) -> None:
-    """Writes each chunk at once: the very bytes to a file or a pipe, readable text to a terminal.
+    """Writes each chunk at once: bytes to a file or a pipe, text to a terminal.
 
-    There a character whose bytes are in two chunks waits for the second, and bytes that are no
-    UTF-8 become the mark of an unknown character. An interruption ends the text; so does a reader
-    that goes away (``| head``).
+    On a terminal, a character whose bytes are in two chunks waits for the second, and invalid UTF-8
+    becomes the replacement character. Ctrl-C ends the text, and so does a reader that closes the
+    output (``| head``).
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 

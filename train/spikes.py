@@ -1,4 +1,4 @@
-"""Steps whose loss stands far above what the run had come to."""
+"""Finds loss spikes: steps whose loss is far above the recent mean."""
 
 import math
 
@@ -6,28 +6,28 @@ import numpy as np
 
 FACTOR = 1.5
 LEAST = 0.1
-"""A spike exceeds FACTOR times the mean of the last row of metrics, and that mean by LEAST nats."""
+"""A spike is above FACTOR times the mean of the last row of metrics, and LEAST nats above it."""
 
 
 class Spikes:
-    """Judges each step's loss by the row of metrics before it.
+    """Compares each step's loss with the row of metrics before it.
 
-    A function of the rows alone, so that a resumed run judges as an uninterrupted one.
+    It depends on the rows alone, so a resumed run finds the same spikes as an uninterrupted one.
     """
 
     def __init__(self, expected: float | None = None):
-        """``expected`` is the loss of the newest row, nats; None before the first."""
+        """Takes the loss of the newest row in nats as ``expected``; None before the first row."""
         self.expected = expected
 
     def find(self, before: int, losses: np.ndarray) -> list[tuple[int, float]]:
-        """The spikes among some steps.
+        """Returns the spikes among K steps.
 
         Args:
-          before: the step before the first of them.
-          losses: float32[K], nats; those that are not finite are counted elsewhere.
+          before: the step before the first of the K steps.
+          losses: float32[K], nats; losses that are not finite are counted elsewhere.
 
         Returns:
-          (step, loss) of each spike, steps counted from 1.
+          (step, loss) of each spike, with steps counted from 1.
         """
         if not self.expected:  # nor after a row of which every step was skipped
             return []

@@ -1,6 +1,6 @@
-"""Text from an exported model: ``python sample.py --prompt 'The '``, in the model's folder.
+"""Samples text from an exported model: ``python sample.py --prompt 'The '`` in its folder.
 
-Needs jax, numpy and flatbuffers alone: ``sampler.jax_export`` is the model with its parameters, as
+It needs only jax, numpy and flatbuffers: ``sampler.jax_export`` is the model with its parameters as
 StableHLO.
 """
 

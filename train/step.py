@@ -1,9 +1,8 @@
 """The train step: data parallel over a mesh, several steps to a dispatch, one all-reduce each.
 
-The parameters, with the optimizer's moments, are on every device (``replicated``) or divided among
-them (``sharded``, as in fully sharded data parallelism): then each step gathers the parameters,
-and the gradients are summed and divided by one reduce-scatter an array. The losses are the same
-but for the order of sums.
+Parameters and moments of the optimizer are ``replicated`` on every device or ``sharded`` over the
+devices, as in fully sharded data parallelism: each step then gathers the parameters, and one
+reduce-scatter an array sums and shards the gradients. The losses agree up to the order of sums.
 """
 
 import functools
@@ -39,14 +38,14 @@ from train.mesh import (
 class Tally:
     """Running sums since the last row of metrics.
 
-    A part of the state, so that a run resumed between two rows writes the same second row.
+    They are part of the state, so a run resumed between two rows writes the same second row.
 
     Attributes:
       loss: sum of the steps' losses, nats.
       grad_norm: sum of the gradients' global norms before clipping.
-      steps: how many were added.
-      skipped: steps of the whole run whose loss or gradient was not finite.
-      last_skipped: the newest of them, counted from 1 as in the metrics; 0 if none.
+      steps: number of steps in the sums.
+      skipped: number of steps of the whole run with a loss or gradient that was not finite.
+      last_skipped: the newest skipped step, counted from 1 as in the metrics; 0 if none.
     """
 
     loss: Array
@@ -58,10 +57,10 @@ class Tally:
 
 @flax.struct.dataclass
 class Report(Tally):
-    """What a dispatch tells: the tally after it, and each of its steps.
+    """The metrics of a dispatch: the tally after it and the losses of its steps.
 
     Attributes:
-      losses: float32[K], nats, of every step of the dispatch, also those that were skipped.
+      losses: float32[K], nats, of all steps of the dispatch, skipped ones included.
     """
 
     losses: Array
@@ -72,7 +71,7 @@ class TrainState:
     """Everything that a step reads and writes.
 
     Attributes:
-      step: optimizer steps done, int32 scalar.
+      step: number of finished optimizer steps, int32 scalar.
       params: the model's parameters, float32.
       opt_state: the optimizer's state.
       tally: running sums for the metrics.
@@ -85,7 +84,7 @@ class TrainState:
 
 
 def build_model(config: ModelConfig) -> FSN | Transformer:
-    """The Flax module of a model's configuration."""
+    """Returns the Flax module for a model's config."""
     return FSN(config) if isinstance(config, FSNConfig) else Transformer(config)
 
 
@@ -97,7 +96,7 @@ def init_state(
     mesh: Mesh,
     layout: Layout = "replicated",
 ) -> TrainState:
-    """The state before the first step, born on the mesh."""
+    """Initialises the state directly on the mesh."""
     init = _state_maker(model, optimizer)
     shapes = jax.eval_shape(init, np.uint32(seed))
     return jax.jit(init, out_shardings=shardings(shapes, mesh, layout))(np.uint32(seed))
@@ -106,7 +105,7 @@ def init_state(
 def _state_maker(
     model: nn.Module, optimizer: optax.GradientTransformation
 ) -> Callable[[Any], TrainState]:
-    """A function from the seed to the state before the first step."""
+    """Returns a function from the seed to the initial state."""
 
     def init(seed: Array) -> TrainState:
         params = model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
@@ -129,7 +128,7 @@ def abstract_state(
     mesh: Mesh,
     layout: Layout = "replicated",
 ) -> TrainState:
-    """Shapes, types and placement of the state, without computing it."""
+    """Returns shapes, dtypes and shardings of the state without computing it."""
     shapes = jax.eval_shape(_state_maker(model, optimizer), np.uint32(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -141,7 +140,7 @@ def abstract_state(
 def window_loss(
     model: nn.Module, params: Any, windows: Int[Array, "B L1"] | UInt[Array, "B L1"]
 ) -> Float[Array, "B L"]:
-    """Cross entropy in nats of each character after a window's first, float32."""
+    """Computes the cross entropy in nats of each token after a window's first, float32."""
     tokens = windows.astype(jnp.int32)
     logits = model.apply({"params": params}, tokens[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
@@ -150,7 +149,7 @@ def window_loss(
 def _mean_gradient(
     model: nn.Module, params: Any, windows: Array, accumulation_steps: int
 ) -> tuple[Array, Any]:
-    """Loss and gradient of this device's windows, in ``accumulation_steps`` equal parts."""
+    """Computes loss and gradient of this device's windows in ``accumulation_steps`` equal parts."""
 
     def loss(params: Any, part: Array) -> Array:
         return window_loss(model, params, part).mean()
@@ -178,13 +177,12 @@ def make_train_steps(
     log_every: int,
     layout: Layout = "replicated",
 ) -> jax.stages.Wrapped:
-    """Compiles K steps into one call that consumes the state it is given.
+    """Compiles K steps into one call, which donates its input state.
 
     Returns:
       For ``resident``: ``(state, corpus unsigned[n], starts int32[K, B]) -> (state, report)``;
       windows are gathered inside. For ``host``: ``(state, windows unsigned[K, B, L + 1]) -> (state,
-      report)``. The report, a ``Report``, is a copy that outlives the state that its tally is a
-      part of.
+      report)``. The ``Report`` is a copy, so it stays valid when the state is donated.
     """
 
     def divided(leaf: Array) -> int | None:
@@ -269,7 +267,7 @@ def make_train_steps(
 
 
 def _gathered(params: Any, axes: list[int | None]) -> Any:
-    """Inside the mesh: the whole parameters, of each device's share of them."""
+    """Gathers sharded parameters; inside ``shard_map``."""
     leaves, structure = jax.tree.flatten(params)
     whole = [
         leaf if axis is None else jax.lax.all_gather(leaf, DATA_AXIS, axis=axis, tiled=True)
@@ -279,7 +277,7 @@ def _gathered(params: Any, axes: list[int | None]) -> Any:
 
 
 def _averaged(mean: Any, axes: list[int | None]) -> Any:
-    """Inside the mesh: the mean over the devices, of divided arrays each device's share of it."""
+    """Averages gradients over the devices and shards them; inside ``shard_map``."""
     leaves, structure = jax.tree.flatten(mean)
     # One all-reduce takes all the undivided arrays.
     undivided = iter(
@@ -296,7 +294,7 @@ def _averaged(mean: Any, axes: list[int | None]) -> Any:
 
 
 def make_window_losses(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
-    """Compiles ``(params, windows unsigned[B, L + 1]) -> float32[B, L]``: nats a character."""
+    """Compiles ``(params, windows unsigned[B, L + 1]) -> float32[B, L]``: nats per token."""
     losses = jax.shard_map(
         functools.partial(window_loss, model),
         mesh=mesh,
@@ -316,7 +314,7 @@ def make_window_losses(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
 def make_evaluate_rows(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
     """Compiles ``(params, windows unsigned[B, L + 1], masks bool[B, C, L]) -> float32[B, C]``.
 
-    The result is each window's cross entropy in nats, summed over the characters of each mask.
+    The result is each window's cross entropy in nats, summed over the tokens of each mask.
     """
 
     def local(params: Any, windows: Array, masks: Array) -> Array:

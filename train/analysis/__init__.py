@@ -1,1 +1,1 @@
-"""From the records and checkpoints of runs to tables, pictures and verdicts."""
+"""Turns records and checkpoints of runs into tables, figures and verdicts."""

@@ -1,12 +1,13 @@
 """``python -m train claims``: judges the paper's claims by the runs under ``results/``.
 
 ``docs/claims.toml`` says what each claim is and which runs test it; ``verdicts.py`` compares.
-The outcome is written to the block between two markers in README.md, and in full to
-``docs/evidence.md``. With ``--check`` nothing is written, and pages that differ are an error.
+The outcome is written to ``docs/evidence.md``. With ``--check`` nothing is written, and a page that
+differs is an error.
 """
 
 import dataclasses
 import json
+import textwrap
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,32 +20,32 @@ from train.errors import UserError
 from train.files import write_atomically
 from train.program import Arguments
 
-BEGIN = "<!-- claims: written by python -m train claims from results/; do not edit -->"
-END = "<!-- end of claims -->"
+WIDTH = 118
+"""Characters in a line of prose."""
 
 PAIRS = {
     "below": verdicts.below,
     "below_throughout": verdicts.below_throughout,
     "every_seed_below": verdicts.every_seed_below,
 }
-"""Tests that take arms alone."""
+"""Tests that take only arms."""
 
 BOUNDED = {"tracks": verdicts.tracks, "early_only": verdicts.early_only}
-"""Tests that take a bound in BPC as well."""
+"""Tests that take arms and a bound in BPC."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of evidence, judged.
+    """The verdict on one piece of evidence for a claim.
 
     Attributes:
-      claim: of ``docs/claims.toml``.
-      evidence: of it.
+      claim: the claim's table in ``docs/claims.toml``.
+      evidence: the piece of evidence in that table.
       status: whether the claim holds.
-      scale: parameters, characters and corpus of the runs, in words; empty without runs.
-      measured: the numbers, in words.
-      reason: of the status.
-      arms: what was found of the runs.
+      scale: parameters, characters and corpus of the runs, as text; empty without runs.
+      measured: the measured numbers, as text.
+      reason: why the status is what it is; may be empty.
+      arms: the recorded arms.
     """
 
     claim: Mapping[str, Any]
@@ -62,7 +63,7 @@ def judge(
     recorded: Mapping[str, Arm],
     results: Path,
 ) -> Row:
-    """The status of one line of evidence, from the records and the tables beside them."""
+    """Judges one piece of evidence by the records and the tables of the analyses."""
     arms: tuple[Arm, ...] = ()
     try:
         arms, verdict = _test(evidence, recorded, results)
@@ -116,7 +117,7 @@ def _test(
 
 
 def _table(file: Path, arms: Sequence[Arm]) -> Mapping[str, Any]:
-    """What an analysis wrote, if it is of recorded runs of these arms."""
+    """Reads the table of an analysis; checks that it is of the recorded runs of these arms."""
     try:
         table = json.loads(file.read_text())
         made_of = {
@@ -140,7 +141,7 @@ def _table(file: Path, arms: Sequence[Arm]) -> Mapping[str, Any]:
 
 
 def _below_scale(claim: Mapping[str, Any], arms: Sequence[Arm]) -> str:
-    """What the runs lack of the scale that the claim is made at; empty if nothing."""
+    """Says how much smaller or shorter the runs are than the claim's; empty if they are not."""
     size = max(verdicts.parameters(arm) for arm in arms)
     seen = min(verdicts.characters(arm) for arm in arms)
     lacks = []
@@ -166,74 +167,84 @@ def _number(count: float) -> str:
     return f"{count:g}"
 
 
-def readme_block(rows: Sequence[Row]) -> str:
-    """The table of the README: each claim's evidence that has been run, or that none has."""
-    lines = [BEGIN, "| claim | expected here | measured | status |", "|---|---|---|---|"]
-    by_claim: dict[str, list[Row]] = {}
-    for row in rows:
-        by_claim.setdefault(row.claim["id"], []).append(row)
-    for of_claim in by_claim.values():
-        done = [row for row in of_claim if row.status != "not yet run"]
-        left = "; ".join(row.reason for row in of_claim if row.status == "not yet run")
-        for index, row in enumerate(done or of_claim[:1]):
-            claim = row.claim
-            said = f"**{claim['id']}** {claim['says']} ({claim['published']})"
-            expected = claim["expects"]
-            if index:
-                said, expected = f"**{claim['id']}**, further evidence", ""
-            measured = f"{row.measured} ({row.scale})" if row.measured else ""
-            status = f"**{row.status}**" + (f": {row.reason}" if row.reason else "")
-            if left and done and row is done[-1]:
-                status += f". Not yet run: {left}"
-            lines.append(f"| {said} | {expected} | {measured} | {status} |")
-    return "\n".join([*lines, END])
-
-
 def evidence_page(
     ledger: Mapping[str, Any], rows: Sequence[Row], recorded: Mapping[str, Arm]
 ) -> str:
-    """``docs/evidence.md``: every line of evidence with its runs, and the tables of arms."""
+    """Returns ``docs/evidence.md``: one line a claim, the evidence with its runs, all arms."""
     parts = [
         "# Evidence\n",
-        "Written by `python -m train claims` from [claims.toml](claims.toml) and the records under "
-        "[results/](../results/): do not edit. Losses are validation BPC; ± is the standard "
-        "deviation over seeds, or where it says s.e. the standard error of a difference. A "
-        "comparison is decided where both arms have two seeds or more and their means are more "
-        f"than {verdicts.STANDARD_ERRORS:g} standard errors apart.\n",
+        _wrapped(
+            "What the recorded runs say of each claim of the paper. Written by "
+            "`python -m train claims` from [claims.toml](claims.toml) and the records under "
+            "[results/](../results/): do not edit. Losses are validation bits per character (BPC); "
+            "± is the standard deviation over seeds, or where it says s.e. the standard error of a "
+            "difference. A comparison is decided if both arms have two seeds or more and their "
+            f"means are more than {verdicts.STANDARD_ERRORS:g} standard errors apart. **Not "
+            "comparable** means that the runs are smaller or shorter than the claim's."
+        ),
+        _summary(ledger, rows),
     ]
     for claim in ledger["claim"]:
         scale = f"{_number(claim['parameters'])} parameters"
         if claim["characters"]:
             scale += f", {_number(claim['characters'])} characters"
+        parts.append(f"## {claim['id']}\n")
         parts.append(
-            f"## {claim['id']}: {claim['says']}\n\nThe paper: {claim['published']} ({scale}). "
-            f"Expected here: {claim['expects']}.\n"
+            _wrapped(
+                f"Claim: {claim['says']}. The paper: {claim['published']} ({scale}). "
+                f"Expected here: {claim['expects']}."
+            )
         )
-        for row in rows:
-            if row.claim["id"] == claim["id"]:
-                parts.append(_row_text(row))
+        parts += [_row_text(row) for row in rows if row.claim["id"] == claim["id"]]
     for table in ledger.get("table", []):
         parts.append(f"## {table['title']}\n\n{_arms_table(table, recorded)}\n")
     return "\n".join(parts)
 
 
-def _row_text(row: Row) -> str:
-    lines = [
-        f"* **{row.status}**"
-        + (f": {row.reason}" if row.reason else "")
-        + (f". {row.measured} ({row.scale})" if row.measured else "")
-    ]
-    lines += [f"  * `{command}`" for command in row.evidence["commands"]]
-    for arm in row.arms:
-        first = arm.runs[0]
-        start = first.provenance[0]
-        records = ", ".join(f"[{r.path.name}](../results/{r.path.name})" for r in arm.runs)
-        lines.append(
-            f"  * {records}: commit {str(start['git']['commit'])[:12]}, {start['device']}, "
-            f"data {start['data']['sha256'][:12]}, {verdicts.parameters(arm):,} parameters, "
-            f"{verdicts.characters(arm):,} characters, context {arm.config['data']['context']}"
+def _wrapped(text: str) -> str:
+    """Wraps a paragraph."""
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def _summary(ledger: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """Returns a table with one line a claim: the verdicts on its evidence."""
+    lines = ["| claim | | evidence so far |", "|---|---|---|"]
+    for claim in ledger["claim"]:
+        of_claim = [row for row in rows if row.claim["id"] == claim["id"]]
+        done = [row for row in of_claim if row.status != "not yet run"]
+        said = "; ".join(
+            f"**{row.status}**" + (f": {row.reason}" if row.reason else "")
+            for row in done or of_claim[:1]
         )
+        name = claim["id"]
+        lines.append(f"| [{name}](#{name.lower()}) | {claim['says']} | {said} |")
     return "\n".join(lines) + "\n"
+
+
+def _row_text(row: Row) -> str:
+    """Returns one piece of evidence: verdict, commands that repeat it, records."""
+    verdict = f"**{row.status}**" + (f": {row.reason}" if row.reason else "") + "."
+    if row.measured:
+        verdict += f" {row.measured} ({row.scale})."
+    parts = [_wrapped(verdict), "```sh", *row.evidence["commands"], "```", ""]
+    if row.arms:
+        parts += [
+            "| records | commit | device | data | parameters | characters | context |",
+            "|---|---|---|---|---|---|---|",
+            *map(_records_line, row.arms),
+            "",
+        ]
+    return "\n".join(parts)
+
+
+def _records_line(arm: Arm) -> str:
+    start = arm.runs[0].provenance[0]
+    records = ", ".join(f"[{run.path.name}](../results/{run.path.name})" for run in arm.runs)
+    return (
+        f"| {records} | {str(start['git']['commit'])[:12]} | {start['device']} | "
+        f"{start['data']['sha256'][:12]} | {verdicts.parameters(arm):,} | "
+        f"{verdicts.characters(arm):,} | {arm.config['data']['context']} |"
+    )
 
 
 def _arms_table(table: Mapping[str, Any], recorded: Mapping[str, Arm]) -> str:
@@ -272,20 +283,8 @@ def _arms_table(table: Mapping[str, Any], recorded: Mapping[str, Arm]) -> str:
     return "\n".join(lines)
 
 
-def replace_block(page: str, block: str, name: str = "README.md") -> str:
-    """The page with the text between the markers, and the markers, exchanged.
-
-    Raises:
-      UserError: it does not have both markers, once, in their order.
-    """
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise UserError(f"{name} must hold the lines {BEGIN!r} and {END!r} once, in this order")
-    before, rest = page.split(BEGIN)
-    return before + block + rest.split(END)[1]
-
-
-def pages(root: Path) -> dict[Path, str]:
-    """What each page should say, by its path.
+def page_of(root: Path) -> str:
+    """Returns ``docs/evidence.md`` as the ledger and the records make it.
 
     Raises:
       UserError: the ledger or a record cannot be read.
@@ -302,28 +301,23 @@ def pages(root: Path) -> dict[Path, str]:
         for claim in ledger["claim"]
         for evidence in claim["evidence"]
     ]
-    readme = root / "README.md"
-    return {
-        readme: replace_block(readme.read_text(), readme_block(rows)),
-        root / "docs" / "evidence.md": evidence_page(ledger, rows, recorded),
-    }
+    return evidence_page(ledger, rows, recorded)
 
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     p = Arguments(prog="python -m train claims", description=__doc__)
     p.add_argument("--root", type=Path, default=Path(), help="the repository")
-    p.add_argument("--check", action="store_true", help="write nothing; fail if a page differs")
+    p.add_argument("--check", action="store_true", help="write nothing; fail if the page differs")
     options = p.parse_args(argv[1:])
-    wanted = pages(options.root)
-    differ = [p for p, text in wanted.items() if not p.is_file() or p.read_text() != text]
-    if options.check and differ:
+    page, text = options.root / "docs" / "evidence.md", page_of(options.root)
+    if page.is_file() and page.read_text() == text:
+        print(f"{page} agrees with results/")
+        return
+    if options.check:
         raise UserError(
-            f"{', '.join(p.name for p in differ)} and results/ disagree; run "
-            f"python -m train claims and commit what it writes"
+            f"{page.name} and results/ disagree; run python -m train claims and commit what it "
+            "writes"
         )
-    for page in differ:
-        write_atomically(page, wanted[page])
-        print(f"wrote {page}")
-    if not differ:
-        print("the pages agree with results/")
+    write_atomically(page, text)
+    print(f"wrote {page}")

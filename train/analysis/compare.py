@@ -1,9 +1,9 @@
-"""``python -m train compare RUN ...``: two arms, evaluation by evaluation, over their seeds.
+"""``python -m train compare RUN ...``: compares two arms over their seeds at every evaluation.
 
-A RUN is a run's folder or its record under ``results/``. Prints, for every evaluation that all runs
-share, mean and sample deviation of both arms and the difference of the means with its standard
-error; then how the arms stand at the end, throughout, and after equal time, as docs/protocol.md
-counts it. Writes the same as JSON and, beside it, as text and as a figure.
+A RUN is a run's folder or its record under ``results/``. Prints mean and sample deviation of both
+arms and the difference of the means with its standard error, for every evaluation that all runs
+share. Then prints the outcome at the end, at every point, and after equal time, by the rules of
+docs/protocol.md. Writes the same as JSON and, beside it, as text and as a figure.
 """
 
 import statistics
@@ -26,11 +26,11 @@ FIRST_MILLION = 1_000_000
 
 
 def compare(one: Arm, other: Arm, *, same_budget: bool = True) -> dict[str, Any]:
-    """How arm ``one`` stands to ``other``; differences are ``one`` less ``other``, in BPC.
+    """Compares arm ``one`` with ``other``; differences are ``one`` less ``other``, in BPC.
 
     Args:
       one: an arm.
-      other: its reference.
+      other: the reference.
       same_budget: refuse arms that saw different numbers of characters.
 
     Returns:
@@ -40,7 +40,7 @@ def compare(one: Arm, other: Arm, *, same_budget: bool = True) -> dict[str, Any]
       ``test`` if every run was evaluated on them; and ``runs``, where they came from.
 
     Raises:
-      UserError: the arms were not made alike, or share no evaluation.
+      UserError: the arms differ in more than the model, or share no evaluation.
     """
     try:
         verdicts.check_comparable([one, other], same_budget=same_budget)
@@ -85,17 +85,17 @@ _WORDS = {"holds": "below", "fails": "above", "undecided": "undecided"}
 
 
 def _throughout(points: Sequence[Mapping[str, Any]]) -> str:
-    """``below`` if decidedly so at each evaluation after the first million characters."""
+    """Returns ``below`` if each evaluation after the first million characters is decided so."""
     found = {point["verdict"] for point in points if point["characters"] > FIRST_MILLION}
     return found.pop() if len(found) == 1 else "undecided" if "above" not in found else "mixed"
 
 
 def equal_time(one: Arm, other: Arm) -> dict[str, Any] | None:
-    """The difference when the faster arm has ended, by the clock; None if they share no clock.
+    """Returns the difference at the time when the faster arm ends; None without a common clock.
 
-    They share none if no speed was logged, or the runs were made on devices of two kinds. Losses
-    between two evaluations are on a straight line. The slower arm is then in the middle of its
-    schedule, with a learning rate that has yet to fall.
+    There is no common clock if no speed was logged or the runs used devices of different kinds.
+    Losses are interpolated linearly between evaluations. At that time the slower arm is in the
+    middle of its schedule, with a learning rate that has not fallen yet.
     """
     first, second = _seconds(one), _seconds(other)
     devices = {run.provenance[0]["device"] for arm in (one, other) for run in arm.runs}
@@ -117,19 +117,19 @@ def equal_time(one: Arm, other: Arm) -> dict[str, Any] | None:
 
 
 def _seconds(arm: Arm) -> float | None:
-    """Of a run's training by its clock, the mean; None if a run did not log its speed."""
+    """Returns the mean seconds of training over the seeds; None if a run did not log its speed."""
     if not all(run.clock for run in arm.runs):
         return None
     return statistics.fmean(max(run.clock.values()) for run in arm.runs)
 
 
 def _by_time(run: RunRecord) -> list[tuple[float, float]]:
-    """``(seconds of training, BPC)`` of each evaluation."""
+    """Returns ``(seconds of training, BPC)`` for each evaluation."""
     return [(run.clock[seen], bpc) for seen, bpc in run.losses["validation"].items()]
 
 
 def table_text(result: Mapping[str, Any]) -> str:
-    """The table and the summary as they are printed."""
+    """Formats the table and the summary."""
     names = result["arm"], result["reference"]
     width = max(20, *map(len, names))
     lines = [f"{'characters':>10}  " + "  ".join(f"{n:>{width}}" for n in names) + "  difference"]
@@ -169,7 +169,7 @@ def _row_text(row: Mapping[str, Any], names: Sequence[str], width: int) -> str:
 
 
 def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
-    """Loss against characters and against time, and the difference, with its standard errors."""
+    """Draws loss against characters and against time, and the difference with its errors."""
     points = result["points"]
     seen = [point["characters"] / 1e6 for point in points]
     with style():
@@ -235,10 +235,10 @@ def program(argv: Sequence[str]) -> None:
 
 
 def pair(arms: Mapping[str, Arm], reference: str) -> tuple[Arm, Arm]:
-    """The arm and its reference.
+    """Returns the arm and its reference.
 
     Raises:
-      UserError: there are not two, or the reference is not clear.
+      UserError: there are not two arms, or it is unclear which one is the reference.
     """
     if len(arms) != 2:
         raise UserError(f"name the runs of two arms; these are of {', '.join(arms)}")

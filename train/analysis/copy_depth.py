@@ -1,10 +1,10 @@
-"""``python -m train copy_depth RUN ...``: the loss by copy depth, of several runs on one text.
+"""``python -m train copy_depth RUN ...``: measures the loss of several runs by copy depth.
 
-Each prediction of a set of windows of the validation split is sorted by the depth of the repeated
-context before it (``suffix_match.py``), by whether it is a copy event, and by the distance to
-its source. Every arm (runs that differ in their seed alone) is scored on the same windows, and
-the intervals are of a bootstrap over the windows, resampled for all arms alike, so that those of
-differences are paired. Prints a table; writes JSON and, beside it, a figure.
+Predictions on windows of the validation split are grouped by the depth of the repeated context
+before them (``suffix_match.py``), by whether they are copy events, and by the distance to the
+source. Every arm (runs that differ only in their seed) is scored on the same windows. Intervals
+come from a bootstrap over the windows, with the same resamples for all arms, so that differences
+are paired. Prints a table; writes JSON and, beside it, a figure.
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ BUCKETS = ("0", "1", "2", "3", "4-7", "8-15", "16+")
 EVENTS = ("all", "copy", "other")
 DISTANCES = ("any", "near", "far")
 LEAST_RESAMPLES = 100
-"""Fewer say nothing about an interval of 95%, and might miss a rare cell altogether."""
+"""Least number of resamples: fewer give no 95% interval and may miss a rare cell."""
 FAR = 64
-"""Characters to the source beyond which a repetition is long-range."""
+"""Distance to the source, in characters, beyond which a repetition is long-range."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean and the bootstrap interval of it; None where no prediction falls."""
+    """A mean and its bootstrap interval; None for a cell without predictions."""
 
     mean: float | None
     low: float | None
@@ -51,13 +51,13 @@ class Interval:
 
 
 def cell_index(match: SuffixMatch) -> npt.NDArray[np.int64]:
-    """The finest cell of each prediction: (bucket, copy, far) as one number below 28."""
+    """Returns the cell of each prediction: (bucket, copy, far) as one number below 28."""
     bucket = np.searchsorted(LEAST_DEPTH, match.depth, side="right").astype(np.int64) - 1
     return np.asarray((bucket * 2 + match.is_copy) * 2 + (match.distance > FAR))
 
 
 def window_sums(cells: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> Floats:
-    """Sums of the values of each window by finest cell: ``[W, 28]`` from ``[W, L]`` twice."""
+    """Sums the values of each window by cell: ``[W, 28]`` from two arrays ``[W, L]``."""
     size = len(BUCKETS) * 4
     rows = np.arange(len(cells))[:, None] * size + cells
     total = np.bincount(rows.ravel(), np.asarray(values, np.float64).ravel(), len(cells) * size)
@@ -65,9 +65,9 @@ def window_sums(cells: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> Float
 
 
 def selectors() -> dict[tuple[str, str, str], npt.NDArray[np.bool_]]:
-    """Which of the 28 finest cells make up (events, distance, bucket); bucket may be ``all``.
+    """Selects those of the 28 cells that make up (events, distance, bucket or ``all``).
 
-    A prediction of depth 0 has no source: it belongs to any distance, to neither near nor far.
+    A prediction of depth 0 has no source, so it is neither near nor far, and in ``any``.
     """
     index = np.arange(len(BUCKETS) * 4)
     bucket, copy, far = index // 4, index // 2 % 2 == 1, index % 2 == 1
@@ -83,7 +83,7 @@ def selectors() -> dict[tuple[str, str, str], npt.NDArray[np.bool_]]:
 
 
 def resamples(num_windows: int, count: int, seed: int = 0) -> Floats:
-    """How often each bootstrap resample draws each window, ``[count, W]``."""
+    """Counts how often each bootstrap resample draws each window, ``[count, W]``."""
     draw = np.random.default_rng(seed).multinomial(
         num_windows, np.full(num_windows, 1 / num_windows), size=count
     )
@@ -93,14 +93,14 @@ def resamples(num_windows: int, count: int, seed: int = 0) -> Floats:
 def interval(
     sums: Floats, counts: Floats, sum_draws: Floats, count_draws: Floats, level: float = 0.95
 ) -> Interval:
-    """Mean of a cell and its percentile interval over resamples that have the cell at all.
+    """Returns the mean of a cell and its percentile interval over resamples that have the cell.
 
     Args:
       sums: scalar, the cell's sum over all windows.
-      counts: scalar, its number of predictions.
+      counts: scalar, the cell's number of predictions.
       sum_draws: ``[R]``, the sum in each resample.
       count_draws: ``[R]``, the number in each resample.
-      level: of the interval.
+      level: confidence level of the interval.
     """
     if not counts:
         return Interval(None, None, None)
@@ -117,13 +117,13 @@ def tabulate(
     reference: str,
     num_resamples: int = 1000,
 ) -> dict[str, Any]:
-    """Loss and difference to the reference of each arm in each cell.
+    """Computes each arm's loss, and its difference to the reference, in each cell.
 
     Args:
-      match: of the windows.
+      match: the suffix matches of the windows.
       losses: for each arm and seed, bits of each prediction, ``[W, L]``.
       reference: the arm that differences are taken to.
-      num_resamples: of the bootstrap.
+      num_resamples: number of bootstrap resamples.
 
     Returns:
       Per arm ``loss`` and ``difference``, lists of cells; per arm and cell ``seeds``, the means of
@@ -164,16 +164,16 @@ def tabulate(
 def find_cell(
     cells: Sequence[dict[str, Any]], events: str, distance: str, bucket: str
 ) -> dict[str, Any]:
-    """One cell of a list that ``tabulate`` made."""
+    """Finds one cell in a list that ``tabulate`` made."""
     wanted = (events, distance, bucket)
     return next(c for c in cells if (c["events"], c["distance"], c["bucket"]) == wanted)
 
 
 def spread_windows(num_bytes: int, length: int, count: int) -> npt.NDArray[np.int64]:
-    """Where each of ``count`` windows of ``length + 1`` characters begins, apart as far as can be.
+    """Returns the starts of ``count`` windows of ``length + 1`` characters, spread evenly.
 
     Raises:
-      UserError: so many do not fit side by side.
+      UserError: the windows would overlap.
     """
     most = (num_bytes - 1) // length
     if not 1 <= count <= most:
@@ -192,7 +192,7 @@ def bits_of_windows(
     mesh: Mesh,
     batch_size: int = 64,
 ) -> Floats:
-    """Bits of each prediction, ``[W, L]``, for windows of tokens ``[W, L + 1]``."""
+    """Computes the bits of each prediction, ``[W, L]``, for windows of tokens ``[W, L + 1]``."""
     losses = make_window_losses(model, mesh=mesh)
     batch_size += -batch_size % mesh.size
     nats = []
@@ -212,11 +212,11 @@ def measure(
     length: int = 0,
     num_resamples: int = 1000,
 ) -> dict[str, Any]:
-    """Scores the runs and returns everything that the JSON holds.
+    """Scores the runs and returns the content of the JSON file.
 
     Raises:
-      UserError: a run cannot be loaded, the runs have different data, or the reference is
-        not clear.
+      UserError: a run cannot be loaded, the runs have different data, or it is unclear which arm
+        is the reference.
     """
     arms = read_arms(folders)
     reference = reference_arm(arms, reference)
@@ -272,7 +272,7 @@ def measure(
 
 
 def table_text(result: dict[str, Any]) -> str:
-    """The table as it is printed: loss of the reference, differences of the others."""
+    """Formats the table: loss of the reference, differences of the others."""
     reference = result["reference"]
     others = [arm for arm in result["arms"] if arm != reference]
     width = max(16, *(len(arm) + 2 for arm in result["arms"]))
@@ -300,7 +300,7 @@ def table_text(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], target: Path) -> None:
-    """Loss by depth, and the difference to the reference, for three sets of predictions."""
+    """Draws loss by depth, and difference to the reference, for three sets of predictions."""
     views = (("all", "any"), ("copy", "any"), ("copy", "far"))
     titles = ("all predictions", "copy events", f"copy events, source beyond {result['far']}")
     reference = result["reference"]

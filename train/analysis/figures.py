@@ -1,4 +1,4 @@
-"""``python -m train figures RUN ... --output=FILE.png``: the loss curves of runs, from their logs.
+"""``python -m train figures RUN ... --output=FILE.png``: draws the loss curves of runs.
 
 A RUN is a run's folder or its record under ``results/``.
 """
@@ -19,7 +19,7 @@ from train.program import Arguments
 
 
 def style() -> Any:
-    """The look that the figures share."""
+    """Sets the style that all figures share."""
     return plt.rc_context(
         {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.alpha": 0.3}
@@ -27,10 +27,10 @@ def style() -> Any:
 
 
 def loss_curve(runs: Sequence[str | Path], target: Path) -> None:
-    """Bits per character against characters seen: training as a thin line, validation as dots.
+    """Draws BPC against characters seen: training as a thin line, validation as dots.
 
-    Runs that differ in their seed alone are one curve, their mean, in a band from the lowest to the
-    highest of them.
+    Runs that differ only in their seed are one curve, their mean, in a band from the lowest to the
+    highest.
 
     Raises:
       UserError: runs of one name differ in more than their seed.

@@ -1,10 +1,10 @@
-"""``python -m train final_losses RUN ...``: how arms end, against their size or side by side.
+"""``python -m train final_losses RUN ...``: compares the final losses of any number of arms.
 
 A RUN is a finished run's folder or its record under ``results/``. Rungs of a scale ladder are drawn
-against parameters and training FLOPs, with a fitted power law where there are enough of them;
-variants of one size one below the other. Losses are of the whole validation split where every run
-was evaluated on it, else of the part that each evaluates at its end. Writes the table as JSON and,
-beside it, as text and as a figure.
+against parameters and training FLOPs, with a fitted power law if there are enough of them. Variants
+of one size are drawn one below the other. Losses are those of the whole validation split if every
+run was evaluated on it, otherwise those of the slice that each run evaluates at its end. Writes the
+table as JSON and, beside it, as text and as a figure.
 """
 
 import itertools
@@ -27,29 +27,29 @@ from train.files import check_json_output, write_atomically, write_json
 from train.program import Arguments
 
 LEAST_RUNGS = 3
-"""Of one architecture, before a slope is fitted."""
+"""Least number of rungs of one architecture for a fit."""
 LEAST_STEP = 1.2
-"""From one rung to the next; arms closer than that are variants of one size, and no ladder."""
+"""Least ratio of sizes from one rung to the next; closer arms are variants of one size."""
 FAR_OFF = 5.0
-"""Times the middle difference to the reference: a loss beyond would press the others together."""
+"""Edge of a figure, in median differences to the reference; larger losses become arrows."""
 SIZES = {"parameters": "parameters", "training_flops": "training FLOPs"}
 
 
 def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, Any]:
-    """The table and the fits of finished runs.
+    """Computes the table and the fits of finished runs.
 
     Args:
-      folders: of runs.
-      reference: the arm that differences are taken to; the first, if none is named.
+      folders: folders of runs.
+      reference: the arm that differences are taken to; the first if none is named.
 
     Returns:
       ``arms``, one row each, with ``difference`` to the reference and its ``standard_error`` (None
-      with a single seed), in BPC; ``variants``, whether they are of one size rather than rungs;
-      ``fits``, see ``fit``; ``edge``, the BPC at which figures of variants end; and ``runs``, where
+      with a single seed), in BPC; ``variants``, whether the arms have one size and are no rungs;
+      ``fits``, see ``fit``; ``edge``, the largest BPC in a figure of variants; and ``runs``, where
       they came from.
 
     Raises:
-      UserError: a run has not ended or cannot be read, or there is no such reference.
+      UserError: a run has not ended or cannot be read, or the reference is not among the arms.
     """
     arms = read_arms(folders, finished=True)
     losses = {loss.arm: loss for loss in verdicts.final_losses(list(arms.values()))}
@@ -96,7 +96,7 @@ def _by_architecture(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mappin
 
 
 def _are_rungs(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether some architecture has two sizes, and none has one size twice."""
+    """Whether some architecture has two sizes, and no architecture has one size twice."""
     kinds = _by_architecture(rows).values()
     return len(rows) > len(kinds) and not any(map(_share_a_size, kinds))
 
@@ -107,7 +107,7 @@ def _share_a_size(rows: Sequence[Mapping[str, Any]], what: str = "parameters") -
 
 
 def fit(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, float] | None:
-    """``bpc = scale * what ** exponent`` by least squares of logarithms; None without a ladder.
+    """Fits ``bpc = scale * what ** exponent`` to logarithms; None without a ladder.
 
     Returns:
       ``scale``, ``exponent``, and ``standard_error`` of the exponent from the residuals.
@@ -127,7 +127,7 @@ def fit(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, float] | None
 
 
 def result_text(found: Mapping[str, Any]) -> str:
-    """The table as it is printed."""
+    """Formats the table."""
     rows = found["arms"]
     width = max([len(row["arm"]) for row in rows] + [3])
     head = f"{'arm':{width}}   parameters     characters   training FLOPs  n  BPC"
@@ -156,7 +156,7 @@ def result_text(found: Mapping[str, Any]) -> str:
 
 
 def draw(found: Mapping[str, Any], target: Path) -> None:
-    """The figure: variants one below the other, or loss against size."""
+    """Draws variants one below the other, or rungs against their size."""
     with style():
         figure = _draw_variants(found) if found["variants"] else _draw_rungs(found)
         figure.savefig(target, dpi=150)
@@ -164,7 +164,7 @@ def draw(found: Mapping[str, Any], target: Path) -> None:
 
 
 def _draw_variants(found: Mapping[str, Any]) -> Figure:
-    """The best on top; a dot is the mean, small ones are seeds, the line is the reference.
+    """Draws the best arm on top: a dot for the mean, small dots for seeds, a line: the reference.
 
     An arm beyond the edge is an arrow.
     """
@@ -199,7 +199,7 @@ def _draw_variants(found: Mapping[str, Any]) -> Figure:
 
 
 def _draw_rungs(found: Mapping[str, Any]) -> Figure:
-    """Loss against parameters and against training FLOPs, with the fitted power laws."""
+    """Draws loss against parameters and training FLOPs, with the fitted power laws."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     for axis, (what, label) in zip(axes, SIZES.items(), strict=True):
         for index, (kind, same) in enumerate(_by_architecture(found["arms"]).items()):
@@ -233,7 +233,7 @@ def _draw_rungs(found: Mapping[str, Any]) -> Figure:
 
 
 def write(found: Mapping[str, Any], output: Path) -> None:
-    """Writes JSON, text and figure, and prints the text and their places."""
+    """Writes JSON, text and figure, and prints the text and the paths."""
     table, picture = (output.with_suffix(suffix) for suffix in (".txt", ".png"))
     text = result_text(found)
     write_json(output, found, indent=1)

@@ -1,10 +1,9 @@
-"""``python -m train readings RUN``: a trained FSN read as a system of coupled oscillators.
+"""``python -m train readings RUN``: reads a trained FSN as a system of coupled oscillators.
 
-For every layer: the coupling function of both delays, frustration angles, signed Daido coefficients
-and how repulsive each harmonic is, all from the kernel; attention entropy, order parameters and the
-frustration that the text brings into the delayed coupling, and what each head attends to, over
-windows of the validation split.
-Writes JSON and, beside it, two figures.
+From the kernel of every layer: coupling functions of both delays, frustration angles, signed Daido
+coefficients, and how repulsive each harmonic is. From windows of the validation split: attention
+entropy, what each head attends to, order parameters, and the frustration that the text itself
+brings into the delayed coupling. Writes JSON and, beside it, two figures.
 """
 
 from collections.abc import Sequence
@@ -39,16 +38,16 @@ from train.program import Arguments, start_jax
 from train.provenance import provenance
 
 POINTS = 65
-"""Of a coupling curve, from -pi to pi."""
+"""Number of points of a coupling curve, from -pi to pi."""
 BINS = 36
-"""Of a histogram over the circle."""
+"""Number of bins of a histogram over the circle."""
 BAND = (10, 50, 90)
-"""Percentiles over phases that a coupling curve is told by."""
+"""Percentiles over the phases that summarise coupling curves."""
 
 
 @jax.jit
 def measure(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
-    """Every reading of a layer that is computed from its kernel and states, as arrays."""
+    """Computes all readings of a layer from its kernel and states, as arrays."""
     strength, angle = coefficients(state.kappa)
     entropy = attention_entropy(state.attention)[:, :, 1:]
     most = jnp.log(jnp.arange(2, state.attention.shape[-1] + 1))[None, None]
@@ -77,7 +76,7 @@ def measure(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
 
 
 def read_layer(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
-    """The readings of one layer over some text, as plain values."""
+    """Returns the readings of one layer on a text, as plain values."""
     found = jax.device_get(measure(state, tokens))
     num_delays, num_harmonics, heard, _ = state.kappa.shape
     return {
@@ -121,7 +120,7 @@ def read_layer(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
 def circle_histogram(
     angle: npt.NDArray[Any], weight: npt.NDArray[Any] | None = None
 ) -> npt.NDArray[np.float64]:
-    """Share of the weight in each of BINS equal arcs from -pi to pi."""
+    """Computes the share of the weight in each of BINS equal arcs from -pi to pi."""
     counts, _ = np.histogram(angle, bins=BINS, range=(-np.pi, np.pi), weights=weight, density=False)
     return np.asarray(counts / max(counts.sum(), 1e-30), np.float64)
 
@@ -133,7 +132,7 @@ def _round(values: Any) -> Any:
 def read(
     folder: str, *, checkpoint: str = "latest", num_windows: int = 16, length: int = 0
 ) -> dict[str, Any]:
-    """Everything that the JSON holds.
+    """Reads a run and returns the content of the JSON file.
 
     Raises:
       UserError: the run cannot be loaded, or is not of an FSN with a coupling kernel.
@@ -182,10 +181,10 @@ def read(
 
 
 def draw_kernels(page: dict[str, Any], target: Path) -> None:
-    """A row a layer: coupling curves, then angles over the circle, for each delay, and the text's.
+    """Draws one row a layer: coupling curves and angles for each delay, and the text's own angles.
 
-    The angle of an entry is drawn over the whole circle, weighted by its size: near 0 it attracts,
-    near pi it repels, in between it pushes around.
+    The angle of a kernel entry is drawn over the whole circle, weighted by its size: near 0 the
+    entry attracts, near pi it repels, in between it drives phases around.
     """
     layers = page["layers"]
     delays = 1 + max(c["delay"] for c in layers[0]["coefficients"])
@@ -228,7 +227,7 @@ def _of_delay(layer: dict[str, Any], delay: int, what: str) -> npt.NDArray[np.fl
 
 
 def _rose(axis: Any, edges: npt.NDArray[Any], share: npt.NDArray[Any], color: str) -> None:
-    """A histogram over the circle whose areas, not radii, are in proportion."""
+    """Draws a histogram over the circle with areas, not radii, in proportion."""
     width = edges[1] - edges[0]
     axis.bar(edges[:-1] + width / 2, np.sqrt(share), width=width, color=color, alpha=0.8, lw=0)
     axis.set_yticklabels([])
@@ -236,7 +235,7 @@ def _rose(axis: Any, edges: npt.NDArray[Any], share: npt.NDArray[Any], color: st
 
 
 def draw_depth(page: dict[str, Any], target: Path) -> None:
-    """Order parameters, attention (entropy, repeats) and the text's frustration through layers."""
+    """Draws order parameters, attention entropy and repeats, and the text's angles by layer."""
     layers = page["layers"]
     depth = np.arange(len(layers))
     with style():
@@ -306,7 +305,7 @@ def program(argv: Sequence[str]) -> None:
 
 
 def summary_text(page: dict[str, Any]) -> str:
-    """A line a layer: what the kernel and the states come to."""
+    """Formats one line a layer: a summary of its kernel and states."""
     lines = [
         "layer  repulsive (delay 0; 1)  |angle|  entropy  to repeats  order  text's frustration"
     ]

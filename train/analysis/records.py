@@ -1,7 +1,7 @@
-"""Arms: runs that differ in nothing but their seed, read from run folders or from ``results/``.
+"""Reads runs, and arms (runs that differ only in their seed), from run folders or ``results/``.
 
-A run is named after its arm; seeds other than the first add ``_seed<n>``. What is read is what
-``python -m train record`` keeps, as plain values: a record outlives the code that made it.
+A run is named after its arm; seeds other than the first add ``_seed<n>``. Only what
+``python -m train record`` keeps is read, as plain values: a record outlives the code that made it.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _MAY_DIFFER = {
     "data.path",
     "data.placement",
 }
-"""Settings that do not tell the runs of an arm apart: where things lie, and the seed."""
+"""Settings in which the runs of an arm may differ: paths and the seed."""
 
 _EVALUATION: dict[str, type] = {
     "step": int,
@@ -72,43 +72,43 @@ _CONTENTS: dict[str, dict[str, type]] = {
     "evaluations.jsonl": _EVALUATION,
     "test_reads.jsonl": _EVALUATION,
 }
-"""What each file of a record must say, by the dots that lead to it; a float may be written whole.
+"""Required fields of each file of a record, by dotted path, and their types.
 
-Only what is read here and by those who read records through here.
+A float may be written as a whole number. Fields that no reader of records uses are left out.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """The evidence of one run.
+    """The recorded evidence of one run.
 
-    Reading any of it raises UserError where a file is damaged.
+    Every property raises UserError if its file is damaged.
 
     Attributes:
-      path: its folder.
+      path: the folder of the run or record.
     """
 
     path: Path
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """Every setting, nested."""
+        """All settings, nested."""
         (config,) = self._read("config.json")
         return config
 
     @functools.cached_property
     def summary(self) -> dict[str, Any]:
-        """What the run came to; empty if it has not ended."""
+        """The content of ``summary.json``; empty if the run has not ended."""
         return next(iter(self._read("summary.json", optional=True)), {})
 
     @functools.cached_property
     def provenance(self) -> list[dict[str, Any]]:
-        """One entry a start."""
+        """One entry for each start of the run."""
         return self._read("provenance.json")
 
     @functools.cached_property
     def losses(self) -> dict[str, dict[int, float]]:
-        """By kind, ``train`` and ``validation``: BPC by the characters seen, in their order."""
+        """BPC by characters seen, for ``train`` and ``validation``."""
         kinds: dict[str, dict[int, float]] = {"train": {}, "validation": {}}
         for row in self._log:
             if row["kind"] in kinds:
@@ -117,20 +117,20 @@ class RunRecord:
 
     @functools.cached_property
     def whole_validation(self) -> float | None:
-        """BPC of the last checkpoint on the whole validation split; None if it was not read."""
+        """BPC of the last checkpoint on the whole validation split; None without an evaluation."""
         return self._of_the_end("evaluations.jsonl")
 
     @functools.cached_property
     def test(self) -> float | None:
-        """BPC of the last checkpoint on the test split; None if it was not read."""
+        """BPC of the last checkpoint on the test split; None if the split was not read."""
         return self._of_the_end("test_reads.jsonl")
 
     @functools.cached_property
     def clock(self) -> dict[int, float]:
-        """Seconds of training by the time each number of characters had been seen.
+        """Seconds of training up to each number of characters.
 
-        At the run's median speed: what else the machine did meanwhile does not count. Empty if the
-        speed was not logged.
+        The seconds are those at the run's median speed, so other work on the machine does not
+        count. Empty if the speed was not logged.
         """
         timing = self._read("timing.jsonl", optional=True)
         if not timing:
@@ -148,7 +148,7 @@ class RunRecord:
 
     @property
     def seed(self) -> int:
-        """Of parameters and data."""
+        """The seed of parameters and data."""
         return int(self.config["seed"])
 
     @property
@@ -161,7 +161,7 @@ class RunRecord:
         return self._read("metrics.jsonl", optional=True)
 
     def _of_the_end(self, name: str) -> float | None:
-        """The newest row of the run's own data, context and stride, and its last checkpoint."""
+        """Returns the newest BPC of the last checkpoint, on the run's data, context and stride."""
         summary = self.summary
         if not summary:
             return None
@@ -175,7 +175,7 @@ class RunRecord:
         return float(rows[-1]["bpc"]) if rows else None
 
     def _read(self, name: str, *, optional: bool = False) -> list[dict[str, Any]]:
-        """The rows of a file, or the one object that it is; none if it may be missing and is."""
+        """Reads the rows of a file, or its one object; empty if an optional file is missing."""
         file = self.path / name
         if optional and not file.is_file():
             return []
@@ -199,7 +199,7 @@ class RunRecord:
 
 
 def _check(row: Any, fields: dict[str, type]) -> None:
-    """Raises ValueError where a field is missing or of another type."""
+    """Raises ValueError if a field is missing or has another type."""
     for place, kind in fields.items():
         value = row
         for key in place.split("."):
@@ -212,11 +212,11 @@ def _check(row: Any, fields: dict[str, type]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """The runs of one setting.
+    """The runs of one configuration over its seeds.
 
     Attributes:
-      name: of the arm.
-      runs: one a seed, in the order of the seeds.
+      name: name of the arm.
+      runs: one run a seed, in the order of the seeds.
     """
 
     name: str
@@ -224,7 +224,7 @@ class Arm:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The settings that the runs share (and the first one's seed)."""
+        """The settings that the runs share (with the seed of the first run)."""
         return self.runs[0].config
 
     @property
@@ -234,7 +234,7 @@ class Arm:
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """Where each of its finished runs came from."""
+        """Where each finished run came from."""
         return [
             {
                 "record": run.path.name,
@@ -247,33 +247,33 @@ class Arm:
         ]
 
     def curve(self, kind: str = "validation") -> list[tuple[int, list[float]]]:
-        """``(characters, BPC of each seed)`` wherever every seed has a row."""
+        """Returns ``(characters, BPC of each seed)`` for each row that every seed has."""
         by_seed = [run.losses[kind] for run in self.runs]
         shared = set.intersection(*(set(rows) for rows in by_seed)) if by_seed else set()
         return [(c, [rows[c] for rows in by_seed]) for c in sorted(shared)]
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, which one value does not have."""
+    """Computes mean and sample standard deviation (None for a single value)."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return statistics.fmean(values), deviation
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """One run, of this machine or in a bucket.
+    """Opens the record of one run, on this machine or in a bucket.
 
     Raises:
-      UserError: there is none.
+      UserError: the folder is no run.
     """
     return RunRecord(open_run(folder).path)
 
 
 def read_arms(folders: Iterable[str | Path], *, finished: bool = False) -> dict[str, Arm]:
-    """Runs by arm, in the order given.
+    """Reads runs and groups them by arm, in the order given.
 
     Args:
-      folders: of runs.
-      finished: whether a run that has not ended is a mistake.
+      folders: folders of runs.
+      finished: whether an unfinished run is an error.
 
     Raises:
       UserError: a folder is no run, two runs of an arm have one seed, or they differ in more.
@@ -288,17 +288,18 @@ def read_arms(folders: Iterable[str | Path], *, finished: bool = False) -> dict[
 
 
 def recorded_arms(results: Path) -> dict[str, Arm]:
-    """The arms under ``results/``."""
+    """Reads the arms under ``results/``."""
     return read_arms(sorted(file.parent for file in results.glob("*/config.json")))
 
 
 def reference_arm(arms: Mapping[str, Arm], named: str = "") -> str:
-    """Name of the arm that the others are compared with: as named, else the only transformer's.
+    """Returns the name of the reference arm: the named one, or else the only transformer.
 
-    A single arm is its own.
+    A single arm is its own reference.
 
     Raises:
-      UserError: the named arm is not among them, or none is named and it is not clear.
+      UserError: the named arm is not among the arms, or none is named and there is not exactly one
+        transformer.
     """
     candidates = [name for name, arm in arms.items() if arm.architecture == "transformer"]
     if len(arms) == 1:

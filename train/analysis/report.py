@@ -1,7 +1,7 @@
-"""``python -m train report RUN ...``: one HTML page of runs, that needs no network.
+"""``python -m train report RUN ...``: writes one HTML page of runs that needs no network.
 
-A RUN is a run's folder or its record under ``results/``; runs that differ in their seed alone are
-one arm. ``--add`` puts in what ``train copy_depth``, ``train final_losses`` (and with it
+A RUN is a run's folder or its record under ``results/``; runs that differ only in their seed are
+one arm. ``--add`` includes what ``train copy_depth``, ``train final_losses`` (and with it
 ``train ladder``) and ``train readings`` wrote.
 """
 
@@ -21,11 +21,11 @@ from train.run import flatten
 
 KINDS = ("copy_depth", "final_losses", "readings")
 MOST_POINTS = 400
-"""Of a training curve; more could not be told apart on a screen."""
+"""Largest number of points of a training curve, about one a pixel."""
 
 
 def arm_data(arm: Arm) -> dict[str, Any]:
-    """What the page shows of an arm."""
+    """Returns what the page shows of an arm."""
     first = arm.runs[0]
     finished = [run for run in arm.runs if run.summary]
     curve = arm.curve()
@@ -55,12 +55,12 @@ def arm_data(arm: Arm) -> dict[str, Any]:
 
 
 def points(arm: Arm, kind: str) -> list[list[float | None]]:
-    """A loss curve over the seeds, thinned out.
+    """Returns a loss curve over the seeds, thinned out.
 
     Returns:
-      ``[characters, mean, lowest, highest, training FLOPs, seconds of training]``; FLOPs are None
-      before the run has ended, seconds (``RunRecord.clock``, the seeds' mean) where they were not
-      logged.
+      ``[characters, mean, lowest, highest, training FLOPs, seconds of training]``. FLOPs are None
+      before the run has ended; seconds (``RunRecord.clock``, mean over the seeds) are None if they
+      were not logged.
     """
     curve = arm.curve(kind)
     every = -(-len(curve) // MOST_POINTS) or 1
@@ -85,7 +85,7 @@ def points(arm: Arm, kind: str) -> list[list[float | None]]:
 
 
 def run_data(run: RunRecord) -> dict[str, Any]:
-    """Where a run came from."""
+    """Returns where a run came from."""
     start = run.provenance[0]
     packages = ("jax", "flax", "optax")
     return {
@@ -101,7 +101,7 @@ def run_data(run: RunRecord) -> dict[str, Any]:
 
 
 def page_data(folders: Sequence[str | Path], added: Sequence[Path]) -> dict[str, Any]:
-    """Everything that the page holds.
+    """Collects the data of the page.
 
     Raises:
       UserError: a run or an added file cannot be read.
@@ -129,10 +129,10 @@ def page_data(folders: Sequence[str | Path], added: Sequence[Path]) -> dict[str,
 
 
 def read_analysis(file: Path) -> dict[str, Any]:
-    """A file that another program of this package wrote.
+    """Reads a file that another program of this package wrote.
 
     Raises:
-      UserError: it cannot be read, or is not of a known kind.
+      UserError: the file cannot be read or is of an unknown kind.
     """
     try:
         content = json.loads(file.read_text())
@@ -144,7 +144,7 @@ def read_analysis(file: Path) -> dict[str, Any]:
 
 
 def render(data: dict[str, Any], title: str) -> str:
-    """The page itself."""
+    """Renders the page as HTML."""
     template = importlib.resources.files("train.analysis").joinpath("report.html").read_text()
     # Within a script element only "</" could end it, and in JSON a slash may be escaped.
     content = (

@@ -1,9 +1,9 @@
-"""Whether recorded runs bear a claim out: the comparisons, each a pure function of the records.
+"""The tests that judge claims by recorded runs, each a pure function of the records.
 
-A comparison of means is decided where both arms have two seeds or more and differ by more than two
-standard errors of the difference; a single seed decides nothing. Losses are BPC: of the whole
-validation split where every run of the comparison has been evaluated on it, else of the slice
-that the runs evaluated at their end.
+A comparison of means is decided if both arms have two seeds or more and differ by more than two
+standard errors of the difference; a single seed decides nothing. Losses are BPC of the whole
+validation split if every run of the comparison was evaluated on it, otherwise of the slice that
+the runs evaluate at their end.
 """
 
 import dataclasses
@@ -19,22 +19,22 @@ Status = Literal["holds", "fails", "not yet run", "not comparable"]
 Direction = Literal["holds", "fails", "undecided"]
 
 DIRECTIONS: tuple[Direction, ...] = ("fails", "undecided", "holds")
-"""Of a claim in parts, the first of these that any part has."""
+"""The verdict on a claim in parts is the first of these that any part has."""
 
 STANDARD_ERRORS = 2.0
 NOISE = f"within {STANDARD_ERRORS:g} standard errors"
 MATCHED = 0.01
-"""Parameters of matched arms differ by no more."""
+"""Largest relative difference between the parameter counts of matched arms."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the runs say.
+    """The outcome of a test.
 
     Attributes:
-      direction: of what was measured.
-      measured: the numbers, in words.
-      reason: why it is undecided, else empty.
+      direction: whether the measured difference has the claimed direction.
+      measured: the measured numbers, as text.
+      reason: why the outcome is undecided; empty if it is decided.
     """
 
     direction: Direction
@@ -43,11 +43,11 @@ class Verdict:
 
 
 class NotRunError(Exception):
-    """Something that a verdict needs is not among the results; the message names it."""
+    """A record that a test needs is missing; the message names it."""
 
 
 class NotComparableError(Exception):
-    """The runs were not made alike; the message says in what."""
+    """The runs differ in more than the model; the message says in what."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Loss:
     """The final loss of an arm.
 
     Attributes:
-      arm: its name.
-      values: BPC, one a seed.
-      whole_split: whether of the whole validation split.
+      arm: name of the arm.
+      values: BPC of each seed.
+      whole_split: whether the values are of the whole validation split.
     """
 
     arm: str
@@ -66,17 +66,17 @@ class Loss:
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Mean over the seeds."""
         return mean_and_deviation(self.values)[0]
 
     @property
     def deviation(self) -> float | None:
-        """Over the seeds, of the sample."""
+        """Sample standard deviation over the seeds."""
         return mean_and_deviation(self.values)[1]
 
     @property
     def text(self) -> str:
-        """Mean and deviation."""
+        """Formats mean and deviation."""
         spread = "" if self.deviation is None else f" ± {self.deviation:.4f}"
         return f"{self.mean:.4f}{spread}"
 
@@ -85,7 +85,7 @@ class Loss:
 
 
 def final_losses(arms: Sequence[Arm]) -> list[Loss]:
-    """The final losses of arms, all on the same part of the validation split."""
+    """Returns the final losses of arms, all on the same part of the validation split."""
     whole = all(run.whole_validation is not None for arm in arms for run in arm.runs)
 
     def of(run: RunRecord) -> float:
@@ -97,7 +97,7 @@ def final_losses(arms: Sequence[Arm]) -> list[Loss]:
 
 
 def difference(one: Loss, other: Loss) -> tuple[float, float | None]:
-    """Mean of ``one`` less that of ``other``, and its standard error if both have seeds enough."""
+    """Returns the difference of the means and its standard error (None for a single seed)."""
     apart = one.mean - other.mean
     if one.deviation is None or other.deviation is None:
         return apart, None
@@ -108,15 +108,15 @@ def difference(one: Loss, other: Loss) -> tuple[float, float | None]:
 
 
 def signed(apart: float, error: float | None) -> str:
-    """A difference as text."""
+    """Formats a difference with its standard error."""
     return f"{apart:+.4f}" + ("" if error is None else f" ± {error:.4f} (s.e.)")
 
 
 def shared_evaluations(one: Arm, other: Arm) -> list[tuple[int, Loss, Loss]]:
-    """``(characters, loss of one, loss of the other)`` wherever every seed of both has a row.
+    """Returns ``(characters, loss of one, loss of the other)`` for each row that all seeds share.
 
     Raises:
-      NotComparableError: nowhere.
+      NotComparableError: the arms share no row.
     """
     ours, theirs = dict(one.curve()), dict(other.curve())
     shared = [
@@ -135,10 +135,10 @@ def shared_evaluations(one: Arm, other: Arm) -> list[tuple[int, Loss, Loss]]:
 def check_comparable(
     arms: Sequence[Arm], *, same_budget: bool = True, same_size: bool = True
 ) -> None:
-    """Refuses arms that saw other data, or more of it, or were evaluated or sized otherwise.
+    """Checks that arms share data, budget, evaluation and size.
 
     Raises:
-      NotComparableError: naming what differs.
+      NotComparableError: they do not; the message names what differs.
     """
     facts: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "data": lambda summary: summary["data_sha256"],
@@ -163,20 +163,20 @@ def check_comparable(
 
 
 def parameters(arm: Arm) -> int:
-    """Learned scalars."""
+    """Returns the number of parameters of an arm."""
     return int(arm.runs[0].summary["parameters"])
 
 
 def characters(arm: Arm) -> int:
-    """Seen in training."""
+    """Returns the number of characters seen in training."""
     return int(arm.runs[0].summary["characters"])
 
 
 def wanted(arms: Mapping[str, Arm], names: Sequence[str]) -> list[Arm]:
-    """The arms of these names, with their finished runs.
+    """Returns the arms of these names, with their finished runs.
 
     Raises:
-      NotRunError: one is not among the results.
+      NotRunError: an arm is not among the results.
     """
     found = []
     for name in names:
@@ -188,7 +188,7 @@ def wanted(arms: Mapping[str, Arm], names: Sequence[str]) -> list[Arm]:
 
 
 def decide(apart: float, error: float | None) -> tuple[Direction, str]:
-    """Whether a difference that should be below zero is, and why that is undecided."""
+    """Judges a difference that should be below zero; gives the reason if undecided."""
     if error is None:
         return "undecided", "one seed"
     if abs(apart) <= STANDARD_ERRORS * error:
@@ -197,7 +197,7 @@ def decide(apart: float, error: float | None) -> tuple[Direction, str]:
 
 
 def below(arms: Sequence[Arm]) -> Verdict:
-    """The first arm ends below the second."""
+    """Tests whether the first arm ends below the second."""
     one, other = final_losses(arms)
     apart, error = difference(one, other)
     direction, reason = decide(apart, error)
@@ -205,10 +205,10 @@ def below(arms: Sequence[Arm]) -> Verdict:
 
 
 def below_throughout(arms: Sequence[Arm]) -> Verdict:
-    """The first arm is below the second at every evaluation that they share.
+    """Tests whether the first arm is below the second at every evaluation that they share.
 
-    Above beyond the noise at the end, or at two evaluations that follow each other, is against it:
-    of as many evaluations as a run has, one is so by chance too often.
+    It fails if the first arm is above by more than the noise at the end or at two successive
+    evaluations: among the many evaluations of a run, a single one is above by chance too often.
     """
     apart = [difference(*losses) for _, *losses in shared_evaluations(*arms)]
     ahead = sum(found < 0 for found, _ in apart)
@@ -224,7 +224,7 @@ def below_throughout(arms: Sequence[Arm]) -> Verdict:
 
 
 def every_seed_below(arms: Sequence[Arm]) -> Verdict:
-    """Every seed of the first arm ends below the mean of the second."""
+    """Tests whether every seed of the first arm ends below the mean of the second."""
     one, other = final_losses(arms)
     count = sum(value < other.mean for value in one.values)
     text = f"{one}, {other}: {count} of {len(one.values)} seeds below"
@@ -234,7 +234,7 @@ def every_seed_below(arms: Sequence[Arm]) -> Verdict:
 
 
 def _bounded(apart: float, error: float, within: float) -> Direction:
-    """Whether a difference is within a bound, noise and all: holds, fails or undecided."""
+    """Judges whether a difference, with its noise, is within a bound."""
     noise = STANDARD_ERRORS * error
     if abs(apart) + noise <= within:
         return "holds"
@@ -242,7 +242,7 @@ def _bounded(apart: float, error: float, within: float) -> Direction:
 
 
 def tracks(arms: Sequence[Arm], *, within: float) -> Verdict:
-    """The first arm ends within so many BPC of the second, to either side, noise and all."""
+    """Tests whether the first arm ends within a bound of the second, noise included."""
     one, other = final_losses(arms)
     apart, error = difference(one, other)
     text = f"{one}, {other}: {signed(apart, error)}, to be within {within}"
@@ -253,11 +253,11 @@ def tracks(arms: Sequence[Arm], *, within: float) -> Verdict:
 
 
 def early_only(arms: Sequence[Arm], *, within: float) -> Verdict:
-    """The first arm is below the second at the first shared evaluation and level at the end.
+    """Tests whether the first arm is below at the first shared evaluation and level at the end.
 
     Args:
-      arms: two.
-      within: so many BPC are level, noise and all.
+      arms: two arms.
+      within: largest difference in BPC, noise included, that counts as level.
     """
     first, *starts = shared_evaluations(*arms)[0]
     start, start_error = difference(*starts)
@@ -275,12 +275,14 @@ def early_only(arms: Sequence[Arm], *, within: float) -> Verdict:
 
 
 def copy_depth(table: Mapping[str, Any], *, full: str, base: str) -> Verdict:
-    """The base layer is behind at every depth, most on far copies; the kernel is ahead from 4 on.
+    """Tests whether the base layer is behind at every depth and the FSN ahead from depth 4 on.
+
+    The base layer must also be behind most on far copies.
 
     Args:
-      table: what ``python -m train copy_depth`` wrote, differences to the transformer.
+      table: the JSON of ``python -m train copy_depth``, with differences to the transformer.
       full: name of the FSN's arm.
-      base: of the base layer's.
+      base: name of the base layer's arm.
     """
     for arm in (full, base):
         if arm not in table["arms"]:
@@ -328,11 +330,11 @@ def copy_depth(table: Mapping[str, Any], *, full: str, base: str) -> Verdict:
 
 
 def ladder(pairs: Mapping[str, Sequence[Arm]], *, rungs: int) -> Verdict:
-    """The first arm of each rung is below the second.
+    """Tests whether the first arm of each rung is below the second.
 
     Args:
-      pairs: of the rungs that have been run.
-      rungs: how many it takes.
+      pairs: the two arms of each rung that has been run.
+      rungs: number of rungs that the claim needs.
     """
     apart = {}
     for rung, arms in pairs.items():
@@ -349,10 +351,10 @@ def ladder(pairs: Mapping[str, Sequence[Arm]], *, rungs: int) -> Verdict:
 
 
 def readings(page: Mapping[str, Any]) -> Verdict:
-    """Every coefficient of every layer's kernel has a finite strength and angle.
+    """Tests whether every kernel coefficient of every layer has a finite strength and angle.
 
     Args:
-      page: what ``python -m train readings`` wrote.
+      page: the JSON of ``python -m train readings``.
     """
     layers = page["layers"]
     every = [

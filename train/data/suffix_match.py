@@ -1,4 +1,4 @@
-"""Suffix matching inside a window: how deep the past repeats, and whether it goes on as it did.
+"""Suffix matching inside a window: how long the repeated context is, and whether it continues.
 
 At position t of a window the *depth* is the length of the longest suffix of ``x[..t]`` that also
 ends at an earlier position u < t (the two may overlap). The *source* is the most recent such u, its
@@ -15,10 +15,10 @@ CHUNK = 64  # windows worked on together: their rows of 512 stay in the second-l
 
 
 class SuffixMatch(NamedTuple):
-    """Of each prediction of each window, ``[W, L]``.
+    """The longest repeated suffix before each prediction of each window, arrays ``[W, L]``.
 
     Attributes:
-      depth: int32, characters that the longest repeated suffix has.
+      depth: int32, length of the suffix in characters.
       distance: int32, t - u to the source; 0 where the depth is 0.
       is_copy: bool, whether the next character is the one that followed the source.
     """
@@ -29,13 +29,13 @@ class SuffixMatch(NamedTuple):
 
 
 def match_suffixes(windows: npt.NDArray[np.unsignedinteger[Any]]) -> SuffixMatch:
-    """Matches every prefix of every window against what comes before it in the window.
+    """Finds the longest repeated suffix of every prefix of every window.
 
     Args:
       windows: unsigned[W, L + 1], inputs and the last target; L below 2**15.
 
     Raises:
-      ValueError: a window has fewer than two characters, or 2**15 and more.
+      ValueError: a window has fewer than two characters, or 2**15 or more.
     """
     count, length = windows.shape[0], windows.shape[1] - 1
     if not 1 <= length < 2**15:
@@ -60,7 +60,7 @@ def _match_chunk(
     depth: npt.NDArray[np.int32],
     source: npt.NDArray[np.int32],
 ) -> None:
-    """Fills depth and source of some windows, ``[W, L]`` each.
+    """Fills depth and source, ``[W, L]`` each, of some windows.
 
     ``common[u + 1]`` is the length of the longest common suffix of ``x[..t]`` and ``x[..u]``, which
     is one more than that of ``x[..t - 1]`` and ``x[..u - 1]`` where the characters agree, else 0.

@@ -11,6 +11,7 @@ import pytest
 from small_runs import TINY_FSN, TINY_TRANSFORMER, assert_equal_trees, mesh_of
 
 from fsn_jax import FSNConfig, TransformerConfig
+from train import checkpoint
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig, OptimizerConfig
 from train.errors import UserError
@@ -71,11 +72,59 @@ def test_a_save_has_the_values_of_its_moment(tmp_path):
     """The next step deletes the buffers (they are donated) while the save is under way."""
     state = state_of(1)
     with opened(tmp_path / "c") as checkpoints:
+        checkpoints.save(state_of(0), 0, 2.0)  # the first is waited for
         checkpoints.save(state, 1, 1.0)
         for leaf in jax.tree.leaves(state):
             leaf.delete()
         checkpoints.wait()
         assert_equal_trees(checkpoints.restore(1, like()), state_of(1))
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*b", "what?", "x[y]/**/[!z]"])
+def test_a_folder_named_like_a_pattern_holds_checkpoints(tmp_path, name):
+    folder = tmp_path / name / "checkpoints"
+    with opened(folder) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(state_of(step), step, 1.0)
+    assert sorted(entry.name for entry in folder.iterdir()) == ["1", "2"]
+    with opened(folder, read_only=True) as checkpoints:
+        assert_equal_trees(checkpoints.restore(2, like()), state_of(2))
+    with opened(folder) as checkpoints:
+        step, state = checkpoints.restore_latest(like())
+        assert step == 2
+        assert_equal_trees(state, state_of(2))
+    assert not (tmp_path / name / "damaged_checkpoints").exists()
+
+
+def test_a_place_for_temporary_files_named_like_a_pattern_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "[t]").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "[t]"))
+    with opened(tmp_path / "plain") as checkpoints:
+        assert checkpoints.latest() is None
+    with pytest.raises(UserError, match="set TMPDIR to another"):
+        opened(tmp_path / "[1]")
+    assert list((tmp_path / "[t]").iterdir()) == []
+
+
+def test_a_first_save_that_cannot_be_read_back_is_an_error_at_once(tmp_path, monkeypatch):
+    # Without the detour Orbax does not find, and so never merges, what it has written.
+    monkeypatch.setattr(checkpoint, "has_pattern", lambda path: False)
+    with opened(tmp_path / "run[1]") as checkpoints:
+        with pytest.raises(UserError, match=r"run\[1\]/5, just saved, cannot be read back"):
+            checkpoints.save(state_of(1), 5, 1.0)
+
+
+def test_a_first_save_with_other_values_is_an_error_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoints, "_restore", lambda *_: jax.device_get(state_of(2)))
+    with opened(tmp_path / "c") as checkpoints:
+        with pytest.raises(UserError, match=r"just saved, .* \(its values differ\)"):
+            checkpoints.save(state_of(1), 1, 1.0)
+
+
+def test_a_first_save_is_read_back_from_many_devices(tmp_path):
+    with opened(tmp_path / "c") as checkpoints:
+        checkpoints.save(state_of(1, num_devices=4), 1, 1.0)
+        assert checkpoints.latest() == 1
 
 
 @pytest.mark.parametrize(("saved_on", "restored_on"), [(1, 8), (8, 1), (8, 8)])

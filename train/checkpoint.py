@@ -2,17 +2,23 @@
 
 Each checkpoint holds the hashes of its files (``train.integrity``). When a run resumes, damaged
 checkpoints are named and moved to ``<run folder>/damaged_checkpoints``; the newest intact one is
-then the latest. Orbax restores arrays by the shapes that the config gives; nothing is unpickled.
+then the latest. The first save of each start is read back at once. Orbax restores arrays by the
+shapes that the config gives; nothing is unpickled.
 """
 
+import contextlib
+import glob
 import logging
+import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 from orbax.checkpoint.checkpoint_managers import (
@@ -48,16 +54,23 @@ class Checkpoints:
             self._damaged = {}
             # In one process, before the others look at the folder.
             first_does(self._set_damaged_aside)
+            first_does(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        self._read_back_pending = not read_only
+        self._closing = contextlib.ExitStack()
+        path = self._closing.enter_context(_without_pattern(self.folder))
         try:
-            self._manager = self._open(config, read_only=read_only)
+            self._manager = self._open(path, config, read_only=read_only)
         except Exception as error:  # Orbax and what it reads with have no common one
+            self._closing.close()
             if not self._damaged:
                 raise
             raise self._damage_error(max(self._damaged)) from error
 
-    def _open(self, config: CheckpointConfig, *, read_only: bool) -> ocp.CheckpointManager:
+    def _open(
+        self, path: Path, config: CheckpointConfig, *, read_only: bool
+    ) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
-            self.folder,
+            path,
             # Named, or a manager that has saved nothing yet cannot tell what a checkpoint holds.
             item_handlers={_ITEM: ocp.StandardCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
@@ -84,14 +97,41 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()
+        finally:
+            self._closing.close()
 
     def save(self, state: TrainState, step: int, validation_loss: float | None) -> None:
-        """Starts a save. The values are copied first, so ``state`` may be donated afterwards."""
+        """Starts a save. The values are copied first, so ``state`` may be donated afterwards.
+
+        The first save is waited for and read back, so that storage that does not keep what is
+        written is noticed before more is trained.
+
+        Raises:
+          UserError: what was read back is not what was saved.
+        """
         metrics = None if validation_loss is None else {METRIC: validation_loss}
         self._manager.save(
             step, args=ocp.args.Composite(**{_ITEM: ocp.args.StandardSave(state)}), metrics=metrics
         )
+        if self._read_back_pending:
+            self._read_back_pending = False
+            self.wait()
+            self._read_back(state, step)
+
+    def _read_back(self, state: TrainState, step: int) -> None:
+        like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), state)
+        try:
+            same = jax.tree.map(_holds, self._restore(step, like), state)
+            reason = "" if all(jax.tree.leaves(same)) else "its values differ"
+        except Exception as error:  # Orbax and what it reads with have no common one
+            reason = f"{type(error).__name__}: {str(error).split(':')[0][:80]}"
+        if reason:
+            raise UserError(
+                f"the checkpoint {self.folder / str(step)}, just saved, cannot be read back "
+                f"({reason}); train in another folder with --config.run_dir=FOLDER"
+            )
 
     def wait(self) -> None:
         """Waits until every started save is on disk."""
@@ -203,6 +243,44 @@ class Checkpoints:
                 step, args=ocp.args.Composite(**{_ITEM: ocp.args.StandardRestore(like)})
             )
         return restored[_ITEM]
+
+
+@contextlib.contextmanager
+def _without_pattern(folder: Path) -> Iterator[Path]:
+    """A path of the folder without the characters of a pattern.
+
+    Orbax looks for what it has just written with ``glob``, under the folder's name as it is, and so
+    finds nothing below a folder ``run[1]``. Such a folder gets a link in the place for temporary
+    files meanwhile.
+
+    Raises:
+      UserError: that place has such a name, too.
+    """
+    if not has_pattern(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="fsn_jax-") as beside:
+        if has_pattern(beside):
+            raise UserError(
+                f"checkpoints in {folder} need a place for temporary files whose name has none of "
+                f"* ? [, and {tempfile.gettempdir()} has one: set TMPDIR to another"
+            )
+        link = Path(beside, "checkpoints")
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
+
+
+def has_pattern(path: str | Path) -> bool:
+    """Whether ``glob`` would take a path for a pattern."""
+    return glob.escape(os.fspath(path)) != os.fspath(path)
+
+
+def _holds(saved: np.ndarray, leaf: jax.Array) -> bool:
+    """Whether an array that was read holds the bits that this process has of ``leaf``."""
+    return all(
+        saved[shard.index].tobytes() == np.asarray(shard.data).tobytes()
+        for shard in leaf.addressable_shards
+    )
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from train.config import ExperimentConfig
 from train.data.suffix_match import match_suffixes
-from train.data.windows import evaluation_windows
+from train.data.windows import check_evaluation, evaluation_windows
 from train.errors import UserError
 from train.load import TrainedModel, load
 from train.mesh import DATA_AXIS, placed
@@ -51,6 +51,7 @@ class Evaluator:
           tokens: unsigned[n], the split.
         """
         context, settings = experiment.data.context, experiment.evaluation
+        check_evaluation(len(tokens), context)
         batches = evaluation_windows(
             len(tokens), context, experiment.evaluation_stride, settings.batch_size
         )

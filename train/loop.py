@@ -20,8 +20,8 @@ from train.config import ExperimentConfig
 from train.data.corpus import Corpus
 from train.data.windows import (
     WindowOrder,
+    check_evaluation,
     check_placement,
-    evaluation_windows,
     host_batches,
     place_tokens,
 )
@@ -122,17 +122,21 @@ def check_experiment(experiment: ExperimentConfig, corpus: Corpus, num_devices: 
         fit ``data.placement``.
     """
     check_devices(experiment, num_devices)
-    context, evaluation = experiment.data.context, experiment.evaluation
-    check_placement(experiment.data.placement, corpus.splits["train"].num_bytes)
-    WindowOrder(
-        corpus.num_tokens("train"), context, experiment.training.batch_size, experiment.seed
+    check_placement(experiment.data.placement, corpus.num_tokens("train"))
+    window_order(experiment, corpus)
+    held_out = corpus.num_tokens("validation")
+    check_evaluation(
+        min(held_out, experiment.evaluation.num_bytes or held_out), experiment.data.context
     )
-    evaluation_windows(
-        corpus.num_tokens("validation"),
-        context,
-        experiment.evaluation_stride,
-        evaluation.batch_size,
-        max_bytes=evaluation.num_bytes,
+
+
+def window_order(experiment: ExperimentConfig, corpus: Corpus) -> WindowOrder:
+    """Returns the order of the training windows."""
+    return WindowOrder(
+        corpus.num_tokens("train"),
+        experiment.data.context,
+        experiment.training.batch_size,
+        experiment.seed,
     )
 
 
@@ -204,12 +208,7 @@ def _train(
     training = experiment.training
     check_experiment(experiment, corpus, mesh.size)
     validation = _validation_slice(experiment, corpus)
-    order = WindowOrder(
-        corpus.num_tokens("train"),
-        experiment.data.context,
-        training.batch_size,
-        experiment.seed,
-    )
+    order = window_order(experiment, corpus)
     model = build_model(experiment.model)
     optimizer = make_optimizer(experiment.optimizer, training.num_steps, mesh=mesh)
     rate = learning_rate(experiment.optimizer, training.num_steps)

@@ -26,17 +26,17 @@ CORPUS_BYTES = 1_000_000
 
 @dataclasses.dataclass
 class Contender:
-    """A program and what is known of it.
+    """A program to time, with its size and cost.
 
     Attributes:
-      name: of the row.
-      seconds: runs the program once and returns the time of a unit of its work: a step, a pass, a
-        character.
-      params: learned scalars.
-      flops: of a unit of work, by the model's own count; 0 where it has none.
-      compile_seconds: of the first call; 0 where nothing is compiled.
+      name: name of the contender.
+      seconds: runs the program once and returns the seconds of one unit of work: a step, a forward
+        pass, or a character.
+      params: number of parameters.
+      flops: FLOPs of one unit of work, by the model's own count; 0 without a count.
+      compile_seconds: seconds of compilation; 0 if nothing is compiled.
       memory_bytes: scratch memory and results of the compiled program, by the compiler's count; 0
-        where there is no such count.
+        without a count.
     """
 
     name: str
@@ -74,7 +74,7 @@ def _tokens(experiment: ExperimentConfig, *shape: int) -> jax.Array:
 
 
 def train_contender(name: str, experiment: ExperimentConfig, steps: int) -> Contender:
-    """The whole train step on random text, ``steps`` of them a dispatch."""
+    """Builds the train step on random text, with ``steps`` steps in a dispatch."""
     model = _model(name, experiment)
     mesh = data_mesh(jax.devices()[: cpu_devices(experiment, jax.device_count())])
     optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps, mesh=mesh)
@@ -109,7 +109,7 @@ def train_contender(name: str, experiment: ExperimentConfig, steps: int) -> Cont
 
 
 def forward_contender(name: str, experiment: ExperimentConfig, steps: int) -> Contender:
-    """Logits of a batch; one pass a call."""
+    """Builds a forward pass: the logits of one batch a call."""
     del steps
     model = _model(name, experiment)
     batch = _tokens(experiment, experiment.training.batch_size, experiment.data.context)
@@ -132,7 +132,7 @@ def forward_contender(name: str, experiment: ExperimentConfig, steps: int) -> Co
 
 
 def sample_contender(name: str, experiment: ExperimentConfig, steps: int) -> Contender:
-    """A character of cached sampling at position L, the cache just long enough."""
+    """Builds cached sampling of one character at position L, with a cache just long enough."""
     chunks = max(2, steps)
     model = build_model(experiment.model)
     prompt = _tokens(experiment, 1, experiment.data.context)

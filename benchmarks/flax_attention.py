@@ -20,7 +20,7 @@ class FlaxBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """The block."""
+        """Applies the block."""
         c = self.config
         attention = nn.MultiHeadDotProductAttention(
             c.num_heads, qkv_features=c.width, use_bias=False, dtype=jnp.dtype(c.dtype)
@@ -32,10 +32,10 @@ class FlaxBlock(nn.Module):
 
 
 class FlaxTransformer(Transformer):
-    """Called as ``Transformer`` is; it has no cache."""
+    """A transformer with Flax' attention, called like ``Transformer``; it has no cache."""
 
     def setup(self) -> None:
-        """As in ``Transformer``, with the other block."""
+        """Builds the layers of ``Transformer`` with another block."""
         c = self.config
         start = nn.initializers.normal(c.width**-0.5 if c.tied_embedding else 1.0)
         self.embedding = nn.Embed(c.vocab_size, c.width, embedding_init=start)

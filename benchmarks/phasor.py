@@ -18,7 +18,7 @@ ROUNDS = 15
 
 
 def both(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Reads both, so that neither is dead code."""
+    """Uses both results, so that neither is dead code."""
     return pair[0] + pair[1]
 
 
@@ -30,7 +30,7 @@ CONTENDERS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def main() -> None:
-    """Prints nanoseconds an element, in turn in one process, and the largest error."""
+    """Prints nanoseconds an element, timed in turn in one process, and the largest error."""
     x = jax.random.normal(jax.random.key(0), (ELEMENTS,))
     programs = {name: jax.jit(f) for name, f in CONTENDERS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in programs}

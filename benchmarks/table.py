@@ -44,7 +44,7 @@ CONTENDERS = ("fsn", "fsn-remat", "fsn-reference", BASE, "flax", "torch")
 
 
 def experiment_for(options: argparse.Namespace, name: str, rung: str, length: int) -> Any:
-    """The arm of a rung that a contender runs, at the length asked for."""
+    """Returns the settings of a contender at a rung and length."""
     arm = "fsn" if name.startswith("fsn") else "transformer"
     config = load_config(f"{options.config}:{arm}_{rung}")
     config.data.context = length
@@ -63,7 +63,7 @@ def experiment_for(options: argparse.Namespace, name: str, rung: str, length: in
 def torch_contender(
     python: str, measure: str, experiment: ExperimentConfig
 ) -> tuple[Contender, dict[str, str]]:
-    """A process of another environment, and its packages."""
+    """Starts the PyTorch process in its environment; returns it with its packages."""
     model = experiment.model
     assert isinstance(model, TransformerConfig)
     sizes = dataclasses.asdict(model) | {
@@ -100,7 +100,7 @@ def torch_contender(
 
 
 def measure_row(options: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
-    """Times all contenders of a row in turn."""
+    """Measures one row: times all contenders in turn."""
     contenders, packages = [], package_versions()
     for name in key["contenders"]:
         experiment = experiment_for(options, name, key["rung"], key["length"])
@@ -147,7 +147,7 @@ def measure_row(options: argparse.Namespace, key: dict[str, Any]) -> dict[str, A
 
 
 def row_text(row: dict[str, Any]) -> str:
-    """A row of the table: a line a contender."""
+    """Formats a row of the table, one line a contender."""
     lines = [
         f"{row['rung']} rung · {row['measure']} · L {row['length']} · batch {row['batch_size']} · "
         f"{row['dtype']} · {row.get('optimizer', 'muon')} · {row['rounds']} rounds",

@@ -16,7 +16,7 @@ import x_transformers  # type: ignore[import-not-found]
 
 
 def build(sizes: dict[str, Any]) -> torch.nn.Module:
-    """RoPE, SwiGLU, RMSNorm, no biases, fused scaled-dot-product attention."""
+    """Builds a transformer: RoPE, SwiGLU, RMSNorm, no biases, fused attention."""
     decoder = x_transformers.Decoder(
         dim=sizes["width"],
         depth=sizes["num_layers"],
@@ -40,7 +40,7 @@ def build(sizes: dict[str, Any]) -> torch.nn.Module:
 
 
 def optimizers_of(model: torch.nn.Module, matrices: str) -> list[torch.optim.Optimizer]:
-    """AdamW for all (``adam``), or Muon for the matrices of the blocks and AdamW for the rest."""
+    """Returns AdamW for all (``adam``), or Muon for the blocks' matrices and AdamW for the rest."""
     blocks = [p for p in model.attn_layers.parameters() if matrices == "muon" and p.ndim == 2]
     turned = {id(p) for p in blocks}
     rest = [p for p in model.parameters() if id(p) not in turned]
@@ -49,7 +49,7 @@ def optimizers_of(model: torch.nn.Module, matrices: str) -> list[torch.optim.Opt
 
 
 def main() -> None:
-    """Serves steps."""
+    """Runs steps on request from standard input."""
     sizes = json.loads(sys.stdin.readline())
     torch.manual_seed(0)
     torch.set_num_threads(sizes["threads"])

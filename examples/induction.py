@@ -50,7 +50,7 @@ ARMS: dict[str, FSN | Transformer] = {
 
 
 class Sequences(NamedTuple):
-    """Sequences, and which of their continuations can be known.
+    """Sequences, with a mask of the continuations that can be known.
 
     Attributes:
       tokens: the symbols.
@@ -86,7 +86,7 @@ def draw(key: Array, *, batch: int = BATCH, length: int = LENGTH) -> Sequences:
 
 
 class Curve(NamedTuple):
-    """What training measures at each step.
+    """Metrics of each training step.
 
     Attributes:
       loss: cross entropy of every symbol after the first, nats.
@@ -100,7 +100,7 @@ class Curve(NamedTuple):
 def train(
     model: FSN | Transformer, *, steps: int, seed: int = 0, learning_rate: float = 1e-2
 ) -> tuple[Any, Curve]:
-    """Trains on fresh sequences; returns the parameters and the curves. One compiled call."""
+    """Trains on fresh sequences in one compiled call; returns parameters and curves."""
     schedule = optax.cosine_decay_schedule(learning_rate, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
@@ -130,7 +130,7 @@ def train(
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line: a line for each arm."""
+    """Trains each arm and prints one line for it."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--steps", type=int, default=400, help="of training, 32 sequences each")
     p.add_argument("--seed", type=int, default=0, help="of parameters and sequences")

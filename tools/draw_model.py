@@ -1,6 +1,6 @@
 """The pictures of README and docs/model.md, drawn with the library: python tools/draw_model.py.
 
-Writes docs/images/coupling_curve.png and docs/images/delay_term.png.
+Writes coupling_curve.png, delay_term.png and model.png to docs/images.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import FancyArrowPatch
+from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from fsn_jax.coupling import coupling_function, coupling_update
 
@@ -23,13 +23,13 @@ QUARTERS = ([-np.pi, -np.pi / 2, 0, np.pi / 2, np.pi], ["−π", "−π/2", "0",
 
 
 def curve(*coefficients: complex) -> np.ndarray:
-    """Gamma(phi) of one phase, ``[256]``, given kappa of each harmonic."""
+    """Returns the coupling function of one phase, ``[256]``, for kappa of each harmonic."""
     kappa = jnp.array(coefficients, jnp.complex64)[None, :, None]
     return np.asarray(coupling_function(kappa))[0, 0]
 
 
 def draw_coupling_curve(target: Path) -> None:
-    """What the two parts of the kernel do to the plain sine."""
+    """Draws what frustration angle, second harmonic and sign do to the coupling function."""
     phi = np.linspace(-np.pi, np.pi, 256)
     alpha = np.pi / 4
     panels = {
@@ -77,7 +77,7 @@ COLORS = {"A": BLUE, "B": GREY, "C": GREY, "D": ORANGE}
 
 
 def draw_delay_term(target: Path) -> None:
-    """Which tokens couple, and where each delay takes the phase of the last token."""
+    """Draws which tokens couple and how each delay moves the phase of the last token."""
     text = "CADBA"
     figure = plt.figure(figsize=(11.5, 3.7), layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=(1.25, 1, 1))
@@ -104,7 +104,7 @@ def draw_delay_term(target: Path) -> None:
 def phases_under_coupling(
     text: str, kappa: list[list[list[float]]], updates: int = 8
 ) -> list[float]:
-    """The last token's phase before and after each update, in radians.
+    """Computes the last token's phase before and after each update, in radians.
 
     It attends to the second token alone; the other tokens keep their phases.
     """
@@ -119,7 +119,7 @@ def phases_under_coupling(
 
 
 def _draw_text(axes: Axes, text: str) -> None:
-    """The tokens in a row, with an arrow for the attention and one for the pull."""
+    """Draws the tokens in a row, with one arrow for attention and one for the pull."""
     last = len(text) - 1
     for place, c in enumerate(text):
         axes.text(
@@ -144,7 +144,7 @@ def _draw_text(axes: Axes, text: str) -> None:
 
 
 def _draw_wheel(wheel: Axes, path: list[float]) -> None:
-    """The circle of phases, its letters, and the way of one phase."""
+    """Draws the circle of phases, its letters, and the path of one phase."""
     ring = np.linspace(0, 2 * np.pi, 200)
     wheel.plot(ring, np.ones_like(ring), color=GREY, lw=1)
     for c, angle in LETTERS.items():
@@ -162,11 +162,65 @@ def _draw_wheel(wheel: Axes, path: list[float]) -> None:
     wheel.spines["polar"].set_visible(False)
 
 
+BOXES = [
+    (0.0, 1.1, "tokens\n[B, L]", GREY),
+    (1.75, 1.1, "embedding:\none angle vector\na token", "black"),
+    (4.45, 2.3, "score: which tokens couple\nA = softmax (causal)", BLUE),
+    (4.45, 0.3, "coupling by the kernel κ\nharmonics m, delays τ", ORANGE),
+    (7.25, 0.3, "feed-forward\nSwiGLU or modes", GREEN),
+    (9.75, 1.1, "readout:\nlinear on\ncos θ, sin θ", "black"),
+    (11.5, 1.1, "logits\n[B, L, V]", GREY),
+]
+"""Centre, text and colour."""
+
+WIRES = [
+    ("black", (0.32, 1.1), (1.07, 1.1)),
+    ("black", (2.43, 1.1), (9.24, 1.1)),
+    ("black", (10.26, 1.1), (11.12, 1.1)),
+    (BLUE, (3.2, 1.1), (3.2, 2.3), (3.42, 2.3)),
+    (BLUE, (4.45, 2.02), (4.45, 0.6)),
+    (ORANGE, (3.2, 1.1), (3.2, 0.3), (3.52, 0.3)),
+    (ORANGE, (5.4, 0.3), (6.05, 0.3), (6.05, 0.98)),
+    (GREEN, (6.4, 1.1), (6.4, 0.3), (6.54, 0.3)),
+    (GREEN, (7.96, 0.3), (8.3, 0.3), (8.3, 0.98)),
+]
+"""Colour and corners of each line; it ends in an arrow."""
+
+
+def draw_model(target: Path) -> None:
+    """Draws a forward pass: embedding, one block with its two updates, readout."""
+    figure, axes = plt.subplots(figsize=(11.5, 3.4), layout="constrained")
+    for color, *corners in WIRES:
+        xs, ys = zip(*corners, strict=True)
+        axes.plot(xs[:-1], ys[:-1], color=color, lw=1.5)
+        axes.annotate(
+            "",
+            corners[-1],
+            corners[-2],
+            arrowprops={"arrowstyle": "-|>", "color": color, "lw": 1.5, "shrinkA": 0, "shrinkB": 0},
+        )
+    for x, y, text, color in BOXES:
+        box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": color, "lw": 1.5}
+        axes.text(x, y, text, ha="center", va="center", fontsize=9.5, color=color, bbox=box)
+    for x, color in ((6.05, ORANGE), (8.3, GREEN)):
+        axes.plot([x], [1.1], "o", ms=13, color="white", mec=color, mew=1.5, zorder=4)
+        axes.text(x, 1.09, "+", ha="center", va="center", color=color, fontsize=12, zorder=5)
+    axes.text(4.55, 1.5, "A", color=BLUE)
+    axes.text(4.6, 1.19, "θ [B, L, N], radians", fontsize=9)
+    axes.text(8.7, 2.83, "block, repeated num_layers times", fontsize=9.5, color=GREY, ha="right")
+    axes.add_patch(Rectangle((2.8, -0.2), 5.9, 2.95, fc="none", ec=GREY, ls=":"))
+    axes.set(xlim=(-0.45, 12.0), ylim=(-0.3, 3.1))
+    axes.set_axis_off()
+    figure.savefig(target)
+    plt.close(figure)
+
+
 def main() -> None:
-    """Draws both."""
+    """Draws all three."""
     with plt.rc_context(STYLE):
         draw_coupling_curve(IMAGES / "coupling_curve.png")
         draw_delay_term(IMAGES / "delay_term.png")
+        draw_model(IMAGES / "model.png")
 
 
 if __name__ == "__main__":

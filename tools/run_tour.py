@@ -13,7 +13,7 @@ NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "tour.ipynb"
 
 
 def with_few_colours(png: str) -> str:
-    """A picture, base64 as notebooks keep it, with a palette."""
+    """Reduces a base64-encoded picture of a notebook to a palette."""
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     small = io.BytesIO()
     picture.quantize(256).save(small, "png", optimize=True)
@@ -21,7 +21,7 @@ def with_few_colours(png: str) -> str:
 
 
 def main() -> None:
-    """Runs, shrinks, writes."""
+    """Runs the notebook, shrinks its pictures and writes it."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--pictures_only", action="store_true", help="keep the outputs there are")
     options = p.parse_args()

@@ -43,7 +43,7 @@ SETTINGS = {
 
 
 def sample(pid: int) -> dict[str, float]:
-    """Resident bytes, open file descriptors and threads of a process."""
+    """Returns resident bytes, open file descriptors and threads of a process."""
     status = dict(
         line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
     )
@@ -55,7 +55,7 @@ def sample(pid: int) -> dict[str, float]:
 
 
 def rise(times: list[float], values: list[float]) -> float:
-    """How much the least-squares line through the values rises from the first time to the last."""
+    """Returns the rise of the least-squares line through the values, from first to last time."""
     mean_time, mean = sum(times) / len(times), sum(values) / len(values)
     spread = sum((t - mean_time) ** 2 for t in times)
     slope = sum((t - mean_time) * (v - mean) for t, v in zip(times, values, strict=True)) / spread
@@ -63,7 +63,7 @@ def rise(times: list[float], values: list[float]) -> float:
 
 
 def judge(rows: list[dict[str, float]]) -> list[str]:
-    """A line for each quantity: its range, its rise over the second half, flat or rising."""
+    """Formats one line a quantity: its range, its rise over the second half, flat or rising."""
     half = rows[len(rows) // 2 :]
     lines = []
     for name, (share, units) in ALLOWED.items():
@@ -80,7 +80,7 @@ def judge(rows: list[dict[str, float]]) -> list[str]:
 
 
 def last_step(folder: Path) -> int:
-    """The step of the newest whole row of metrics."""
+    """Returns the step of the newest complete row of metrics."""
     try:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         return int(json.loads(lines[-1])["step"]) if lines else 0
@@ -89,7 +89,7 @@ def last_step(folder: Path) -> int:
 
 
 def main() -> int:
-    """Trains, samples, judges."""
+    """Trains, samples the process, and judges."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--hours", type=float, default=0.0)
     p.add_argument("--minutes", type=float, default=0.0)

@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
 PROGRAMS = {
     "prepare": Entry("train.data.prepare", "prepares a corpus, for a machine without a network"),
-    "inspect": Entry("train.inspect", "parameters, FLOPs, memory and first batch of a run to come"),
+    "inspect": Entry("train.inspect", "parameters, FLOPs, memory and first batch, untrained"),
     "ladder": Entry("train.ladder", "trains every arm of a config file, one by one"),
     "evaluate": Entry("train.evaluate", "loss over the whole validation split"),
     "test": Entry("train.final_test", "loss on the test split, read once and recorded"),
@@ -42,7 +42,7 @@ PROGRAMS = {
 
 HELP = """\
 python -m train --config=FILE[:ARM] [--config.FIELD=VALUE ...] [OPTION ...]
-  trains a run, or goes on with one that was interrupted
+  trains a run, or resumes an interrupted one
 python -m train NAME ...
   runs another program; python -m train NAME --help describes it
 
@@ -51,15 +51,15 @@ python -m train NAME ...
 Training, for instance: python -m train --config=configs/quickstart.py
 
 Any setting of the file can be changed: --config.training.num_steps=500, for instance.
-train/config.py and fsn_jax/config.py tell what each one means. --profile=FIRST:LAST writes a trace
-of these steps to the run's folder.
+train/config.py and fsn_jax/config.py explain them. --profile=FIRST:LAST writes a trace of these
+steps to the run's folder.
 
-Many processes train as one when each starts the same command with --distributed (on a Cloud TPU
-slice, under SLURM or Open MPI, which tell JAX the rest), or anywhere with --coordinator=HOST:PORT
---num_processes=N --process_id=0 to N-1. The run folder must be one that all of them see.
+Several processes train as one if each starts the same command with --distributed (on a Cloud TPU
+slice, under SLURM or Open MPI), or anywhere with --coordinator=HOST:PORT --num_processes=N
+--process_id=0 to N-1. All of them must see the run folder.
 
-The exit status is 0 at the end, 2 for a mistake (one line says which), 75 when the run was told to
-stop or lost a process: start it again."""
+The exit status is 0 at the end, 2 for a mistake (one line says which), 75 after SIGTERM or the loss
+of a process: start the same command again."""
 
 
 def program(argv: Sequence[str]) -> None:

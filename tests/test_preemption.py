@@ -1,4 +1,4 @@
-"""SIGTERM: the step is finished and saved, the next start goes on to the same bits."""
+"""SIGTERM, SIGINT: the step is finished and saved, the next start goes on to the same bits."""
 
 import os
 import signal
@@ -11,17 +11,20 @@ import real_runs
 from small_runs import assert_equal_trees, run_to_the_end, tiny_experiment
 
 from train import loop
-from train.errors import EXIT_TRY_AGAIN, TryAgain
+from train.errors import EXIT_INTERRUPTED, EXIT_TRY_AGAIN, Interrupted, TryAgain
+from train.interruption import interruptions
 from train.metrics import read_rows
 from train.preemption import Preemption
 from train.program import run_program
-from train.run import open_run
+from train.run import RunFolder, open_run
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-def terminate_in_dispatch(patch: pytest.MonkeyPatch, number: int) -> None:
-    """Sends this process SIGTERM while the dispatch of this number, from 1, is under way."""
+def signal_in_dispatch(
+    patch: pytest.MonkeyPatch, number: int, sent: signal.Signals = signal.SIGTERM
+) -> None:
+    """Sends this process a signal while the dispatch of this number, from 1, is under way."""
     make, done = loop.make_train_steps, 0
 
     def made(*args: Any, **kwargs: Any) -> Any:
@@ -31,7 +34,7 @@ def terminate_in_dispatch(patch: pytest.MonkeyPatch, number: int) -> None:
             nonlocal done
             done += 1
             if done == number:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), sent)
             return train_steps(*args)
 
         return dispatched
@@ -40,14 +43,21 @@ def terminate_in_dispatch(patch: pytest.MonkeyPatch, number: int) -> None:
 
 
 @pytest.mark.parametrize("dispatch", [1, 2, 3], ids=["unsaved", "at_a_save", "between_rows"])
-def test_a_run_told_to_stop_saves_its_step_and_goes_on_from_it(corpus, whole, tmp_path, dispatch):
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGTERM, EXIT_TRY_AGAIN), (signal.SIGINT, EXIT_INTERRUPTED)]
+)
+def test_a_run_told_to_stop_saves_its_step_and_goes_on_from_it(
+    corpus, whole, tmp_path, dispatch, sent, status
+):
     experiment = tiny_experiment(corpus.folder, tmp_path / "run")
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(sent)
     with pytest.MonkeyPatch.context() as patch:
-        terminate_in_dispatch(patch, dispatch)
-        with pytest.raises(TryAgain, match=f"after step {5 * dispatch}, which is saved"):
+        signal_in_dispatch(patch, dispatch, sent)
+        told = f"stopped by {sent.name} after step {5 * dispatch}, which is saved"
+        with pytest.raises(TryAgain, match=told) as caught:
             run_to_the_end(experiment, corpus)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert caught.value.status == status
+    assert signal.getsignal(sent) == before
     outcome = run_to_the_end(experiment, corpus)
     assert outcome.resumed_from == 5 * dispatch
     assert_equal_trees(jax.device_get(outcome.state), whole[1])
@@ -57,7 +67,7 @@ def test_a_run_told_to_stop_saves_its_step_and_goes_on_from_it(corpus, whole, tm
 
 def test_in_its_last_step_a_run_ends_as_usual(corpus, whole, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        terminate_in_dispatch(patch, 6)
+        signal_in_dispatch(patch, 6)
         outcome = run_to_the_end(tiny_experiment(corpus.folder, tmp_path / "run"), corpus)
     assert_equal_trees(jax.device_get(outcome.state), whole[1])
 
@@ -82,6 +92,41 @@ def test_outside_the_main_thread_no_handler_is_set():
     thread.start()
     thread.join()
     assert found == [(before, False)]
+
+
+def test_an_interruption_that_was_swallowed_before_the_loop_stops_it(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(interruptions, "came", True)
+    with pytest.raises(Interrupted, match="stopped by SIGINT after step 5, which is saved"):
+        run_to_the_end(tiny_experiment(corpus.folder, tmp_path / "run"), corpus)
+
+
+def test_a_run_tells_what_is_kept_of_it(corpus, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    nothing = "no checkpoint is saved yet: the same command begins at step 0"
+    assert run.kept() == nothing
+    (run.checkpoints / "20.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert run.kept() == nothing
+    for step in (5, 10):
+        (run.checkpoints / str(step)).mkdir()
+    assert run.kept() == "the checkpoint of step 10 is kept: the same command goes on from there"
+
+
+def test_a_start_after_one_that_saved_nothing_says_that_it_begins_again(
+    corpus, tmp_path, monkeypatch, capsys
+):
+    def crash(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError
+
+    experiment = tiny_experiment(corpus.folder, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_batches", crash)
+        with pytest.raises(ZeroDivisionError):
+            run_to_the_end(experiment, corpus)
+    assert "begins again" not in capsys.readouterr().out
+    assert run_to_the_end(experiment, corpus).resumed_from == 0
+    assert "no checkpoint of the run was saved before: it begins again at step 0" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow

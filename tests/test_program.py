@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from train.errors import UserError
+from train.interruption import interruptions
 from train.program import run_program, start_jax
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,12 +23,88 @@ def test_a_users_mistake_is_one_line_and_status_2(capsys):
     assert capsys.readouterr() == ("", "error: it is wrong\n")
 
 
-def test_an_interruption_says_how_to_go_on(capsys):
+@pytest.mark.parametrize("kept", ["", "the checkpoint of step 7 is kept"])
+def test_an_interruption_says_what_is_kept(capsys, monkeypatch, kept):
     def program(argv):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(interruptions, "kept", lambda: kept)
     assert run_program(program, []) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert capsys.readouterr().err == "\ninterrupted" + f"; {kept}" * bool(kept) + "\n"
+
+
+def test_what_a_library_makes_of_an_interruption_is_one(capsys, monkeypatch):
+    def program(argv):
+        raise ImportError("numpy.core.multiarray failed to import")
+
+    monkeypatch.setattr(interruptions, "came", True)
+    assert run_program(program, []) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+INTERRUPTED = """
+import hashlib, os, signal, sys, time
+from train.interruption import interruptions
+from train.program import run_program
+
+def interrupt(text):
+    print(text, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+    print("not reached", flush=True)
+
+def program(argv):
+    interruptions.kept = lambda: "step 7 is kept"
+    BODY
+
+interruptions.listen()
+sys.exit(run_program(program, []))
+"""
+
+
+# To Python pbkdf2_hmac is one instruction without its lock, as a compilation is.
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("interrupt('importing')", "interrupted; nothing was begun"),
+        ("interruptions.begin(); interrupt('working')", "interrupted; step 7 is kept"),
+        (
+            "interruptions.begin()\n"
+            "    signal.signal(signal.SIGINT, lambda *_: None)\n"
+            "    with interruptions.noticed():\n"
+            "        import threading\n"
+            "        def twice():\n"
+            "            for _ in range(2):\n"
+            "                time.sleep(0.2)\n"
+            "                os.kill(os.getpid(), signal.SIGINT)\n"
+            "        threading.Thread(target=twice, daemon=True).start()\n"
+            "        hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
+            "the step under way is finished and saved; Ctrl-C again ends at once\n\n"
+            "interrupted; step 7 is kept",
+        ),
+    ],
+    ids=["while_it_imports", "while_it_works", "twice_in_a_compilation"],
+)
+def test_ctrl_c_ends_a_program_with_status_130_and_one_line(body, said):
+    process = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED.replace("BODY", body)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (process.returncode, process.stderr) == (130, f"\n{said}\n")
+    assert "not reached" not in process.stdout
+
+
+def test_a_program_started_to_ignore_ctrl_c_ignores_it():
+    code = INTERRUPTED.replace("BODY", "os.kill(os.getpid(), signal.SIGINT); print('on')")
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + code
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "on\n", "")
 
 
 def test_a_reader_that_has_seen_enough_leaves_no_traceback():

@@ -1,13 +1,18 @@
 """``python -m train --config=FILE[:ARM]`` trains; ``python -m train NAME ...`` runs a program."""
 
-import difflib
-import importlib
-import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from train.interruption import interruptions
 
-from train.errors import UserError
-from train.program import run_program
+if __name__ == "__main__":  # before the other imports, which take seconds
+    interruptions.listen()
+
+import difflib  # noqa: E402
+import importlib  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from typing import NamedTuple  # noqa: E402
+
+from train.errors import UserError  # noqa: E402
+from train.program import run_program  # noqa: E402
 
 
 class Entry(NamedTuple):
@@ -58,8 +63,9 @@ Several processes train as one if each starts the same command with --distribute
 slice, under SLURM or Open MPI), or anywhere with --coordinator=HOST:PORT --num_processes=N
 --process_id=0 to N-1. All of them must see the run folder.
 
-The exit status is 0 at the end, 2 for a mistake (one line says which), 75 after SIGTERM or the loss
-of a process: start the same command again."""
+The exit status is 0 at the end, 2 for a mistake (one line says which), 75 when the run was told to
+stop or lost a process, 130 for Ctrl-C: start it again. A run that is told to stop, by SIGTERM or
+Ctrl-C, saves the step under way first; a second Ctrl-C ends it at once."""
 
 
 def program(argv: Sequence[str]) -> None:
@@ -72,8 +78,7 @@ def program(argv: Sequence[str]) -> None:
     """
     name = argv[1] if len(argv) > 1 else ""
     if name in PROGRAMS:
-        module = importlib.import_module(PROGRAMS[name].module)
-        module.program([f"train {name}", *argv[2:]])
+        _run(PROGRAMS[name].module, [f"train {name}", *argv[2:]])
     elif name and not name.startswith("-"):
         near = difflib.get_close_matches(name, PROGRAMS, n=1)
         hint = f"did you mean {near[0]}?" if near else "python -m train --help lists them"
@@ -83,7 +88,13 @@ def program(argv: Sequence[str]) -> None:
         listed = (f"  {name:{width}}  {entry.about}" for name, entry in PROGRAMS.items())
         print(HELP.format(programs="\n".join(listed)))
     else:
-        importlib.import_module("train.main").program(argv)
+        _run("train.main", argv)
+
+
+def _run(module: str, argv: Sequence[str]) -> None:
+    program = importlib.import_module(module).program
+    interruptions.begin()
+    program(argv)
 
 
 if __name__ == "__main__":

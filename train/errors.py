@@ -38,9 +38,18 @@ class TryAgain(Exception):
 
     Attributes:
       everywhere: whether every process of the run raises the error.
+      status: exit status of the program.
     """
+
+    status = EXIT_TRY_AGAIN
 
     def __init__(self, message: str, *, everywhere: bool):
         """Makes the message one line."""
         super().__init__(" ".join(message.split()))
         self.everywhere = everywhere
+
+
+class Interrupted(TryAgain):
+    """The user's Ctrl-C stopped the run, after it was saved (exit status 130)."""
+
+    status = EXIT_INTERRUPTED

@@ -22,6 +22,7 @@ from train.config import ExperimentConfig
 from train.errors import EXIT_INTERRUPTED, EXIT_TRY_AGAIN, TryAgain, UserError
 from train.files import check_json_output
 from train.flags import parse_config
+from train.interruption import interruptions
 from train.program import Arguments
 from train.run import default_folder, open_run
 
@@ -223,6 +224,7 @@ def program(argv: Sequence[str]) -> None:
     print(plan_text(jobs))
     if options.plan:
         return
+    interruptions.kept = lambda: "the same command goes on with what is left"
     failed = run_all(jobs, options.at_once)
     folders = [default_folder(job.experiment) for job in jobs if is_finished(job)]
     if folders:

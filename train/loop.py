@@ -25,7 +25,7 @@ from train.data.windows import (
     host_batches,
     place_tokens,
 )
-from train.errors import TryAgain, UserError
+from train.errors import UserError
 from train.evaluate import Evaluator
 from train.mesh import by_step_and_row, data_mesh, placed, replicated
 from train.metrics import Metrics, Unwritten
@@ -182,7 +182,7 @@ def train(
       UserError: the settings do not fit the corpus or the devices, the checkpoint is of another
         model, no checkpoint is intact, or the run's folder cannot be written any more.
       DivergedError: the loss or gradient stopped being finite.
-      TryAgain: SIGTERM came; the last step is saved.
+      TryAgain: SIGTERM or Ctrl-C came; what was done is saved.
     """
     try:
         with Preemption() as preemption:
@@ -234,6 +234,7 @@ def _train(
                 seconds=0.0,
                 resumed_from=start,
             )
+        begun_before = run.has_begun
         write_provenance(run, corpus, resume_step=start)
         metrics: Metrics = Unwritten()
         if run.writes:
@@ -246,6 +247,8 @@ def _train(
             )
         if start:
             metrics.say(f"going on from the checkpoint of step {start}")
+        elif begun_before:
+            metrics.say("no checkpoint of the run was saved before: it begins again at step 0")
         profiler = Profiler(run.path, profile)
         pending: tuple[int, Report] | None = None
         validation_loss = None
@@ -286,11 +289,7 @@ def _train(
                     metrics.leave_out(time.perf_counter() - paused)
                 if stopping and not last:
                     checkpoints.wait()
-                    raise TryAgain(
-                        f"stopped by SIGTERM after step {step}, which is saved; the same command "
-                        f"goes on from there",
-                        everywhere=True,
-                    )
+                    raise preemption.stopped(step)
             checkpoints.wait()
         finally:
             profiler.close()

@@ -8,12 +8,13 @@ import jax
 from train.config import ExperimentConfig
 from train.finish import finish
 from train.flags import parse_config, parse_options
+from train.interruption import interruptions
 from train.load import open_experiment_corpus
 from train.loop import check_experiment, cpu_devices, train
 from train.processes import agree, first_does, loss_of_a_process, together
 from train.profiling import Span
 from train.program import num_cores, start_jax
-from train.run import create_or_resume, default_folder
+from train.run import RunFolder, create_or_resume, default_folder
 
 
 def program(argv: Sequence[str]) -> None:
@@ -40,6 +41,7 @@ def _train(experiment: ExperimentConfig, profile: Span | None) -> None:
         settings=json.dumps(experiment.to_dict()), corpus=corpus.sha256, JAX_version=jax.__version__
     )
     check_experiment(experiment, corpus, jax.device_count())
+    interruptions.kept = RunFolder(default_folder(experiment)).kept
     with create_or_resume(experiment, corpus) as run:
         if run.writes:
             shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, NoReturn
 from train.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
-    EXIT_TRY_AGAIN,
     EXIT_UNREAD,
     EXIT_USER_ERROR,
     TryAgain,
     UserError,
 )
+from train.interruption import interruptions
 
 if TYPE_CHECKING:
     from train.processes import Joining
@@ -44,11 +44,12 @@ def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -
     except UserError as error:
         return _end(f"error: {error}", EXIT_USER_ERROR, together=error.everywhere)
     except TryAgain as error:
-        return _end(str(error), EXIT_TRY_AGAIN, together=error.everywhere)
+        return _end(str(error), error.status, together=error.everywhere)
     except KeyboardInterrupt:
-        said = "\ninterrupted; the same command goes on from the last checkpoint"
-        return _end(said, EXIT_INTERRUPTED, together=False)
+        return _interrupted()
     except Exception as error:
+        if interruptions.came:  # what a library made of the KeyboardInterrupt
+            return _interrupted()
         if isinstance(error, BrokenPipeError) and not _others_wait():
             # Python would complain once more when it flushes at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,6 +70,15 @@ def _end(line: str, status: int, *, together: bool) -> int:
     if not together and _others_wait():
         # Python would end JAX first, which waits for the other processes, which wait for this one
         # in a collective. Once its connections close they end as well.
+        sys.stdout.flush()
+        os._exit(status)
+    return status
+
+
+def _interrupted() -> int:
+    status = _end(f"\n{interruptions.line}", EXIT_INTERRUPTED, together=False)
+    if interruptions.listening:
+        # Left in the middle of a compilation, XLA's threads can crash the interpreter's own end.
         sys.stdout.flush()
         os._exit(status)
     return status

@@ -84,6 +84,20 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def has_begun(self) -> bool:
+        """Whether a start of the run came as far as its first step."""
+        return (self.path / "provenance.json").exists()
+
+    def kept(self) -> str:
+        """What the next start goes on from, in words."""
+        folder = self.checkpoints
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        steps = [int(name) for name in names if name.isdecimal()]
+        if not steps:
+            return "no checkpoint is saved yet: the same command begins at step 0"
+        return f"the checkpoint of step {max(steps)} is kept: the same command goes on from there"
+
+    @property
     def metrics(self) -> Path:
         """The path of the exact log."""
         return self.path / "metrics.jsonl"
@@ -237,8 +251,8 @@ def _refuse_other_settings(run: RunFolder, experiment: ExperimentConfig) -> None
 
 
 def refuse_other_data(run: RunFolder, corpus: Corpus) -> None:
-    """Raises UserError if the corpus is not the one that the run started with."""
-    starts = run.read_provenance() if (run.path / "provenance.json").exists() else []
+    """Raises UserError unless the corpus is the one that the run started with."""
+    starts = run.read_provenance() if run.has_begun else []
     if starts and starts[0]["data"]["sha256"] != corpus.sha256:
         raise UserError(
             f"the corpus {corpus.name!r} has changed since the run in {run.path} started (sha256 "
@@ -259,7 +273,7 @@ def refuse_lost_checkpoints(run: RunFolder, experiment: ExperimentConfig) -> Non
     if folder.is_dir() and any(entry.name.isdecimal() for entry in folder.iterdir()):
         return
     reached = max((row["step"] for row in read_rows(run.metrics)), default=0)
-    starts = run.read_provenance() if (run.path / "provenance.json").exists() else []
+    starts = run.read_provenance() if run.has_begun else []
     removed = reached and not folder.is_dir()
     if removed or reached > 2 * first or any(start["step"] for start in starts):
         raise UserError(
@@ -288,8 +302,7 @@ def cannot_write(run: RunFolder, error: BaseException) -> UserError | None:
     if not reason:
         return None
     return UserError(
-        f"cannot write to the run folder {run.path} ({reason}); make room or mend it and give the "
-        f"same command again: the run goes on from its last checkpoint"
+        f"cannot write to the run folder {run.path} ({reason}); make room or mend it; {run.kept()}"
     )
 
 

@@ -1,0 +1,103 @@
+"""Ctrl-C (SIGINT), at every moment of a program.
+
+=====================  ==========================================================================
+while it is imported   it ends at once: nothing has begun
+while it works         KeyboardInterrupt, so that what is half done is tidied away
+while a run trains     a notice, as SIGTERM is: the step is finished and saved (``preemption.py``)
+a second time          it ends at once, also in the middle of a compilation
+=====================  ==========================================================================
+
+The status is 130 each time. Python runs a signal's handler between two instructions of the main
+thread, which a compilation can delay by minutes; so a thread of its own hears of the signal, too.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Literal, NoReturn
+
+from train.errors import EXIT_INTERRUPTED
+
+
+class Interruptions:
+    """What Ctrl-C does now, and whether it came.
+
+    Attributes:
+      came: whether it came since ``listen``.
+      listening: whether this process is a program that ``listen`` was called for.
+      kept: tells in words what is kept if the program ends now; "" if there is nothing to tell.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is changed until ``listen``."""
+        self.came = False
+        self.listening = False
+        self.kept: Callable[[], str] = lambda: ""
+        self._does: Literal["leave", "raise", "notice"] = "leave"
+
+    def listen(self) -> None:
+        """Takes over SIGINT, unless the process was started to ignore it."""
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            return
+        self.listening = True
+        readable, writable = os.pipe()
+        os.set_blocking(writable, False)
+        signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(readable,), daemon=True).start()
+        signal.signal(signal.SIGINT, self._handle)
+
+    def begin(self) -> None:
+        """To be called when all is imported: from now on Ctrl-C is a KeyboardInterrupt."""
+        self._does = "raise"
+
+    @contextlib.contextmanager
+    def noticed(self) -> Iterator[None]:
+        """Meanwhile Ctrl-C is a notice; its handler is the caller's to set."""
+        before, self._does = self._does, "notice"
+        try:
+            yield
+        finally:
+            self._does = before
+
+    @property
+    def line(self) -> str:
+        """What to say of a program that Ctrl-C ended."""
+        kept = self.kept()
+        return f"interrupted; {kept}" if kept else "interrupted"
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        if self._does == "raise":
+            raise KeyboardInterrupt
+
+    def _watch(self, readable: int) -> None:
+        count = 0
+        while numbers := os.read(readable, 64):
+            for number in numbers:
+                if number != signal.SIGINT:
+                    continue
+                count += 1
+                if self._does == "leave":
+                    _leave("interrupted; nothing was begun")
+                if count > 1:
+                    _leave(self.line)
+                if self._does == "notice":
+                    _say("the step under way is finished and saved; Ctrl-C again ends at once")
+
+
+def _leave(line: str) -> NoReturn:
+    _say(line)
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _say(line: str) -> None:
+    # Not by sys.stderr, whose lock the main thread may hold.
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{line}\n".encode(errors="replace"))
+
+
+interruptions = Interruptions()
+"""Of this process: signals are its, not a program's."""

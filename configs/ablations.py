@@ -21,15 +21,20 @@ STEPS = 1750
 """7.2 million characters, with the whole schedule in them."""
 POCKET = {arm.removesuffix("_pocket"): arm for arm in enwik8.POCKET}
 """Arms of configs/enwik8.py beside which the others are read, by their names here."""
-SCORES = ("projected", "gated", "static", "none")
+SCORES: dict[str, dict[str, Any]] = {
+    "projected_score": {"score": "projected"},
+    "gated_score": {"score": "content_gated", "score_scope": "block"},
+    "static_score": {"score": "gated", "score_scope": "block"},
+    "no_score": {"score": "none"},
+}
+"""Scores by the names of their arms, which are those of the recorded runs."""
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 
 
-def score_changes(score: str) -> dict[str, Any]:
-    """Another score; only a projected one has a number of phases, and similarity heads."""
-    return {"score": score} | (
-        {} if score == "projected" else {"score_phases": 0, "similarity_heads": 0}
-    )
+def score_changes(score: dict[str, Any]) -> dict[str, Any]:
+    """Another score, without what belongs to a projected one."""
+    projected = score["score"] == "projected"
+    return score | ({} if projected else {"score_phases": 0, "similarity_heads": 0})
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -54,9 +59,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         if number != REFERENCE.heads_per_phase and number <= REFERENCE.num_heads
     },
     **{
-        f"{score.replace('none', 'no')}_score": score_changes(score)
-        for score in SCORES
-        if score != REFERENCE.score
+        name: score_changes(score)
+        for name, score in SCORES.items()
+        if score["score"] != REFERENCE.score
     },
 }
 """What each arm changes in the reference, besides the width that keeps its size."""

@@ -2,9 +2,11 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fsn_jax.attention import FrustratedAttention, KuramotoAttention
-from fsn_jax.config import ConfigError, FSNConfig, TransformerConfig
-from fsn_jax.feedforward import CollectiveModes
+from fsn_jax.attention import FrustratedAttention
+from fsn_jax.base_layer import KuramotoAttention
+from fsn_jax.config import FSNConfig, TransformerConfig
+from fsn_jax.feedforward import CollectiveModes, PhasorSwiGLU
+from fsn_jax.fields import ConfigError
 from fsn_jax.fsn import FSN
 from fsn_jax.transformer import Transformer
 
@@ -20,6 +22,7 @@ __all__ = [
     "FSNConfig",
     "FrustratedAttention",
     "KuramotoAttention",
+    "PhasorSwiGLU",
     "Transformer",
     "TransformerConfig",
 ]

@@ -1,249 +1,61 @@
-"""Attention as synchronization: Flax modules that map phases to updates of phases.
+"""Attention as frustrated synchronization: a Flax module that maps phases to updates of phases.
 
-``KuramotoAttention`` is the unfrustrated base layer (arXiv 2606.11585), ``FrustratedAttention`` the
-full kernel (arXiv 2606.18694). Both take ``theta[B, L, N]`` and return ``dtheta[B, L, N]``, in
-radians; both have ``extend``, the same computation for tokens that follow a cache.
+``FrustratedAttention`` takes ``theta[B, L, N]`` and returns ``dtheta[B, L, N]``, in radians, and
+reads N from its input; ``extend`` is the same computation for tokens that follow a cache. Source:
+arXiv 2606.18694, as reconstructed in docs/model.md.
 """
 
 from collections.abc import Sequence
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fsn_jax.causal import (
-    CausalSum,
-    attention_weights,
-    attention_weights_cached,
-    causal_sum,
-    merge_heads,
-    slots_before,
-    split_heads,
-    weighted_sum,
+from fsn_jax.base_layer import PhaseAttention, softplus_inverse
+from fsn_jax.cache import LayerCache, extend_weights, weighted_sum
+from fsn_jax.causal import attention_weights, merge_heads
+from fsn_jax.coupling import (
+    field_of_sums,
+    fold_values,
+    local_field,
+    next_in_segment,
+    side_by_side,
+    unfold_sum,
 )
-from fsn_jax.config import FSNConfig
-from fsn_jax.coupling import field_of_sums, fold_values, local_field, side_by_side, unfold_sum
-from fsn_jax.dense import PhasorDense
+from fsn_jax.fields import CouplingFields, documented
 from fsn_jax.recompute import recomputed
-from fsn_jax.torus import Complex, multiply, rotary_phasor, token_phasor
+from fsn_jax.torus import Complex
 
 
-@flax.struct.dataclass
-class LayerCache:
-    """What a layer keeps of the tokens it has seen: slot u holds position u.
+def initial_kernel(layer: CouplingFields, num_phases: int) -> np.ndarray:
+    """Initial in-phase coefficients of the kernel.
 
-    Tokens past its last slot cannot be kept: what is computed for them is NaN. Batch and heads are
-    one axis, and the slots of the keys the last: the layout that the products take as it is, so
-    that XLA writes a token in place and copies nothing.
-
-    Attributes:
-      key: ``[B H, E, C]``.
-      value: ``[B H, C, G]``. For the frustrated coupling these are the powers of the h-th block of
-        phases, real and imaginary parts side by side, which all heads and delays share.
+    ``[T, M, N]``, or ``[T, M, J, N]`` if a phase hears J > 1 heads; all but the first head have
+    coefficients of zero. Where the kernel must be positive (``signed_harmonics=False``) the least
+    coefficient is ``SOFTPLUS_FLOOR``.
     """
-
-    key: Array
-    value: Array
-
-    @property
-    def capacity(self) -> int:
-        """C, how many tokens there is room for."""
-        return self.value.shape[1]
-
-
-def _put(cache: Array, new: Array, position: Array, axis: int) -> Array:
-    new = new.reshape(cache.shape[0], *new.shape[2:]).astype(cache.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(cache, new, position, axis=axis)
-
-
-def extend_weights(
-    query: Array, key: Array, value: Array, cache: LayerCache, position: Array
-) -> tuple[Float[Array, "B H S C"], LayerCache]:
-    """Writes S new keys and values at ``position``; weighs all that the cache then holds.
-
-    Queries and keys are ``[B, H, S, E]``, values ``[B, H, S, G]``, ``position`` an int32 scalar.
-    """
-    cache = LayerCache(
-        _put(cache.key, key.swapaxes(2, 3), position, 2), _put(cache.value, value, position, 1)
-    )
-    weights = attention_weights_cached(query, cache.key, position)
-    # A slice that does not fit is moved to where it does: silently, over tokens of before.
-    fits = position + query.shape[2] <= cache.capacity
-    return jnp.where(fits, weights, jnp.nan), cache
-
-
-def extend_sum(
-    query: Array, key: Array, value: Array, cache: LayerCache, position: Array
-) -> tuple[Float[Array, "B H S G"], LayerCache]:
-    """The weighted sum, own value included, for S new tokens; arrays as for ``extend_weights``.
-
-    The values of the cache are ``[B, H, C, G]``.
-    """
-    weights, cache = extend_weights(query, key, value, cache, position)
-    return weighted_sum(weights, cache.value), cache
-
-
-def attention_entropy(weights: Float[Array, "*shape L"]) -> Float[Array, "*shape"]:
-    """Entropy of each row of attention weights, in nats."""
-    return -jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1)
-
-
-class PhaseScore(nn.Module):
-    """Queries and keys whose inner product is the score of two tokens.
-
-    ``s[h, t, u] = beta_h Re sum_p q[t, p] conj(k[u, p]) exp(i (t - u) omega_p)``: gated phase
-    similarity with rotary drift. ``q`` and ``k`` are complex; see ``FSNConfig.score``. A similarity
-    head has ``q = k`` and ``omega = 0``: the more alike two tokens are, the higher their score.
-    """
-
-    config: FSNConfig
-
-    def setup(self) -> None:
-        c = self.config
-        pairs, heads = c.score_pairs, c.num_heads
-        if c.score == "projected":
-            self.query = PhasorDense(c, 2 * heads * pairs, groups=heads)
-            if c.key_heads:
-                self.key = PhasorDense(c, 2 * c.key_heads * pairs, groups=c.key_heads)
-        elif c.score == "gated":
-            small = nn.initializers.normal(0.02)
-            self.query_gate = PhasorDense(c, c.num_phases, use_bias=True, kernel_init=small)
-            self.key_gate = PhasorDense(c, c.num_phases, use_bias=True, kernel_init=small)
-        elif c.score == "static":
-            self.gate = self.param("gate", nn.initializers.ones, (c.num_phases,), jnp.float32)
-        if c.score != "none":
-            start = nn.initializers.constant(np.log(c.score_sharpness / np.sqrt(pairs)))
-            self.log_beta = self.param("log_beta", start, (heads,), jnp.float32)
-
-    def __call__(
-        self, z: Complex, rotary: Complex
-    ) -> tuple[Float[Array, "B H L E"], Float[Array, "B H L E"]]:
-        """Returns rotated queries (times beta) and keys, E = 2R reals each, in the compute dtype.
-
-        Args:
-          z: phasors ``[B, L, N]``.
-          rotary: ``exp(i t omega)`` of the tokens' positions, ``[L, R]``.
-        """
-        c = self.config
-        if c.score == "none":
-            # An inner product over nothing: all scores are zero, the mean field is uniform.
-            empty = jnp.zeros((z.re.shape[0], c.num_heads, z.re.shape[1], 0), c.dtype)
-            return empty, empty
-        if c.score == "projected":
-            asked = self.query(z)
-            told = asked[..., : 2 * c.similarity_heads * c.score_pairs]
-            if c.key_heads:
-                told = jnp.concatenate([told, self.key(z)], axis=-1)
-            query, key = self._as_pairs(asked), self._as_pairs(told)
-        else:
-            by_head = Complex(split_heads(z.re, c.num_heads), split_heads(z.im, c.num_heads))
-            query, key = (Complex(by_head.re * gate, by_head.im * gate) for gate in self._gates(z))
-        beta = jnp.exp(self.log_beta)[None, :, None, None]
-        rotary = self._drift(rotary)
-        query = multiply(query, rotary)
-        query = Complex(beta * query.re, beta * query.im)
-        return self._to_reals(query), self._to_reals(multiply(key, rotary))
-
-    def _drift(self, rotary: Complex) -> Complex:
-        """By head, ``[1, H or 1, L, R]``."""
-        rotary = Complex(rotary.re[None, None], rotary.im[None, None])
-        if not self.config.similarity_heads:
-            return rotary
-        still = (np.arange(self.config.num_heads) < self.config.similarity_heads)[:, None, None]
-        return Complex(jnp.where(still, 1.0, rotary.re), jnp.where(still, 0.0, rotary.im))
-
-    def _as_pairs(self, x: Array) -> Complex:
-        # Rotated in float32: bfloat16 rotary phasors would blur positions far apart.
-        by_head = split_heads(x.astype(jnp.float32), self.config.num_heads)
-        return Complex(*jnp.split(by_head, 2, axis=-1))
-
-    def _gates(self, z: Complex) -> tuple[Array, Array]:
-        heads = self.config.num_heads
-        if self.config.score == "static":
-            gate = self.gate.reshape(1, heads, 1, -1)
-            return gate, jnp.ones_like(gate)
-        return (
-            split_heads(1.0 + self.query_gate(z).astype(jnp.float32), heads),
-            split_heads(1.0 + self.key_gate(z).astype(jnp.float32), heads),
-        )
-
-    def _to_reals(self, x: Complex) -> Array:
-        return jnp.concatenate(x, axis=-1).astype(self.config.dtype)
-
-
-class _PhaseAttention(nn.Module):
-    """What the phase layers share: score, full and cached passes, diagnostics."""
-
-    config: FSNConfig
-
-    def _rotary(self, length: int) -> Complex:
-        return rotary_phasor(length, self.config.score_pairs, self.config.rotary_base)
-
-    def _rotary_at(self, position: Array, length: int, capacity: int) -> Complex:
-        table = self._rotary(capacity)
-        return Complex(
-            *(jax.lax.dynamic_slice_in_dim(part, position, length, axis=0) for part in table)
-        )
-
-    def _causal_sum(
-        self, query: Array, key: Array, value: Array, *, include_self: bool
-    ) -> CausalSum:
-        implementation = self.config.implementation
-        return causal_sum(
-            query, key, value, include_self=include_self, implementation=implementation
-        )
-
-    def _heads(self, z: Complex) -> Complex:
-        heads = self.config.num_heads
-        return Complex(split_heads(z.re, heads), split_heads(z.im, heads))
-
-    def _sow_entropy(self, query: Array, key: Array) -> None:
-        if self.is_mutable_collection("diagnostics") and not self.is_initializing():
-            entropy = attention_entropy(attention_weights(query, key))
-            self.sow("diagnostics", "attention_entropy", entropy)
-
-    def weights(self, theta: Float[Array, "B L N"]) -> Float[Array, "B H L L"]:
-        """The attention ``A`` itself, which the layer's sum does not form."""
-        z = token_phasor(theta, self.config.num_phases)
-        return attention_weights(*self.score(z, self._rotary(theta.shape[1])))
-
-    def empty_cache(self, batch: int, capacity: int) -> LayerCache:
-        """A cache for ``capacity`` tokens of each of ``batch`` sequences."""
-        c = self.config
-        key = jnp.zeros((batch * c.num_heads, 2 * c.score_pairs, capacity), c.dtype)
-        value = jnp.zeros((batch * c.num_heads, capacity, self._value_width()), c.dtype)
-        return LayerCache(key, value)
-
-    def _value_width(self) -> int:
-        raise NotImplementedError
-
-
-SOFTPLUS_FLOOR = 0.01
-"""The least that a positive coefficient starts at: zero is infinitely far down a softplus."""
-
-
-def _softplus_inverse(x: np.ndarray) -> np.ndarray:
-    return np.log(np.expm1(np.maximum(x, SOFTPLUS_FLOOR)))
-
-
-def kernel_start(config: FSNConfig) -> np.ndarray:
-    """Initial in-phase coefficients of the kernel; frustration angles start at 0.
-
-    ``[T, M, N]``, or ``[T, M, J, N]`` if a phase hears J > 1 heads; only the first of them is heard
-    at the start. A kernel that must not be negative (``signed_harmonics=False``) starts at
-    ``SOFTPLUS_FLOOR`` where this says less.
-    """
-    m = np.arange(1, config.num_harmonics + 1)
+    m = np.arange(1, layer.num_harmonics + 1)
     wave = {"sawtooth": (-1.0) ** (m + 1) / m, "first_harmonic": 1.0 * (m == 1)}
-    rho = config.kernel_scale * wave[config.kernel_init]
-    start = np.zeros(
-        (config.num_delays, config.num_harmonics, config.heads_per_phase, config.num_phases)
-    )
-    start[:, :, 0] = rho[:, None]
-    return (start if config.heads_per_phase > 1 else start[:, :, 0]).astype(np.float32)
+    rho = layer.kernel_scale * wave[layer.kernel_init]
+    heard = layer.heads_per_phase
+    kernel = np.zeros((layer.num_delays, layer.num_harmonics, heard, num_phases))
+    kernel[:, :, 0] = rho[:, None]
+    return (kernel if heard > 1 else kernel[:, :, 0]).astype(np.float32)
+
+
+def initial_quadrature(layer: CouplingFields, num_phases: int) -> nn.initializers.Initializer:
+    """Initializer of the kernel's imaginary part: ``-rho tan(alpha)`` for normal angles alpha."""
+    rho = initial_kernel(layer, num_phases)
+    if not layer.kernel_angle:
+        return nn.initializers.zeros
+
+    def init(key: Array, shape: Sequence[int], dtype: object) -> Array:
+        alpha = layer.kernel_angle * jax.random.normal(key, shape, jnp.float32)
+        return -rho * jnp.tan(alpha)
+
+    return init
 
 
 def _by_head(by_rank: Sequence[Array], axis: int) -> Array:
@@ -255,201 +67,193 @@ def _by_head(by_rank: Sequence[Array], axis: int) -> Array:
     return jnp.concatenate(shifted, axis=-1)
 
 
-class FrustratedAttention(_PhaseAttention):
-    """Attention whose value pathway is one complex coupling kernel over harmonics and delays.
+@documented
+class FrustratedAttention(CouplingFields, PhaseAttention):
+    r"""Attention whose value pathway is one complex coupling kernel over harmonics and delays.
 
-    See ``fsn_jax.coupling`` for the equation. With ``values="linear"`` the kernel gives way to
-    dense values and an output matrix, as in a transformer (an ablation).
+    .. math::
+
+        \Delta\theta_{t,n} = \operatorname{Im} \sum_{\tau=0}^{T-1} \sum_{m=1}^{M} \kappa_{\tau,m,n}
+        e^{-i m \theta_{t,n}} \sum_{u : u + \tau \le t} A_{h(n),t,u} \, e^{i m \theta_{u+\tau,n}}
+
+        A_{h,t,u} = \operatorname{softmax}_{u \le t} \Bigl( \beta_h \sum_n g_{h,n}
+        \cos\bigl(\theta_{t,n} - \theta_{u,n} + (t - u)\,\omega_n\bigr) \Bigr)
+
+    Phases are angles in radians, ``theta[B, L, N]``; N is read from the input. Parameters:
+    ``kernel_real`` and ``kernel_imag``, the kernel ``kappa`` ``[T, M, N]``; ``score/gate``, ``g``
+    ``[H, N]``; ``score/log_beta`` ``[H]``. There is no query, key, value or output matrix.
+
+    Cost of a token, beside multi-head attention of width N and equal L: no dense layers (there
+    ``8 N**2`` FLOPs), scores of ``2 N`` reals a head (there ``N / H``) and values of ``2 M N / H``
+    (there ``N / H``). Neither direction holds an ``[L, L]`` array.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from fsn_jax import FrustratedAttention
+      >>> layer = FrustratedAttention(num_heads=2, num_harmonics=2)
+      >>> theta = jax.random.normal(jax.random.key(0), (1, 6, 8))  # [B, L, N], radians
+      >>> variables = layer.init(jax.random.key(1), theta)
+      >>> theta = theta + layer.apply(variables, theta)
+      >>> jax.tree.map(jnp.shape, variables["params"]["kernel_real"])
+      (2, 2, 8)
     """
 
-    def setup(self) -> None:
-        c = self.config
-        self.score = PhaseScore(c)
-        if c.values == "linear":
-            self.value = PhasorDense(c, c.num_phases)
-            self.output = nn.Dense(c.num_phases, use_bias=False, dtype=jnp.dtype(c.dtype))
-            return
-        start = kernel_start(c)
-        real = start if c.signed_harmonics else _softplus_inverse(start)
-        self.kernel_real = self.param("kernel_real", lambda _: jnp.asarray(real, jnp.float32))
-        if c.static_angles:
-            self.kernel_imag = self.param(
-                "kernel_imag", nn.initializers.zeros, start.shape, jnp.float32
-            )
+    @nn.compact
+    def _kernel(self, num_phases: int) -> Complex:
+        """The coupling kernel ``[T, M, J, N]``, real and imaginary parts."""
+        initial = initial_kernel(self, num_phases)
+        start = initial if self.signed_harmonics else softplus_inverse(initial)
+        real = self.param("kernel_real", lambda _: jnp.asarray(start, jnp.float32))
+        if not self.signed_harmonics:
+            real = jax.nn.softplus(real)
+        imag = jnp.zeros_like(real)
+        if self.static_angles:
+            quadrature = initial_quadrature(self, num_phases)
+            imag = self.param("kernel_imag", quadrature, initial.shape, jnp.float32)
+        shape = (self.num_delays, self.num_harmonics, self.heads_per_phase, num_phases)
+        return Complex(real.reshape(shape), imag.reshape(shape))
 
     def kappa(self) -> Complex:
-        """The coupling kernel ``[T, M, J, N]``, real and imaginary parts.
+        """The coupling kernel ``[T, M, J, N]`` of the layer's variables, real and imaginary parts.
 
         ``jax.lax.complex(*kappa)[:, :, j]`` is what ``fsn_jax.coupling`` takes, for the j-th of the
         heads that a phase hears.
         """
-        c = self.config
-        real = self.kernel_real if c.signed_harmonics else jax.nn.softplus(self.kernel_real)
-        imag = self.kernel_imag if c.static_angles else jnp.zeros_like(real)
-        shape = (c.num_delays, c.num_harmonics, c.heads_per_phase, c.num_phases)
-        return Complex(real.reshape(shape), imag.reshape(shape))
+        return self._kernel(self.get_variable("params", "kernel_real").shape[-1])
 
-    def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
+    def __call__(
+        self,
+        theta: Float[Array, "B L N"],
+        *,
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "*B L"] | None = None,
+    ) -> Float[Array, "B L N"]:
         """The update of the phases, in radians, float32.
 
         Differentiable in reverse mode; for forward mode take ``implementation="reference"``.
 
-        Raises:
-          ValueError: ``theta`` is not ``[B, L, num_phases]``.
-        """
-        return self.field(theta).im
+        Args:
+          theta: phases in radians.
+          segment_ids: tokens couple to those of their own segment; None: all are in one.
+          positions: of the tokens, for the drift, ``[L]`` or ``[B, L]``; None: 0, 1, 2, ...
 
-    def field(self, theta: Float[Array, "B L N"]) -> Complex:
+        Raises:
+          ValueError: ``theta`` is not ``[B, L, N]``.
+          ConfigError: ``num_heads`` does not divide N.
+        """
+        return self.field(theta, segment_ids=segment_ids, positions=positions).im
+
+    def field(
+        self,
+        theta: Float[Array, "B L N"],
+        *,
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "*B L"] | None = None,
+    ) -> Complex:
         """The local field of every phase, ``[B, L, N]``, seen from that phase.
 
         ``im`` is the torque, the update of the phases in radians; ``re`` is the coherence of a
-        phase with its field. Dense values have no coherence: zero.
+        phase with its field. Arguments as for ``__call__``.
         """
-        c = self.config
-        z = token_phasor(theta, c.num_phases)
-        query, key = self.score(z, self._rotary(theta.shape[1]))
-        self._sow_entropy(query, key)
-        if c.values == "linear":
-            value = split_heads(self.value(z), c.num_heads)
-            summed = self._causal_sum(query, key, value, include_self=True)
-            return self._linear_output(summed.total)
-        if c.implementation == "reference":
-            return self._reference(theta, attention_weights(query, key))
-        kappa, zh = self._kappa_by_head(), self._coupled(z)
-        value = recomputed(fold_values)(zh, kappa).astype(c.dtype)
-        total, self_weight = self._causal_sum(query, key, value, include_self=False)
-        return self._gather(unfold_sum(zh, total, self_weight, kappa))
+        z, query, key = self._score(theta, positions)
+        kappa = self._kernel(theta.shape[-1])
+        if self.implementation == "reference":
+            self._sow_entropy(query, key, segment_ids)
+            attention = attention_weights(query, key, segment_ids)
+            return self._reference(theta, attention, kappa, segment_ids)
+        kappa, zh = self._kappa_by_head(kappa), self._coupled(z)
+        follows = None if segment_ids is None else next_in_segment(segment_ids)[:, None, :, None]
+        value = recomputed(fold_values)(zh, kappa, follows).astype(self.dtype)
+        summed = self._causal_sum(query, key, value, segment_ids, include_self=False)
+        return self._gather(unfold_sum(zh, summed.total, summed.self_weight, kappa))
 
     def extend(
-        self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
+        self,
+        theta: Float[Array, "B S N"],
+        cache: LayerCache,
+        position: Int[Array, ""],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Float[Array, "B S N"], LayerCache]:
-        """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
-        field, cache = self.extend_field(theta, cache, position)
+        """``__call__`` for S tokens at ``position`` and on, after those in the cache."""
+        field, cache = self.extend_field(
+            theta, cache, position, segment_ids=segment_ids, positions=positions
+        )
         return field.im, cache
 
     def extend_field(
-        self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
+        self,
+        theta: Float[Array, "B S N"],
+        cache: LayerCache,
+        position: Int[Array, ""],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Complex, LayerCache]:
-        """As ``extend``, but the whole ``field``."""
-        c = self.config
-        z = token_phasor(theta, c.num_phases)
-        rotary = self._rotary_at(position, theta.shape[1], cache.capacity)
-        query, key = self.score(z, rotary)
-        if c.values == "linear":
-            value = split_heads(self.value(z), c.num_heads)
-            total, cache = extend_sum(query, key, value, cache, position)
-            return self._linear_output(total), cache
-        zh = self._heads(z)
-        waves = side_by_side(zh, c.num_harmonics)
-        weights, cache = extend_weights(query, key, waves, cache, position)
-        rows = self._rows(weights, position)
+        """``field`` for S tokens at ``position`` and on, after those in the cache."""
+        z, query, key = self._score_at(theta, cache.capacity, position, positions)
+        kappa, zh = self._kernel(theta.shape[-1]), self._heads(z)
+        waves = side_by_side(zh, self.num_harmonics)
+        weights, cache = extend_weights(query, key, waves, cache, position, segment_ids)
+        rows = self._rows(weights, cache.visible(position + 1, theta.shape[1], segment_ids))
         sums = weighted_sum(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]), cache.value)
-        kappa = Complex(*(part.reshape(*part.shape[:3], c.num_heads, -1) for part in self.kappa()))
+        kappa = Complex(*(part.reshape(*part.shape[:3], self.num_heads, -1) for part in kappa))
         field = field_of_sums(zh, sums.reshape(*rows.shape[:-1], -1), kappa)
         return Complex(*map(merge_heads, field)), cache
 
-    def _rows(self, weights: Array, position: Array) -> Array:
+    def _rows(self, weights: Array, visible: Array) -> Array:
         """The weights of every block's tokens, ``[B, H, T, J, S, C]``: by delay and head heard."""
-        c = self.config
-        heard = [jnp.roll(weights, -j, axis=1) for j in range(c.heads_per_phase)]
+        heard = [jnp.roll(weights, -j, axis=1) for j in range(self.heads_per_phase)]
         rows = [jnp.stack(heard, axis=2)]
-        if c.delay:
-            # What was the weight of a token is that of its successor, if that is in the past.
+        if self.delay:
+            # What was the weight of a token is that of its successor, if the token may see that.
             shifted = jnp.pad(rows[0][..., :-1], ((0, 0),) * 4 + ((1, 0),))
-            rows.append(jnp.where(slots_before(position + 1, *weights.shape[2:]), shifted, 0.0))
+            if visible.ndim == 4:
+                visible = visible[:, :, None]
+            rows.append(jnp.where(visible, shifted, 0.0))
         return jnp.stack(rows, axis=2)
 
-    def _kappa_by_head(self) -> Complex:
+    def _kappa_by_head(self, kappa: Complex) -> Complex:
         """The kernel by head, ``[T, M, H, J P]``, over the phases in the order of ``_coupled``."""
-        c = self.config
-        shape = (c.num_delays, c.num_harmonics, c.heads_per_phase, c.num_heads, c.phases_per_head)
-        block = np.arange(c.num_heads)
+        heads, heard = self.num_heads, self.heads_per_phase
+        block = np.arange(heads)
 
         def by_head(part: Array) -> Array:
-            part = part.reshape(shape)
-            if c.heads_per_phase < c.num_heads:
+            part = part.reshape(*part.shape[:3], heads, -1)  # [T, M, J, H, P]
+            if heard < heads:
                 return _by_head(list(jnp.moveaxis(part, 2, 0)), axis=2)
-            rank = (block[:, None] - block) % c.num_heads  # of each head for each block
-            return part[:, :, rank, block[None]].reshape(*shape[:2], c.num_heads, -1)
+            rank = (block[:, None] - block) % heads  # of each head for each block
+            return part[:, :, rank, block[None]].reshape(*part.shape[:2], heads, -1)
 
-        kappa = self.kappa()
         return Complex(by_head(kappa.re), by_head(kappa.im))
 
     def _coupled(self, z: Complex) -> Complex:
         """The phases that each head couples, ``[B, H, L, J P]``; if J = H all, ``[B, 1, L, N]``."""
-        if self.config.heads_per_phase == self.config.num_heads:
+        if self.heads_per_phase == self.num_heads:
             return Complex(z.re[:, None], z.im[:, None])
         zh = self._heads(z)
-        return Complex(*(_by_head([part] * self.config.heads_per_phase, axis=1) for part in zh))
+        return Complex(*(_by_head([part] * self.heads_per_phase, axis=1) for part in zh))
 
     def _gather(self, field: Complex) -> Complex:
         """The field of all heads together, ``[B, L, N]``."""
         return Complex(*map(self._gather_part, field))
 
     def _gather_part(self, part: Array) -> Array:
-        if self.config.heads_per_phase == self.config.num_heads:
+        if self.heads_per_phase == self.num_heads:
             return part[:, 0]
-        by_rank = jnp.split(part, self.config.heads_per_phase, axis=-1)
+        by_rank = jnp.split(part, self.heads_per_phase, axis=-1)
         by_block = [jnp.roll(one, -j, axis=1) for j, one in enumerate(by_rank)]
         return merge_heads(jnp.stack(by_block).sum(axis=0))
 
-    def _reference(self, theta: Array, attention: Array) -> Complex:
-        kappa = jax.lax.complex(*self.kappa())
-        heard = range(self.config.heads_per_phase)
+    def _reference(
+        self, theta: Array, attention: Array, kappa: Complex, segment_ids: Array | None
+    ) -> Complex:
+        heard = range(self.heads_per_phase)
         by_rank = jnp.stack([jnp.roll(attention, -j, axis=1) for j in heard])
-        field = jax.vmap(local_field, in_axes=(None, 0, 2))(theta, by_rank, kappa).sum(axis=0)
+        of_rank = jax.vmap(local_field, in_axes=(None, 0, 2, None))
+        field = of_rank(theta, by_rank, jax.lax.complex(*kappa), segment_ids).sum(axis=0)
         return Complex(field.real, field.imag)
 
-    def _linear_output(self, total: Array) -> Complex:
-        update = self.output(merge_heads(total)).astype(jnp.float32)
-        return Complex(jnp.zeros_like(update), update)
-
-    def _value_width(self) -> int:
-        c = self.config
-        return (
-            c.phases_per_head if c.values == "linear" else 2 * c.num_harmonics * c.phases_per_head
-        )
-
-
-class KuramotoAttention(_PhaseAttention):
-    """The base layer: ``dtheta_t = g * sum_u A[t, u] sin(theta_u - theta_t)``, g > 0 learned.
-
-    Written from its own equation; ``FrustratedAttention`` with one harmonic, no delay and a real
-    positive kernel is the same layer.
-    """
-
-    def setup(self) -> None:
-        self.score = PhaseScore(self.config)
-        start = _softplus_inverse(np.full(self.config.num_phases, self.config.kernel_scale))
-        self.gain = self.param("gain", lambda _: jnp.asarray(start, jnp.float32))
-
-    def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
-        """The update of the phases, in radians, float32.
-
-        Raises:
-          ValueError: ``theta`` is not ``[B, L, num_phases]``.
-        """
-        z = token_phasor(theta, self.config.num_phases)
-        query, key = self.score(z, self._rotary(theta.shape[1]))
-        self._sow_entropy(query, key)
-        summed = self._causal_sum(query, key, self._values(z), include_self=True)
-        return self._pull(z, summed.total)
-
-    def extend(
-        self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
-    ) -> tuple[Float[Array, "B S N"], LayerCache]:
-        """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
-        z = token_phasor(theta, self.config.num_phases)
-        query, key = self.score(z, self._rotary_at(position, theta.shape[1], cache.capacity))
-        total, cache = extend_sum(query, key, self._values(z), cache, position)
-        return self._pull(z, total), cache
-
-    def _values(self, z: Complex) -> Array:
-        return jnp.concatenate(self._heads(z), axis=-1).astype(self.config.dtype)
-
-    def _pull(self, z: Complex, total: Array) -> Array:
-        mean = Complex(*(merge_heads(part) for part in jnp.split(total, 2, axis=-1)))
-        return jax.nn.softplus(self.gain)[None, None] * (mean.im * z.re - mean.re * z.im)
-
-    def _value_width(self) -> int:
-        return 2 * self.config.phases_per_head
+    def _value_width(self, num_phases: int) -> int:
+        return 2 * self.num_harmonics * (num_phases // self.num_heads)

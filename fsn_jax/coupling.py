@@ -19,9 +19,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Complex64, Float
+import numpy as np
+from jaxtyping import Array, Complex64, Float, Int
 
-from fsn_jax.recompute import alike_over_devices
+from fsn_jax.recompute import match_varying_axes
 from fsn_jax.torus import Complex, multiply, powers
 
 
@@ -29,14 +30,17 @@ def coupling_update(
     theta: Float[Array, "B L N"],
     attention: Float[Array, "B H L L"],
     kappa: Complex64[Array, "T M N"],
+    segment_ids: Int[Array, "B L"] | None = None,
 ) -> Float[Array, "B L N"]:
     """The coupling by its definition: the reference for every faster form.
 
     Args:
       theta: phases in radians.
-      attention: weights with causal rows (zero for ``u > t``); H divides N, and head h couples
-        the h-th block of N / H phases.
+      attention: weights with causal rows, zero for ``u > t`` (others give NaN); H divides N, and
+        head h couples the h-th block of N / H phases.
       kappa: the kernel; T is 1 (no delay) or 2.
+      segment_ids: the delay does not couple to a successor in another segment; None: all tokens
+        of a row are in one. The weights are given, so they must be zero across segments.
 
     Returns:
       The update of the phases, in radians.
@@ -44,23 +48,20 @@ def coupling_update(
     Raises:
       ValueError: H does not divide N, or T is neither 1 nor 2.
     """
-    return jnp.imag(local_field(theta, attention, kappa))
+    return jnp.imag(local_field(theta, attention, kappa, segment_ids))
 
 
 def local_field(
     theta: Float[Array, "B L N"],
     attention: Float[Array, "B H L L"],
     kappa: Complex64[Array, "T M N"],
+    segment_ids: Int[Array, "B L"] | None = None,
 ) -> Complex64[Array, "B L N"]:
     """The sum of ``coupling_update`` before its imaginary part is taken.
 
     It is the field that each phase is in, seen from that phase: the imaginary part is the torque on
-    it (its update, in radians), the real part its coherence with the field.
-
-    Args:
-      theta: as for ``coupling_update``.
-      attention: the same.
-      kappa: the same.
+    it (its update, in radians), the real part its coherence with the field. Arguments as for
+    ``coupling_update``.
 
     Raises:
       ValueError: H does not divide N, or T is neither 1 nor 2.
@@ -73,6 +74,9 @@ def local_field(
     if num_delays not in (1, 2):
         raise ValueError(f"kappa has {num_delays} delays; 1 or 2 are supported")
 
+    future = ~np.tri(length, dtype=bool)[None, None]
+    attention = jnp.where(future & (attention != 0), jnp.nan, attention)
+
     def mean_field(weights: Array, z: Array) -> Array:
         by_head = z.reshape(batch, length, num_heads, num_phases // num_heads)
         return jnp.einsum("bhtu,buhp->bthp", weights, by_head).reshape(z.shape)
@@ -84,6 +88,8 @@ def local_field(
             # u + 1 <= t leaves out u = t, whose successor is not yet known at t; the row of u
             # then meets the phase of u + 1.
             past = jnp.tril(attention, -1)
+            if segment_ids is not None:
+                past *= next_in_segment(segment_ids)[:, None, None]
             field += kappa_m[1, None, None] * mean_field(past, jnp.roll(z, -1, axis=1))
         return jnp.conj(z) * field
 
@@ -91,7 +97,15 @@ def local_field(
     return jax.vmap(one_harmonic, in_axes=(0, 1))(harmonics, kappa).sum(axis=0)
 
 
-def fold_values(z: Complex, kappa: Complex) -> Float[Array, "B H L twoMP"]:
+def next_in_segment(segment_ids: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    """1 for a token whose successor is in its segment, 0 for one at a segment's end."""
+    same = segment_ids[:, 1:] == segment_ids[:, :-1]
+    return jnp.pad(same.astype(jnp.float32), ((0, 0), (0, 1)))
+
+
+def fold_values(
+    z: Complex, kappa: Complex, follows: Float[Array, "B 1 L 1"] | None = None
+) -> Float[Array, "B H L twoMP"]:
     """Folds the kernel into the values: ``v[u, m] = kappa[0, m] z_u**m + kappa[1, m] z_{u+1}**m``.
 
     For ``u < t`` both delays share the weight ``A[t, u]``, so a single sum serves them. It must be
@@ -101,6 +115,7 @@ def fold_values(z: Complex, kappa: Complex) -> Float[Array, "B H L twoMP"]:
       z: phasors of the phases that each head couples, ``[B, H, L, P]``; one head stands for all if
         they couple the same phases.
       kappa: the kernel by head, ``[T, M, H, P]``.
+      follows: ``next_in_segment``; None: all tokens of a row are in one segment.
 
     Returns:
       For each harmonic the real and then the imaginary parts, side by side. The last position has
@@ -110,7 +125,10 @@ def fold_values(z: Complex, kappa: Complex) -> Float[Array, "B H L twoMP"]:
     wave = _wave(z, num_harmonics)
     waves = [wave]
     if num_delays == 2:
-        waves.append(_shift(wave))
+        successor = _shift(wave)
+        if follows is not None:
+            successor = Complex(successor.re * follows, successor.im * follows)
+        waves.append(successor)
     return _scale([part for wave in waves for part in wave], kappa)
 
 
@@ -209,7 +227,7 @@ def _scale(waves: list[Array], kappa: Complex) -> Array:
         for tau in range(num_delays)
         for part in kappa
     ]
-    return _scaled_sum(*alike_over_devices((waves, factors)))
+    return _scaled_sum(*match_varying_axes((waves, factors)))
 
 
 @jax.custom_vjp

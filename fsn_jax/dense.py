@@ -1,24 +1,29 @@
 """Dense layers that read phasors: both quadratures of every phase, or one."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fsn_jax.config import FSNConfig
+from fsn_jax.fields import DenseFields, documented, setting
 from fsn_jax.recompute import recomputed
 from fsn_jax.torus import Complex, features
+
+sum_in_float32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+"""Product of any shape summed in float32, for logits: bfloat16 sums would merge close logits."""
 
 
 def _random_quadrature(groups: int, phases: int) -> nn.initializers.Initializer:
     """Cosines and sines of uniform angles, ``[2, G, N]``."""
 
-    def start(key: Array, *_: object) -> Array:
+    def init(key: Array, *_: object) -> Array:
         angle = jax.random.uniform(key, (groups, phases), jnp.float32, maxval=2 * np.pi)
         return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
 
-    return start
+    return init
 
 
 def _over_tokens(x: Array, like: Array) -> Array:
@@ -38,10 +43,11 @@ def _read(
     return z.re * cosine + z.im * sine
 
 
-class PhasorDense(nn.Module):
+@documented
+class PhasorDense(DenseFields, nn.Module):
     """A linear map from the phasors of a token to O reals.
 
-    With ``config.features="phasor"`` it is ``[cos theta, sin theta] W``, W of ``[2N, O]``. With
+    With ``features="phasor"`` it is ``[cos theta, sin theta] W``, W of ``[2N, O]``. With
     ``"quadrature"`` each of G equal groups of outputs reads one learned quadrature of each phase,
 
         x_g[n] = a[g, n] cos theta_n + b[g, n] sin theta_n,    y_g = x_g W_g,    W_g of [N, O / G],
@@ -50,59 +56,53 @@ class PhasorDense(nn.Module):
     ``r cos(theta - phi)``. Half as many weights; what one group cannot see another can.
 
     Given the local field of the phases it reads ``cos theta + g[0] coherence`` for the cosine and
-    ``sin theta + g[1] torque`` for the sine, with gains g of each phase that start at zero.
-
-    Attributes:
-      config: of the model.
-      features: O.
-      groups: G, which divides O.
-      use_bias: whether a bias is added.
-      kernel_init: of W.
-      angle: phi at the start, radians, the same for all; None draws each from the circle.
+    ``sin theta + g[1] torque`` for the sine, with gains g of each phase that are zero initially.
     """
 
-    config: FSNConfig
-    features: int
-    groups: int = 1
-    use_bias: bool = False
-    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-    angle: float | None = None
+    outputs: int = setting(1, "O, width of the result", least=1)
+    groups: int = setting(1, "G, which divides O", least=1)
+    use_bias: bool = setting(False, "whether a bias is added")
+    kernel_init: nn.initializers.Initializer = setting(
+        nn.initializers.lecun_normal(), "initializer of W"
+    )
+    angle: float | None = setting(
+        None, "initial phi in radians, the same for all phases; None draws each from the circle"
+    )
 
     @nn.compact
     def __call__(self, z: Complex, field: Complex | None = None) -> Float[Array, "*shape O"]:
         """The reals in the compute dtype, from phasors of any shape that ends in N."""
-        c = self.config
-        dtype = jnp.dtype(c.dtype)
+        num_phases = z.re.shape[-1]
+        dtype = jnp.dtype(self.dtype)
         gains = None
         if field is not None:
             zeros = nn.initializers.zeros
-            gains = self.param("field_gain", zeros, (2, c.num_phases), jnp.float32)
-        seen = None  # both quadratures
-        if c.features == "phasor":
-            kernel = self.param(
-                "kernel", self.kernel_init, (2 * c.num_phases, self.features), jnp.float32
-            )
+            gains = self.param("field_gain", zeros, (2, num_phases), jnp.float32)
+        read = None  # both quadratures
+        if self.features == "phasor":
+            shape = (2 * num_phases, self.outputs)
+            kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         else:
-            quadrature = self.param("quadrature", self._start(), (2, self.groups, c.num_phases))
-            kernel = self.param(
-                "kernel", self.kernel_init, (c.num_phases, self.features), jnp.float32
-            )
+            shape = (2, self.groups, num_phases)
+            quadrature = self.param("quadrature", self._quadrature_init(num_phases), shape)
+            shape = (num_phases, self.outputs)
+            kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
             if self.groups == 1:
-                seen = quadrature[:, 0]
+                read = quadrature[:, 0]
             else:
                 # One product with a matrix made for both quadratures is quicker than G inputs.
-                grouped = kernel.reshape(1, c.num_phases, self.groups, -1)
+                grouped = kernel.reshape(1, num_phases, self.groups, -1)
                 by_phase = quadrature.swapaxes(1, 2)[..., None]
-                kernel = (by_phase * grouped).reshape(2 * c.num_phases, self.features)
-        inputs = recomputed(_read, c.implementation)(z, field, gains, seen)
+                kernel = (by_phase * grouped).reshape(2 * num_phases, self.outputs)
+        inputs = recomputed(_read, self.implementation)(z, field, gains, read)
         y = inputs.astype(dtype) @ kernel.astype(dtype)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            bias = self.param("bias", nn.initializers.zeros, (self.outputs,), jnp.float32)
             y += _over_tokens(bias, y).astype(dtype)
         return y
 
-    def _start(self) -> nn.initializers.Initializer:
+    def _quadrature_init(self, num_phases: int) -> nn.initializers.Initializer:
         if self.angle is None:
-            return _random_quadrature(self.groups, self.config.num_phases)
+            return _random_quadrature(self.groups, num_phases)
         parts = jnp.array([np.cos(self.angle), np.sin(self.angle)], jnp.float32)
         return lambda _, shape: jnp.broadcast_to(parts[:, None, None], shape)

@@ -1,5 +1,6 @@
 """What a token does by itself: a SwiGLU on its phasors, or coupling to collective modes."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -8,8 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fsn_jax.config import DType, FSNConfig, Implementation
 from fsn_jax.dense import PhasorDense
+from fsn_jax.fields import (
+    DType,
+    Implementation,
+    ModesFields,
+    SwiGLUFields,
+    documented,
+    shared_settings,
+)
 from fsn_jax.recompute import recomputed
 from fsn_jax.torus import Complex, token_phasor
 
@@ -45,15 +53,14 @@ class SwiGLU(nn.Module):
         return down.astype(jnp.float32)
 
 
-class CollectiveModes(nn.Module):
-    """Mean-field coupling to K learned order parameters: a block without an MLP.
+@documented
+class CollectiveModes(ModesFields, nn.Module):
+    """Mean-field coupling to K learned order parameters: a feed-forward layer without an MLP.
 
     ``dtheta[t, n] = Im(exp(-i theta[t, n]) sum_k w[t, k] Z[k, n])`` with
     ``w[t, k] = silu(g_k . f_t + b_k)``: each mode ``Z[k]`` is a pattern of phases that a token may
     be pulled towards, or pushed from, as far as its content asks for it.
     """
-
-    config: FSNConfig
 
     @nn.compact
     def __call__(
@@ -66,19 +73,21 @@ class CollectiveModes(nn.Module):
           field: ``[B, L, N]``, what the weights see besides: ``FrustratedAttention.field``.
 
         Raises:
-          ValueError: ``theta`` is not ``[B, L, num_phases]``.
+          ValueError: ``theta`` is not ``[B, L, N]``.
         """
-        c = self.config
-        z = token_phasor(theta, c.num_phases)
-        drive = PhasorDense(c, c.num_modes, use_bias=True, name="weights")(z, field)
-        weight = jax.nn.silu(drive.astype(jnp.float32)).astype(c.dtype)
-        start = nn.initializers.normal(c.num_modes**-0.5)
-        shape = (c.num_modes, c.num_phases)
+        z = token_phasor(theta)
+        shared = shared_settings(self, PhasorDense)
+        drive = PhasorDense(**shared, outputs=self.num_modes, use_bias=True, name="weights")(
+            z, field
+        )
+        weight = jax.nn.silu(drive.astype(jnp.float32)).astype(self.dtype)
+        init = nn.initializers.normal(self.num_modes**-0.5)
+        shape = (self.num_modes, theta.shape[-1])
         field_re, field_im = (
             jnp.einsum(
                 "blk,kn->bln",
                 weight,
-                self.param(name, start, shape, jnp.float32).astype(c.dtype),
+                self.param(name, init, shape, jnp.float32).astype(self.dtype),
                 preferred_element_type=jnp.float32,
             )
             for name in ("modes_real", "modes_imag")
@@ -86,13 +95,12 @@ class CollectiveModes(nn.Module):
         return field_im * z.re - field_re * z.im
 
 
-class PhasorSwiGLU(nn.Module):
+@documented
+class PhasorSwiGLU(SwiGLUFields, nn.Module):
     """A SwiGLU from a token's phasors to an update of its phases, in radians.
 
-    With one quadrature a phase, the gate starts with cosines and the other factor with sines.
+    With one quadrature a phase, the gate initially reads cosines and the other factor sines.
     """
-
-    config: FSNConfig
 
     @nn.compact
     def __call__(
@@ -106,11 +114,14 @@ class PhasorSwiGLU(nn.Module):
             ``FrustratedAttention.field``.
 
         Raises:
-          ValueError: ``theta`` is not ``[B, L, num_phases]``.
+          ValueError: ``theta`` is not ``[B, L, N]``.
         """
-        c = self.config
-        z = token_phasor(theta, c.num_phases)
-        gate = PhasorDense(c, c.feedforward_width, angle=0.0, name="gate")(z, field)
-        up = PhasorDense(c, c.feedforward_width, angle=np.pi / 2, name="up")(z, field)
-        down = nn.Dense(c.num_phases, use_bias=False, dtype=jnp.dtype(c.dtype), name="down")
-        return down(recomputed(gated, c.implementation)(gate, up)).astype(jnp.float32)
+        z = token_phasor(theta)
+        dense = functools.partial(
+            PhasorDense, outputs=self.feedforward_width, **shared_settings(self, PhasorDense)
+        )
+        gate = dense(angle=0.0, name="gate")(z, field)
+        up = dense(angle=np.pi / 2, name="up")(z, field)
+        dtype = jnp.dtype(self.dtype)
+        down = nn.Dense(theta.shape[-1], use_bias=False, dtype=dtype, name="down")
+        return down(recomputed(gated, self.implementation)(gate, up)).astype(jnp.float32)

@@ -1,87 +1,145 @@
 """The Frustrated Synchronization Network: a language model whose token states are phases.
 
-Source: arXiv 2606.18694, reconstructed; docs/model.md has the equations and docs/choices.md what
-the published text leaves open.
+Read downward: the embedding gives every token N angles, each block moves them twice (coupling to
+other tokens, then feed-forward), the readout sees their cosines and sines. The coupling's equation
+is in ``fsn_jax.coupling``. Source: arXiv 2606.18694, reconstructed; docs/model.md has the equations
+and docs/choices.md what the published text leaves open.
 """
 
-import functools
-from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fsn_jax.attention import FrustratedAttention, LayerCache
+from fsn_jax.attention import FrustratedAttention
+from fsn_jax.base_layer import LinearValueAttention
+from fsn_jax.cache import LayerCache
 from fsn_jax.config import FSNConfig
+from fsn_jax.dense import sum_in_float32
 from fsn_jax.feedforward import CollectiveModes, PhasorSwiGLU
-from fsn_jax.torus import Complex, features, order_parameter, phasor
+from fsn_jax.fields import shared_settings
+from fsn_jax.language_model import DETERMINISTIC_ARGUMENT, LanguageModel
+from fsn_jax.torus import Complex, features, look_up, order_parameter, phasor
 
 
-@flax.struct.dataclass
-class Cache:
-    """State of generation, of either model.
+class PhaseEmbedding(nn.Module):
+    """One learned angle vector per token value.
 
     Attributes:
-      layers: one ``LayerCache`` a block.
-      position: number of tokens seen, int32 scalar.
+      config: of the model.
     """
 
-    layers: Sequence[LayerCache]
-    position: Array
+    config: FSNConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "B L"], deterministic: bool = True
+    ) -> Float[Array, "B L N"]:
+        """The tokens' phases before the first block, in radians, float32.
+
+        Dropout draws a phase anew from the circle: its mean phasor is zero.
+        """
+        c = self.config
+        shape = (c.vocab_size, c.num_phases)
+        theta = look_up(self.param("angles", initial_angles(c), shape, jnp.float32), tokens)
+        if deterministic or not c.dropout:
+            return theta
+        drop, angle = jax.random.split(self.make_rng("dropout"))
+        dropped = jax.random.bernoulli(drop, c.dropout, theta.shape)
+        return jnp.where(dropped, jax.random.uniform(angle, theta.shape, maxval=2 * np.pi), theta)
+
+
+def initial_angles(config: FSNConfig) -> jax.nn.initializers.Initializer:
+    """Initializer of the embedding angles, in radians."""
+    if config.embedding_init == "normal":
+        return nn.initializers.normal(config.embedding_scale)
+    return nn.initializers.uniform(2 * np.pi)
+
+
+ATTENTION: dict[str, type[Any]] = {
+    "circular": FrustratedAttention,
+    "linear": LinearValueAttention,
+}
+FEEDFORWARD: dict[str, type[Any]] = {
+    "swiglu": PhasorSwiGLU,
+    "collective_modes": CollectiveModes,
+}
 
 
 class Block(nn.Module):
-    """``theta += coupling(theta)``, then ``theta += feedforward(theta)``, in radians."""
+    """``theta += coupling(theta)``, then ``theta += feedforward(theta)``, in radians.
+
+    Attributes:
+      config: of the model.
+    """
 
     config: FSNConfig
 
     def setup(self) -> None:
         c = self.config
-        self.attention = FrustratedAttention(c)
+        attention = ATTENTION[c.values]
+        self.attention = attention(**shared_settings(c, attention))
         if c.feedforward != "none":
-            kinds = {"swiglu": PhasorSwiGLU, "collective_modes": CollectiveModes}
-            self.feedforward = kinds[c.feedforward](c)
+            feedforward = FEEDFORWARD[c.feedforward]
+            self.feedforward = feedforward(**shared_settings(c, feedforward))
+        if c.dropout:
+            self.dropout = nn.Dropout(c.dropout)
 
-    def __call__(self, theta: Float[Array, "B L N"]) -> Float[Array, "B L N"]:
-        """The phases after the block, in radians, float32."""
-        field = self.attention.field(theta)
-        theta = theta + field.im
+    def __call__(
+        self,
+        theta: Float[Array, "B L N"],
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "*B L"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B L N"]:
+        """The phases after the block, in radians, float32; arguments as for ``FSN``."""
+        field = self.attention.field(theta, segment_ids=segment_ids, positions=positions)
+        theta = theta + self._dropped(field.im, deterministic)
         if self.is_mutable_collection("diagnostics") and not self.is_initializing():
             self.sow("diagnostics", "order_parameter", order_parameter(theta))
-        return self._feed_forward(theta, field)
+        return self._feed_forward(theta, field, deterministic)
 
     def extend(
-        self, theta: Float[Array, "B S N"], cache: LayerCache, position: Int[Array, ""]
+        self,
+        theta: Float[Array, "B S N"],
+        cache: LayerCache,
+        position: Int[Array, ""],
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Float[Array, "B S N"], LayerCache]:
-        """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
-        field, cache = self.attention.extend_field(theta, cache, position)
-        return self._feed_forward(theta + field.im, field), cache
+        """``__call__`` for S tokens at ``position`` and on, after those in the cache."""
+        field, cache = self.attention.extend_field(
+            theta, cache, position, segment_ids=segment_ids, positions=positions
+        )
+        return self._feed_forward(theta + field.im, field, True), cache
 
-    def _feed_forward(self, theta: Array, field: Complex) -> Array:
+    def empty_cache(self, batch: int, capacity: int, segments: bool) -> LayerCache:
+        """A cache for ``capacity`` tokens of each of ``batch`` sequences."""
+        width = self.config.num_phases
+        return self.attention.empty_cache(batch, capacity, width, segments=segments)
+
+    def _feed_forward(self, theta: Array, field: Complex, deterministic: bool) -> Array:
         if self.config.feedforward == "none":
             return theta
-        return theta + self.feedforward(theta, field if self.config.field_features else None)
+        update = self.feedforward(theta, field if self.config.field_features else None)
+        return theta + self._dropped(update, deterministic)
+
+    def _dropped(self, update: Array, deterministic: bool) -> Array:
+        if deterministic or not self.config.dropout:
+            return update
+        return self.dropout(update, deterministic=False)
 
 
-def embedding_start(config: FSNConfig) -> jax.nn.initializers.Initializer:
-    """Initial embedding angles, in radians."""
-    if config.embedding_init == "normal":
-        return nn.initializers.normal(config.embedding_scale)
-
-    return nn.initializers.uniform(2 * np.pi)
-
-
-sum_in_float32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-"""Of logits: two that differ by less than bfloat16 tells apart are not the same."""
-
-
-class FSN(nn.Module):
-    """The language model: angles in, frustrated synchronization, logits out.
+class FSN(LanguageModel):
+    """The language model: tokens to angles, frustrated synchronization, logits.
 
     ``logits[:, t]`` predicts ``tokens[:, t + 1]``.
+
+    Attributes:
+      config: its settings.
     """
 
     config: FSNConfig
@@ -89,49 +147,12 @@ class FSN(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embedding = PhaseEmbedding(c)
-        block = nn.remat(Block) if c.remat else Block
+        block = nn.remat(Block, static_argnums=DETERMINISTIC_ARGUMENT) if c.remat else Block
         self.blocks = [block(c, name=f"block_{i}") for i in range(c.num_layers)]
         self.readout = nn.Dense(c.vocab_size, dtype=jnp.dtype(c.dtype), dot_general=sum_in_float32)
 
-    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
-        """Logits, float32, before any softmax."""
-        theta = self.embedding(tokens)
-        for block in self.blocks:
-            theta = block(theta)
-        return self._logits(theta)
+    def _embed(self, tokens: Array, deterministic: bool) -> Array:
+        return self.embedding(tokens, deterministic)
 
-    def extend(
-        self, tokens: Int[Array, "B S"], cache: Cache
-    ) -> tuple[Float[Array, "B S V"], Cache]:
-        """Logits of S tokens that follow those in the cache, and the cache with them in it.
-
-        They are NaN for tokens that the cache has no room for.
-        """
-        theta = self.embedding(tokens)
-        layers = []
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            theta, layer = block.extend(theta, layer, cache.position)
-            layers.append(layer)
-        return self._logits(theta), Cache(layers, cache.position + tokens.shape[1])
-
-    def empty_cache(self, batch: int, capacity: int) -> Cache:
-        """A cache for up to ``capacity`` tokens of each of ``batch`` sequences."""
-        layers = [block.attention.empty_cache(batch, capacity) for block in self.blocks]
-        return Cache(layers, jnp.zeros((), jnp.int32))
-
-    def _logits(self, theta: Array) -> Array:
-        return self.readout(features(phasor(theta)))
-
-
-class PhaseEmbedding(nn.Module):
-    """One learned angle vector per token value."""
-
-    config: FSNConfig
-
-    @nn.compact
-    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L N"]:
-        """The tokens' phases before the first block, in radians, float32."""
-        c = self.config
-        shape = (c.vocab_size, c.num_phases)
-        angles = self.param("angles", embedding_start(c), shape, jnp.float32)
-        return jnp.take(angles, tokens, axis=0)
+    def _read_out(self, state: Array) -> Array:
+        return self.readout(features(phasor(state)))

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Array, Bool, Float, Int
 
+from fsn_jax.cache import Cache
 from fsn_jax.config import ConfigError
-from fsn_jax.fsn import FSN, Cache
+from fsn_jax.fsn import FSN
 from fsn_jax.transformer import Transformer
 
 Variables = Mapping[str, Any]

@@ -12,7 +12,7 @@ Tree = TypeVar("Tree")
 Result = TypeVar("Result")
 
 
-def known_after(gradient: Array, tree: Tree) -> Tree:
+def delay_until(gradient: Array, tree: Tree) -> Tree:
     """The arrays of a tree as they are, though the compiler learns them no sooner than a gradient.
 
     So it cannot find that what is computed from them is what the forward pass has, nor compute it
@@ -23,21 +23,21 @@ def known_after(gradient: Array, tree: Tree) -> Tree:
       gradient: an array of any shape; if its first number is not finite, the result need not be.
       tree: arrays of any shape and a real type.
     """
-    return jax.lax.platform_dependent(gradient, tree, cpu=_by_a_number, default=_by_a_barrier)
+    return jax.lax.platform_dependent(gradient, tree, cpu=_depend_on_number, default=_barrier)
 
 
-def _by_a_number(gradient: Array, tree: Tree) -> Tree:
+def _depend_on_number(gradient: Array, tree: Tree) -> Tree:
     if not gradient.size:
         return tree
     zero = 0.0 * gradient[(0,) * gradient.ndim]  # not known to be zero: times NaN it is not
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 
 
-def _by_a_barrier(gradient: Array, tree: Tree) -> Tree:
+def _barrier(gradient: Array, tree: Tree) -> Tree:
     return jax.lax.optimization_barrier((gradient, tree))[1]
 
 
-def alike_over_devices(tree: Tree) -> Tree:
+def match_varying_axes(tree: Tree) -> Tree:
     """The arrays of a tree, typed in ``shard_map`` as varying where any of them does.
 
     A derivative of our own gives the parameters, which are the same everywhere, a gradient that is
@@ -81,8 +81,8 @@ def recomputed(
         return function(*arguments), arguments
 
     def backward(arguments: tuple[Tree, ...], gradient: Result) -> tuple[Tree, ...]:
-        arguments = known_after(jax.tree.leaves(gradient)[0], arguments)
+        arguments = delay_until(jax.tree.leaves(gradient)[0], arguments)
         return jax.vjp(function, *arguments)[1](gradient)
 
     again.defvjp(forward, backward)
-    return lambda *arguments: again(*alike_over_devices(arguments))
+    return lambda *arguments: again(*match_varying_axes(arguments))

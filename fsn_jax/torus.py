@@ -9,7 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+import numpy.typing as npt
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 
 class Complex(NamedTuple):
@@ -80,14 +82,14 @@ def phasor(theta: Float[Array, "*shape"]) -> Complex:
     return _phasor(jnp.asarray(theta, jnp.float32))
 
 
-def token_phasor(theta: Float[Array, "B L N"], num_phases: int) -> Complex:
+def token_phasor(theta: Float[Array, "B L N"]) -> Complex:
     """``phasor`` of the states of tokens, whose shape it checks.
 
     Raises:
-      ValueError: ``theta`` is not ``[B, L, num_phases]``.
+      ValueError: ``theta`` is not ``[B, L, N]``.
     """
-    if theta.ndim != 3 or theta.shape[-1] != num_phases:
-        raise ValueError(f"theta must be [B, L, num_phases={num_phases}]; got {theta.shape}")
+    if theta.ndim != 3:
+        raise ValueError(f"theta must be [B, L, N]; got {theta.shape}")
     return phasor(theta)
 
 
@@ -109,18 +111,88 @@ def features(z: Complex) -> Float[Array, "*shape twoN"]:
     return jnp.concatenate(z, axis=-1)
 
 
-def rotary_phasor(length: int, num_pairs: int, base: float) -> Complex:
-    """``exp(i t omega_p)`` for positions t = 0 .. length - 1.
+def rotary_frequencies(num_pairs: int, base: float) -> npt.NDArray[np.float64]:
+    """RoPE's frequencies ``omega_p = base ** (-p / num_pairs)``, in radians a position, ``[R]``."""
+    return base ** (-np.arange(num_pairs, dtype=np.float64) / max(num_pairs, 1))
 
-    The frequencies are RoPE's, ``omega_p = base ** (-p / num_pairs)``. Made in float64 NumPy: a
-    constant of the compiled program, and exact at every position.
+
+def rotary_phasor(length: int, frequencies: npt.NDArray[np.float64], step: int = 1) -> Complex:
+    """``exp(i t omega_p)`` for positions t = 0, step, ..., (length - 1) step.
+
+    Made in float64 NumPy: a constant of the compiled program, and exact at every position.
+
+    Args:
+      length: L, number of positions.
+      frequencies: ``omega``, in radians a position, ``[R]``.
+      step: between positions.
 
     Returns:
-      float32 arrays ``[length, num_pairs]``.
+      float32 arrays ``[L, R]``.
     """
-    omega = base ** (-np.arange(num_pairs, dtype=np.float64) / max(num_pairs, 1))
-    angle = np.arange(length, dtype=np.float64)[:, None] * omega
+    angle = step * np.arange(length, dtype=np.float64)[:, None] * frequencies
     return Complex(jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32))
+
+
+def rotary_phasor_from(
+    position: Int[Array, ""], length: int, capacity: int, frequencies: npt.NDArray[np.float64]
+) -> Complex:
+    """``exp(i t omega_p)`` for L positions from ``position`` on, of ``capacity`` at most.
+
+    Args:
+      position: int32 scalar; moved back where ``position + length`` exceeds the capacity.
+      length: L.
+      capacity: positions in the table, which is a constant of the compiled program.
+      frequencies: ``omega``, in radians a position, ``[R]``.
+
+    Returns:
+      float32 arrays ``[L, R]``.
+    """
+    table = rotary_phasor(capacity, frequencies)
+    return Complex(*(jax.lax.dynamic_slice_in_dim(x, position, length, axis=0) for x in table))
+
+
+_DIGIT = 1024
+MAX_POSITIONS = _DIGIT**2
+"""Positions that ``rotary_phasor_at`` knows: from 0 on, so many."""
+
+
+def rotary_phasor_at(
+    positions: Int[Array, "*shape"], frequencies: npt.NDArray[np.float64]
+) -> Complex:
+    """``exp(i t omega_p)`` for given positions t: the product of two tables, one a digit of t.
+
+    Exact to float32, where the sine of a product ``t omega`` in float32 is not.
+
+    Args:
+      positions: from 0 to ``MAX_POSITIONS - 1``, any shape; others give NaN.
+      frequencies: ``omega``, in radians a position, ``[R]``.
+
+    Returns:
+      float32 arrays ``[*shape, R]``.
+    """
+    high, low = (rotary_phasor(_DIGIT, frequencies, step) for step in (_DIGIT, 1))
+
+    def rows(table: Complex, index: Array) -> Complex:
+        return Complex(*(look_up(part, index) for part in table))
+
+    return multiply(rows(high, positions // _DIGIT), rows(low, positions % _DIGIT))
+
+
+def over_heads(x: Complex) -> Complex:
+    """From ``[L, R]`` or ``[B, L, R]`` to what broadcasts against ``[B, H, L, R]``."""
+    return Complex(*((part if part.ndim == 3 else part[None])[:, None] for part in x))
+
+
+def look_up(table: Float[Array, "V N"], index: Int[Array, "*shape"]) -> Float[Array, "*shape N"]:
+    """Rows of a table; an index that the table does not have, negative ones too, gives NaN."""
+    sharding = jax.typeof(index).sharding
+    rows = table.at[index]
+    where = None
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        where = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, None))
+    return rows.get(
+        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=where
+    )
 
 
 def order_parameter(theta: Float[Array, "*shape N"], harmonic: int = 1) -> Float[Array, "*shape"]:

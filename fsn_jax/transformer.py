@@ -7,22 +7,37 @@ the mixer and the state differ.
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 from jaxtyping import Array, Float, Int
 
-from fsn_jax.attention import LayerCache, extend_sum
+from fsn_jax.cache import LayerCache, empty_layer_cache, extend_sum
 from fsn_jax.causal import causal_sum, merge_heads, split_heads
 from fsn_jax.config import TransformerConfig
+from fsn_jax.dense import sum_in_float32
 from fsn_jax.feedforward import SwiGLU
-from fsn_jax.fsn import Cache, sum_in_float32
-from fsn_jax.torus import Complex, multiply, rotary_phasor
+from fsn_jax.language_model import DETERMINISTIC_ARGUMENT, LanguageModel
+from fsn_jax.torus import (
+    Complex,
+    look_up,
+    multiply,
+    over_heads,
+    rotary_frequencies,
+    rotary_phasor,
+    rotary_phasor_at,
+    rotary_phasor_from,
+)
 
 RMS_EPSILON = 1e-6
 
 
 class RotaryAttention(nn.Module):
-    """Multi-head softmax attention with rotary positions."""
+    """Multi-head softmax attention with rotary positions.
+
+    Attributes:
+      config: of the model.
+    """
 
     config: TransformerConfig
 
@@ -36,35 +51,52 @@ class RotaryAttention(nn.Module):
         self.query, self.key = nn.Dense(**dense), nn.Dense(**dense)
         self.value, self.output = nn.Dense(**dense), nn.Dense(**dense)
 
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """What is added to the residual stream, float32."""
-        rotary = self._rotary(x.shape[1])
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "*B L"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """What is added to the residual stream, float32; arguments as for ``Transformer``."""
+        frequencies = self._frequencies()
+        if positions is None:
+            rotary = rotary_phasor(x.shape[1], frequencies)
+        else:
+            rotary = rotary_phasor_at(positions, frequencies)
         query, key, value = self._project(x, rotary)
         implementation = self.config.implementation
-        summed = causal_sum(query, key, value, include_self=True, implementation=implementation)
+        summed = causal_sum(
+            query, key, value, segment_ids, include_self=True, implementation=implementation
+        )
         return self._output(summed.total)
 
     def extend(
-        self, x: Float[Array, "B S D"], cache: LayerCache, position: Int[Array, ""]
+        self,
+        x: Float[Array, "B S D"],
+        cache: LayerCache,
+        position: Int[Array, ""],
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
-        """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
-        table = self._rotary(cache.capacity)
-        rotary = Complex(
-            *(jax.lax.dynamic_slice_in_dim(part, position, x.shape[1], axis=0) for part in table)
-        )
+        """``__call__`` for S tokens at ``position`` and on, after those in the cache."""
+        frequencies = self._frequencies()
+        if positions is None:
+            rotary = rotary_phasor_from(position, x.shape[1], cache.capacity, frequencies)
+        else:
+            rotary = rotary_phasor_at(positions, frequencies)
         query, key, value = self._project(x, rotary)
-        total, cache = extend_sum(query, key, value, cache, position)
+        total, cache = extend_sum(query, key, value, cache, position, segment_ids)
         return self._output(total), cache
 
-    def empty_cache(self, batch: int, capacity: int) -> LayerCache:
+    def empty_cache(self, batch: int, capacity: int, segments: bool) -> LayerCache:
         """A cache for ``capacity`` tokens of each of ``batch`` sequences."""
         c = self.config
-        value = jnp.zeros((batch * c.num_heads, capacity, c.width // c.num_heads), c.dtype)
-        return LayerCache(value.swapaxes(1, 2), value)
+        widths = (c.width // c.num_heads,) * 2
+        return empty_layer_cache(batch, capacity, c.num_heads, widths, c.dtype, segments=segments)
 
-    def _rotary(self, length: int) -> Complex:
+    def _frequencies(self) -> npt.NDArray[np.float64]:
         c = self.config
-        return rotary_phasor(length, c.width // c.num_heads // 2, c.rotary_base)
+        return rotary_frequencies(c.width // c.num_heads // 2, c.rotary_base)
 
     def _project(self, x: Array, rotary: Complex) -> tuple[Array, Array, Array]:
         c = self.config
@@ -76,7 +108,7 @@ class RotaryAttention(nn.Module):
 
     def _rotate(self, x: Array, rotary: Complex) -> Array:
         pairs = Complex(*jnp.split(x.astype(jnp.float32), 2, axis=-1))
-        rotary = Complex(rotary.re[None, None], rotary.im[None, None])
+        rotary = over_heads(rotary)
         return jnp.concatenate(multiply(pairs, rotary), axis=-1).astype(self.config.dtype)
 
     def _output(self, total: Array) -> Array:
@@ -84,7 +116,11 @@ class RotaryAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """``x += attention(norm(x))``, then ``x += feedforward(norm(x))``."""
+    """``x += attention(norm(x))``, then ``x += feedforward(norm(x))``.
+
+    Attributes:
+      config: of the model.
+    """
 
     config: TransformerConfig
 
@@ -94,23 +130,52 @@ class TransformerBlock(nn.Module):
         self.attention = RotaryAttention(c)
         self.feedforward_norm = nn.RMSNorm(epsilon=RMS_EPSILON)
         self.feedforward = SwiGLU(c.feedforward_width, c.width, c.dtype, c.implementation)
+        if c.dropout:
+            self.dropout = nn.Dropout(c.dropout)
 
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """The residual stream after the block, float32."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.feedforward(self.feedforward_norm(x))
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "*B L"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B L D"]:
+        """The residual stream after the block, float32; arguments as for ``Transformer``."""
+        update = self.attention(self.attention_norm(x), segment_ids, positions)
+        x = x + self._dropped(update, deterministic)
+        return x + self._dropped(self.feedforward(self.feedforward_norm(x)), deterministic)
 
     def extend(
-        self, x: Float[Array, "B S D"], cache: LayerCache, position: Int[Array, ""]
+        self,
+        x: Float[Array, "B S D"],
+        cache: LayerCache,
+        position: Int[Array, ""],
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
-        """As ``__call__`` for S tokens at ``position`` and on; see ``LayerCache``."""
-        update, cache = self.attention.extend(self.attention_norm(x), cache, position)
+        """``__call__`` for S tokens at ``position`` and on, after those in the cache."""
+        update, cache = self.attention.extend(
+            self.attention_norm(x), cache, position, segment_ids, positions
+        )
         x = x + update
         return x + self.feedforward(self.feedforward_norm(x)), cache
 
+    def empty_cache(self, batch: int, capacity: int, segments: bool) -> LayerCache:
+        """A cache for ``capacity`` tokens of each of ``batch`` sequences."""
+        return self.attention.empty_cache(batch, capacity, segments)
 
-class Transformer(nn.Module):
-    """The baseline language model; called as ``FSN`` is."""
+    def _dropped(self, update: Array, deterministic: bool) -> Array:
+        if deterministic or not self.config.dropout:
+            return update
+        return self.dropout(update, deterministic=False)
+
+
+class TokenEmbedding(nn.Module):
+    """One learned vector per token value.
+
+    Attributes:
+      config: of the model.
+    """
 
     config: TransformerConfig
 
@@ -118,9 +183,31 @@ class Transformer(nn.Module):
         c = self.config
         # Untied: unit variance after the first norm whatever the scale. Tied: the same matrix
         # reads out, and rows of unit norm keep the first logits of order one.
-        start = nn.initializers.normal(c.width**-0.5 if c.tied_embedding else 1.0)
-        self.embedding = nn.Embed(c.vocab_size, c.width, embedding_init=start)
-        block = nn.remat(TransformerBlock) if c.remat else TransformerBlock
+        init = nn.initializers.normal(c.width**-0.5 if c.tied_embedding else 1.0)
+        self.embedding = self.param("embedding", init, (c.vocab_size, c.width), jnp.float32)
+
+    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """The tokens' vectors, float32."""
+        return look_up(self.embedding, tokens)
+
+
+class Transformer(LanguageModel):
+    """The baseline language model; called as ``FSN`` is.
+
+    Attributes:
+      config: its settings.
+    """
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.embedding = TokenEmbedding(c)
+        if c.dropout:
+            self.dropout = nn.Dropout(c.dropout)
+        block = TransformerBlock
+        if c.remat:
+            block = nn.remat(TransformerBlock, static_argnums=DETERMINISTIC_ARGUMENT)
         self.blocks = [block(c, name=f"block_{i}") for i in range(c.num_layers)]
         self.final_norm = nn.RMSNorm(epsilon=RMS_EPSILON)
         if not c.tied_embedding:
@@ -131,34 +218,14 @@ class Transformer(nn.Module):
                 dot_general=sum_in_float32,
             )
 
-    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
-        """Logits, float32, before any softmax."""
+    def _embed(self, tokens: Array, deterministic: bool) -> Array:
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self._logits(x)
+        if deterministic or not self.config.dropout:
+            return x
+        return self.dropout(x, deterministic=False)
 
-    def extend(
-        self, tokens: Int[Array, "B S"], cache: Cache
-    ) -> tuple[Float[Array, "B S V"], Cache]:
-        """Logits of S tokens that follow those in the cache, and the cache with them in it.
-
-        They are NaN for tokens that the cache has no room for.
-        """
-        x = self.embedding(tokens)
-        layers = []
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x, layer = block.extend(x, layer, cache.position)
-            layers.append(layer)
-        return self._logits(x), Cache(layers, cache.position + tokens.shape[1])
-
-    def empty_cache(self, batch: int, capacity: int) -> Cache:
-        """A cache for up to ``capacity`` tokens of each of ``batch`` sequences."""
-        layers = [block.attention.empty_cache(batch, capacity) for block in self.blocks]
-        return Cache(layers, jnp.zeros((), jnp.int32))
-
-    def _logits(self, x: Array) -> Array:
-        x = self.final_norm(x)
+    def _read_out(self, state: Array) -> Array:
+        x = self.final_norm(state)
         if not self.config.tied_embedding:
             return self.readout(x)
         x, table = (a.astype(self.config.dtype) for a in (x, self.embedding.embedding))

@@ -16,12 +16,14 @@ import oracle
 from flax.traverse_util import flatten_dict
 
 from fsn_jax import FSNConfig, TransformerConfig
+from fsn_jax.fields import shared_settings
 
 TINY_FSN: dict[str, Any] = {
     "vocab_size": 11,
     "num_layers": 2,
     "num_phases": 9,
     "num_heads": 3,
+    "score": "projected",
     "feedforward_width": 7,
     "num_modes": 5,
 }
@@ -46,13 +48,31 @@ FSN_VARIANTS: dict[str, dict[str, Any]] = {
     "similarity_head": {"similarity_heads": 1},
     "similarity_heads": {"similarity_heads": 3, "features": "quadrature", "score_phases": 2},
     "gated": {"score": "gated"},
-    "static": {"score": "static"},
+    "gated_block": {"score": "gated", "score_scope": "block"},
+    "gated_harmonics": {
+        "score": "gated",
+        "score_harmonics": 2,
+        "drift_share": 0.5,
+        "similarity_heads": 1,
+    },
+    "gated_block_harmonics": {"score": "gated", "score_scope": "block", "score_harmonics": 2},
+    "content_gated": {"score": "content_gated", "score_scope": "block"},
+    "content_gated_all": {"score": "content_gated", "drift_share": 0.6},
     "no_score": {"score": "none"},
     "one_quadrature": {"features": "quadrature"},
-    "gated_one_quadrature": {"features": "quadrature", "score": "gated", "values": "linear"},
+    "content_gated_one_quadrature": {
+        "features": "quadrature",
+        "score": "content_gated",
+        "score_scope": "block",
+        "values": "linear",
+    },
     "modes_one_quadrature": {"features": "quadrature", "feedforward": "collective_modes"},
     "linear_values": {"values": "linear"},
-    "gated_linear_values": {"score": "gated", "values": "linear"},
+    "content_gated_linear_values": {
+        "score": "content_gated",
+        "score_scope": "block",
+        "values": "linear",
+    },
     "collective_modes": {"feedforward": "collective_modes"},
     "field": {"field_features": True, "heads_per_phase": 3, "num_harmonics": 1},
     "modes_field": {
@@ -81,6 +101,11 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 def fsn_config(**changes: Any) -> FSNConfig:
     """Build the tiny FSN configuration with some fields changed."""
     return FSNConfig(**{**TINY_FSN, **changes})
+
+
+def layer(kind: Any, config: FSNConfig) -> Any:
+    """Build a layer with the settings of a model."""
+    return kind(**shared_settings(config, kind))
 
 
 def transformer_config(**changes: Any) -> TransformerConfig:

@@ -146,14 +146,36 @@ def dense(
     return outputs + params.get("bias", 0.0)
 
 
-def score_pairs(config: Any) -> int:
-    """R: the width asked for in the projected score (0: none asked for), otherwise P."""
-    return config.score_phases or config.num_phases // config.num_heads
+def compared(config: Any, head: int) -> list[tuple[int, int]]:
+    """The pairs of a head: (harmonic, phase); a projected score has no phases of its own (0)."""
+    per_head = config.num_phases // config.num_heads
+    if config.score == "projected":
+        return [(1, 0)] * (config.score_phases or per_head)
+    phases = range(config.num_phases)
+    if config.score_scope == "block":
+        phases = range(head * per_head, (head + 1) * per_head)
+    return [(m, n) for m in range(1, config.score_harmonics + 1) for n in phases]
+
+
+def drift(config: Any, head: int) -> list[float]:
+    """omega of each pair of a head, radians a position: RoPE's frequencies over a block."""
+    pairs = compared(config, head)
+    if head < config.similarity_heads:
+        return [0.0] * len(pairs)
+    period = config.num_phases // config.num_heads
+    if config.score == "projected":
+        period = len(pairs)
+    drifting = round(config.drift_share * period)
+    places = range(len(pairs)) if config.score == "projected" else [n for _, n in pairs]
+    return [
+        config.rotary_base ** (-(n % period) / drifting) if n % period < drifting else 0.0
+        for n in places
+    ]
 
 
 def query_and_key(params: Params, angles: Array, config: Any) -> tuple[Array, Array]:
     """angles [N] of one token -> complex query and key [H, R], before the rotary drift."""
-    heads, pairs, phases = config.num_heads, score_pairs(config), config.num_phases
+    heads, pairs = config.num_heads, len(compared(config, 0))
     query = np.zeros((heads, pairs), dtype=np.complex128)
     key = np.zeros((heads, pairs), dtype=np.complex128)
     if config.score == "projected":
@@ -167,25 +189,23 @@ def query_and_key(params: Params, angles: Array, config: Any) -> tuple[Array, Ar
                 query[h, p] = complex(q[real], q[imag])
                 key[h, p] = complex(k[real], k[imag])
         return query, key
-    if config.score == "gated":
+    if config.score == "content_gated":
         a = 1.0 + dense(params["query_gate"], angles)
         b = 1.0 + dense(params["key_gate"], angles)
     else:
-        a, b = params["gate"], np.ones(phases)
+        a, b = params["gate"].reshape(-1), np.ones(heads * pairs)
     for h in range(heads):
-        for p in range(pairs):
-            n = h * pairs + p
-            query[h, p] = a[n] * cmath.exp(1j * angles[n])
-            key[h, p] = b[n] * cmath.exp(1j * angles[n])
+        for p, (m, n) in enumerate(compared(config, h)):
+            query[h, p] = a[h * pairs + p] * cmath.exp(1j * m * angles[n])
+            key[h, p] = b[h * pairs + p] * cmath.exp(1j * m * angles[n])
     return query, key
 
 
 def attention_weights(params: Params, theta: Array, config: Any) -> Array:
     """theta [B, L, N] -> A [B, H, L, L].
 
-    ``s[h,t,u] = beta_h sum_p Re(q[t,h,p] conj(k[u,h,p]) exp(i (t - u) omega_p))`` with
-    ``omega_p = base^(-p/R)``, then the causal softmax; score "none" gives every visible token the
-    same weight.
+    ``s[h,t,u] = beta_h sum_p Re(q[t,h,p] conj(k[u,h,p]) exp(i (t - u) omega_p))``, then the causal
+    softmax; score "none" gives every visible token the same weight.
     """
     batch, length, _ = theta.shape
     heads = config.num_heads
@@ -194,19 +214,18 @@ def attention_weights(params: Params, theta: Array, config: Any) -> Array:
         for t in range(length):
             weights[:, :, t, : t + 1] = 1.0 / (t + 1)
         return weights
-    pairs = score_pairs(config)
-    omega = [config.rotary_base ** (-p / pairs) for p in range(pairs)]
+    pairs = len(compared(config, 0))
     for b in range(batch):
         tokens = [query_and_key(params, theta[b, t], config) for t in range(length)]
         for h in range(heads):
             beta = math.exp(params["log_beta"][h])
-            drift = [0.0 if h < config.similarity_heads else w for w in omega]
+            omega = drift(config, h)
             scores = np.zeros((length, length))
             for t in range(length):
                 for u in range(t + 1):
                     for p in range(pairs):
                         product = tokens[t][0][h, p] * tokens[u][1][h, p].conjugate()
-                        scores[t, u] += beta * (product * cmath.exp(1j * (t - u) * drift[p])).real
+                        scores[t, u] += beta * (product * cmath.exp(1j * (t - u) * omega[p])).real
             weights[b, h] = causal_softmax(scores)
     return weights
 

@@ -42,7 +42,7 @@ TINY_FSN = FSNConfig(
     num_layers=1,
     num_phases=8,
     num_heads=2,
-    score="static",
+    score="gated",
     feedforward="none",
 )
 TINY_TRANSFORMER = TransformerConfig(

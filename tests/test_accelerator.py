@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from configs import enwik8
-from fsn_jax import FSN, kernels
+from fsn_jax import FSN
 from fsn_jax.causal import causal_sum
+from fsn_jax.kernels import choice
 
 pytestmark = pytest.mark.gpu
 
@@ -34,10 +35,12 @@ def widths(config):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("arm", ARMS)
-def test_the_kernel_compiles_and_is_taken(arm, dtype):
+@pytest.mark.filterwarnings("error")
+def test_the_kernel_compiles_and_is_the_faster(arm, dtype):
     config, length = ARMS[arm]
-    kernels.works.cache_clear()
-    assert kernels.works(length, *widths(config), dtype)
+    choice.fastest.cache_clear()
+    sizes = choice.Sizes(8, config.num_heads, length, *widths(config), dtype)
+    assert choice.fastest(sizes) == "pallas"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

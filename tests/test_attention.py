@@ -1,6 +1,7 @@
 """Both attention layers: against the oracle for every switch, and what the switches imply."""
 
 import itertools
+from typing import Any
 
 import cases
 import jax
@@ -9,10 +10,25 @@ import numpy as np
 import oracle
 import pytest
 
-from fsn_jax import CollectiveModes, FrustratedAttention, KuramotoAttention
+from fsn_jax import (
+    CollectiveModes,
+    ConfigError,
+    FrustratedAttention,
+    KuramotoAttention,
+    fsn,
+)
+from fsn_jax.base_layer import LinearValueAttention
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-SCORES = ("projected", "gated", "static", "none")
+SCORES: dict[str, dict[str, Any]] = {
+    "gated": {"score": "gated"},
+    "gated_block": {"score": "gated", "score_scope": "block"},
+    "gated_harmonics": {"score": "gated", "score_harmonics": 2, "drift_share": 0.5},
+    "content_gated": {"score": "content_gated"},
+    "content_gated_block": {"score": "content_gated", "score_scope": "block"},
+    "projected": {"score": "projected"},
+    "none": {"score": "none"},
+}
 ROTATION = 0.8
 
 
@@ -39,9 +55,13 @@ def test_every_switch_against_oracle(score, implementation):
     theta = cases.angles(2, 7, 8, turns=2.0)
     for switches in SWITCHES:
         config = cases.fsn_config(
-            num_phases=8, num_heads=4, score=score, implementation=implementation, **switches
+            num_phases=8,
+            num_heads=4,
+            implementation=implementation,
+            **SCORES[score],
+            **switches,
         )
-        layer = FrustratedAttention(config)
+        layer = cases.layer(fsn.ATTENTION[config.values], config)
         variables = cases.random_variables(layer, theta)
         expected = oracle.frustrated_attention(
             oracle.as_float64(variables["params"]), oracle.as_float64(theta), config
@@ -52,11 +72,14 @@ def test_every_switch_against_oracle(score, implementation):
 
 
 @pytest.mark.parametrize("layer", [FrustratedAttention, KuramotoAttention, CollectiveModes])
-def test_phases_of_another_width_are_refused(layer):
-    layer = layer(cases.fsn_config(num_phases=8, num_heads=2))
-    expected = r"theta must be \[B, L, num_phases=8\]; got \(2, 5, 7\)"
-    with pytest.raises(ValueError, match=expected):
-        layer.init(jax.random.key(0), jnp.zeros((2, 5, 7)))
+def test_phases_of_another_shape_are_refused(layer):
+    layer = cases.layer(layer, cases.fsn_config(num_phases=8, num_heads=2))
+    with pytest.raises(ValueError, match=r"theta must be \[B, L, N\]; got \(5, 8\)"):
+        layer.init(jax.random.key(0), jnp.zeros((5, 8)))
+    if hasattr(layer, "num_heads"):
+        expected = r"num_heads must divide the number of phases \(7\); got 2"
+        with pytest.raises(ConfigError, match=expected):
+            layer.init(jax.random.key(0), jnp.zeros((2, 5, 7)))
 
 
 @pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
@@ -78,7 +101,7 @@ def test_odd_shapes_against_oracle(batch, length, phases, heads, pairs, implemen
     config = cases.fsn_config(
         num_phases=phases, num_heads=heads, score_phases=pairs, implementation=implementation
     )
-    layer = FrustratedAttention(config)
+    layer = cases.layer(FrustratedAttention, config)
     variables = cases.random_variables(layer, theta)
     expected = oracle.frustrated_attention(
         oracle.as_float64(variables["params"]), oracle.as_float64(theta), config
@@ -90,8 +113,8 @@ def test_odd_shapes_against_oracle(batch, length, phases, heads, pairs, implemen
 @pytest.mark.parametrize("score", SCORES)
 def test_base_layer_against_oracle(score):
     theta = cases.angles(2, 9, 9, turns=2.0)
-    config = cases.fsn_config(score=score)
-    layer = KuramotoAttention(config)
+    config = cases.fsn_config(**SCORES[score])
+    layer = cases.layer(KuramotoAttention, config)
     variables = cases.random_variables(layer, theta)
     expected = oracle.kuramoto_attention(
         oracle.as_float64(variables["params"]), oracle.as_float64(theta), config
@@ -103,12 +126,12 @@ def test_base_layer_against_oracle(score):
 def test_base_layer_is_one_real_undelayed_positive_harmonic(score):
     """KuramotoAttention(gain) = FrustratedAttention(kernel_real[0, 0] = gain) in that corner."""
     theta = cases.angles(2, 9, 9)
-    config = cases.fsn_config(score=score, **cases.BASE_LAYER)
-    base = KuramotoAttention(config)
+    config = cases.fsn_config(**SCORES[score], **cases.BASE_LAYER)
+    base = cases.layer(KuramotoAttention, config)
     variables = cases.random_variables(base, theta)
     params = dict(variables["params"])
     params["kernel_real"] = params.pop("gain")[None, None]
-    full = FrustratedAttention(config)
+    full = cases.layer(FrustratedAttention, config)
     shapes = jax.eval_shape(full.init, jax.random.key(0), theta)["params"]
     assert cases.leaf_paths(params) == cases.leaf_paths(shapes)
     np.testing.assert_allclose(
@@ -118,39 +141,45 @@ def test_base_layer_is_one_real_undelayed_positive_harmonic(score):
 
 def test_base_layer_ignores_the_switches_of_the_kernel():
     theta = cases.angles(2, 9, 9)
-    plain = KuramotoAttention(cases.fsn_config(**cases.BASE_LAYER))
-    switched = KuramotoAttention(cases.fsn_config(num_harmonics=3))
+    plain = cases.layer(KuramotoAttention, cases.fsn_config(**cases.BASE_LAYER))
+    switched = cases.layer(KuramotoAttention, cases.fsn_config(num_harmonics=3))
     variables = cases.random_variables(plain, theta)
     np.testing.assert_array_equal(plain.apply(variables, theta), switched.apply(variables, theta))
 
 
-@pytest.mark.parametrize("score", ["static", "none"])
-@pytest.mark.parametrize("values", [{}, cases.BASE_LAYER])
-def test_static_scores_are_invariant_under_a_global_rotation(score, values):
+INVARIANT = ("gated", "gated_block", "gated_harmonics", "none")
+
+
+def rotation_error(kind, **changes):
+    """Largest change of the attention and of the update when all phases turn by one angle."""
     theta = cases.angles(2, 9, 9)
-    layer = FrustratedAttention(cases.fsn_config(score=score, **values))
+    layer = cases.layer(kind, cases.fsn_config(**changes))
     variables = cases.random_variables(layer, theta)
-    plain = layer.apply(variables, theta)
-    # One more rounding of every angle (1e-7 rad) times couplings and harmonics of order ten.
-    np.testing.assert_allclose(layer.apply(variables, theta + ROTATION), plain, atol=2e-5)
+    turned = theta + ROTATION
+    weights, moved = (layer.apply(variables, x, method="weights") for x in (theta, turned))
+    update, updated = (layer.apply(variables, x) for x in (theta, turned))
+    return np.abs(moved - weights).max(), np.abs(updated - update).max()
 
 
-@pytest.mark.parametrize("score", ["projected", "gated"])
-def test_content_scores_are_not_invariant_under_a_global_rotation(score):
-    """The test above is not vacuous: where the score reads the angles, the rotation is seen."""
-    theta = cases.angles(2, 9, 9)
-    layer = FrustratedAttention(cases.fsn_config(score=score))
-    variables = cases.random_variables(layer, theta)
-    plain = layer.apply(variables, theta)
-    assert np.abs(layer.apply(variables, theta + ROTATION) - plain).max() > 0.01
+@pytest.mark.parametrize("score", INVARIANT)
+@pytest.mark.parametrize("kernel", [{}, cases.BASE_LAYER, {"num_harmonics": 5}])
+def test_attention_and_coupling_commute_with_a_global_rotation(score, kernel):
+    """For every harmonic. The rest is rounding of the angles (1e-7 rad) times sums of order ten."""
+    of_weights, of_update = rotation_error(FrustratedAttention, **SCORES[score], **kernel)
+    assert of_weights < 1e-5
+    assert of_update < 5e-5
 
 
-def test_linear_values_are_not_invariant_under_a_global_rotation():
-    theta = cases.angles(2, 9, 9)
-    layer = FrustratedAttention(cases.fsn_config(score="static", values="linear"))
-    variables = cases.random_variables(layer, theta)
-    plain = layer.apply(variables, theta)
-    assert np.abs(layer.apply(variables, theta + ROTATION) - plain).max() > 0.01
+@pytest.mark.parametrize("score", [name for name in SCORES if name not in INVARIANT])
+def test_content_scores_break_the_invariance(score):
+    of_weights, of_update = rotation_error(FrustratedAttention, **SCORES[score])
+    assert of_weights > 0.01 and of_update > 0.01
+
+
+def test_linear_values_break_the_invariance_of_the_update_alone():
+    of_weights, of_update = rotation_error(LinearValueAttention, score="gated")
+    assert of_weights < 1e-5
+    assert of_update > 0.01
 
 
 @pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
@@ -164,14 +193,14 @@ def test_rotary_drift_depends_on_the_distance(implementation):
     config = cases.fsn_config(
         num_phases=4,
         num_heads=1,
-        score="static",
+        score="gated",
         rotary_base=base,
         implementation=implementation,
         **cases.BASE_LAYER,
     )
     params = {
         "score": {
-            "gate": jnp.array([1.0, 1.0, 1.0, 0.0]),
+            "gate": jnp.array([[1.0, 1.0, 1.0, 0.0]]),
             "log_beta": jnp.log(jnp.array([beta])),
         },
         "kernel_real": jnp.full((1, 1, 4), np.log(np.e - 1)),  # softplus gives one
@@ -182,7 +211,9 @@ def test_rotary_drift_depends_on_the_distance(implementation):
     weights /= weights.sum(-1, keepdims=True)
     for source in range(length):
         theta = jnp.zeros((1, length, 4)).at[0, source, 3].set(np.pi / 2)
-        update = np.asarray(FrustratedAttention(config).apply({"params": params}, theta))
+        update = np.asarray(
+            cases.layer(FrustratedAttention, config).apply({"params": params}, theta)
+        )
         later = slice(source + 1, length)
         np.testing.assert_allclose(update[0, later, 3], weights[later, source], atol=1e-6)
 
@@ -194,7 +225,7 @@ def test_exactly_causal(layer_class):
     test_fsn.py has the same of the whole model, for every variant.
     """
     length = 5
-    layer = layer_class(cases.fsn_config())
+    layer = cases.layer(layer_class, cases.fsn_config())
     theta = cases.angles(2, length, 9)
     variables = cases.random_variables(layer, theta)
     jacobian = np.asarray(cases.quick_jit(jax.jacrev(lambda x: layer.apply(variables, x)))(theta))
@@ -209,13 +240,15 @@ def test_exactly_causal(layer_class):
 
 @pytest.mark.parametrize(
     ("score", "implementation"),
-    [("projected", "reference"), *((score, "xla") for score in SCORES)],
+    [("projected", "reference"), ("gated", "reference"), *((score, "xla") for score in SCORES)],
 )
 def test_gradients_against_central_differences(score, implementation):
     """d loss along a random direction of each parameter and of the angles, against float64."""
     theta = cases.angles(1, 6, 6)
-    config = cases.fsn_config(num_phases=6, num_heads=2, score=score, implementation=implementation)
-    layer = FrustratedAttention(config)
+    config = cases.fsn_config(
+        num_phases=6, num_heads=2, implementation=implementation, **SCORES[score]
+    )
+    layer = cases.layer(FrustratedAttention, config)
     variables = cases.random_variables(layer, theta)
     weights = cases.angles(*theta.shape, seed=5)
 

@@ -46,7 +46,7 @@ SMALL = {"vocab_size": 12, "num_layers": 1, "num_heads": 2}
 
 def get_config(arm="fsn"):
     models = {
-        "fsn": FSNConfig(**SMALL, num_phases=8, score="static", feedforward="none"),
+        "fsn": FSNConfig(**SMALL, num_phases=8, score="gated", feedforward="none"),
         "transformer": TransformerConfig(**SMALL, width=8, feedforward_width=8),
     }
     if arm not in models:

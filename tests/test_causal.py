@@ -7,17 +7,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-import fsn_jax.causal
+from fsn_jax.cache import attention_weights_cached, weighted_sum
 from fsn_jax.causal import (
-    BLOCK,
-    MAX_SEGMENTS,
     CausalSum,
-    attention_weights_cached,
     causal_sum,
     merge_heads,
     split_heads,
-    weighted_sum,
 )
+from fsn_jax.kernels import xla
+from fsn_jax.kernels.xla import BLOCK, MAX_STRETCHES
 from train.mesh import data_mesh
 
 # float32 sums over at most 30 terms in another order; bfloat16 has 8 bits of mantissa.
@@ -49,20 +47,20 @@ def value_and_gradients(implementation: str, arrays, weights, include_self):
 
 
 @pytest.mark.parametrize(
-    ("block", "max_segments", "length", "dtype", "include_self"),
+    ("block", "max_stretches", "length", "dtype", "include_self"),
     [
         (128, 8, 13, "float32", False),  # one block, shorter than BLOCK
         (4, 8, 13, "float32", False),  # several, the last one padded
-        (4, 2, 29, "float32", True),  # a scan over the blocks of each of two segments
-        (4, 3, 16, "bfloat16", False),  # segments of unequal length
+        (4, 2, 29, "float32", True),  # a scan over the blocks of each of two stretches
+        (4, 3, 16, "bfloat16", False),  # stretches of unequal length
         (1, 8, 3, "float32", True),
     ],
 )
 def test_blocks_equal_the_whole_matrix(
-    monkeypatch, block, max_segments, length, dtype, include_self
+    monkeypatch, block, max_stretches, length, dtype, include_self
 ):
-    monkeypatch.setattr(fsn_jax.causal, "BLOCK", block)
-    monkeypatch.setattr(fsn_jax.causal, "MAX_SEGMENTS", max_segments)
+    monkeypatch.setattr(xla, "BLOCK", block)
+    monkeypatch.setattr(xla, "MAX_STRETCHES", max_stretches)
     arrays, weights = inputs(length, dtype)
     got = value_and_gradients("xla", arrays, weights, include_self)
     expected = value_and_gradients("reference", arrays, weights, include_self)
@@ -71,6 +69,35 @@ def test_blocks_equal_the_whole_matrix(
         np.testing.assert_allclose(
             np.asarray(a, np.float64), np.asarray(b, np.float64), **TOLERANCE[dtype]
         )
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+def test_packed_segments_are_what_each_is_alone(monkeypatch, include_self):
+    """Segments of 5, 9 and 3 tokens in one row, across blocks of four, in two stretches."""
+    monkeypatch.setattr(xla, "BLOCK", 4)
+    monkeypatch.setattr(xla, "MAX_STRETCHES", 2)
+    arrays, _ = inputs(17, "float32")
+    lengths = (5, 9, 3)
+    ids = jnp.broadcast_to(np.repeat([7, 2, 9], lengths), (2, 17)).astype(jnp.int32)
+
+    def run(segment_ids, *arrays):
+        def loss(*arrays):
+            result = causal_sum(
+                *arrays, segment_ids, include_self=include_self, implementation="xla"
+            )
+            return jnp.sin(result.total).sum() + jnp.cos(result.self_weight).sum(), result
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+
+    packed = run(ids, *arrays)
+    ends = np.cumsum(lengths)
+    alone = [
+        run(None, *(x[:, :, end - length : end] for x in arrays))
+        for length, end in zip(lengths, ends, strict=True)
+    ]
+    alone = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *alone)
+    for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_token_has_only_itself():
@@ -103,7 +130,7 @@ def test_no_square_array_at_any_length(length):
 
 
 def test_long_sequences_inside_shard_map():
-    """With its default checks, where segments of several blocks loop."""
+    """With its default checks, where stretches of several blocks loop."""
 
     def gradient(x):
         return jax.grad(lambda x: jnp.sum(causal_sum(x, x, x, include_self=False).total ** 2))(x)
@@ -111,7 +138,7 @@ def test_long_sequences_inside_shard_map():
     rows = PartitionSpec("data")
     mesh = data_mesh(jax.devices()[:2])
     divided = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=rows, out_specs=rows))
-    x = jax.random.normal(jax.random.key(0), (2, 1, 2 * MAX_SEGMENTS * BLOCK, 4))
+    x = jax.random.normal(jax.random.key(0), (2, 1, 2 * MAX_STRETCHES * BLOCK, 4))
     np.testing.assert_allclose(divided(x), jax.jit(gradient)(x), rtol=1e-4, atol=1e-5)
 
 
@@ -146,7 +173,9 @@ def test_the_cached_sum_of_two_queries():
     """At positions 3 and 4 of a cache of 7 slots, two sequences of three heads."""
     (query, key, value), _ = inputs(7, "float32")
     cached = key.swapaxes(2, 3).reshape(6, -1, 7)  # the layout of LayerCache
-    weights = attention_weights_cached(query[:, :, :2], cached, jnp.int32(3))
+    weights = attention_weights_cached(
+        query[:, :, :2], cached, xla.slots_before(jnp.int32(4), 2, 7)
+    )
     scores = np.einsum("bhte,bhue->bhtu", query[:, :, :2], key, dtype=np.float64)
     for t in range(2):
         seen = np.exp(scores[:, :, t, : 4 + t])

@@ -8,7 +8,15 @@ import cases
 import jax
 import pytest
 
-from fsn_jax import FSN, ConfigError, FSNConfig, Transformer, TransformerConfig
+from fsn_jax import (
+    FSN,
+    ConfigError,
+    FrustratedAttention,
+    FSNConfig,
+    KuramotoAttention,
+    Transformer,
+    TransformerConfig,
+)
 from fsn_jax.config import match_parameters
 
 BAD_FSN = [
@@ -27,6 +35,13 @@ BAD_FSN = [
     ("static_angles", "yes"),
     ("signed_harmonics", None),
     ("score", "cosine"),
+    ("score_scope", "head"),
+    ("score_harmonics", 0),
+    ("drift_share", 1.5),
+    ("drift_share", -0.5),
+    ("dropout", 1.0),
+    ("dropout", -0.1),
+    ("kernel_angle", -1.0),
     ("score_phases", -1),
     ("similarity_heads", -1),
     ("similarity_heads", 5),
@@ -74,10 +89,27 @@ def test_refuses_a_bad_field_in_one_line_that_names_it(config_class, field, valu
 
 
 @pytest.mark.parametrize("field", ["score_phases", "similarity_heads"])
-@pytest.mark.parametrize("score", ["gated", "static", "none"])
+@pytest.mark.parametrize("score", ["content_gated", "none"])
 def test_refuses_what_belongs_to_a_projection_where_there_is_none(score, field):
     with pytest.raises(ConfigError, match=field):
         FSNConfig(**{"score": score, field: 3})
+
+
+@pytest.mark.parametrize(
+    ("score", "field", "value"),
+    [
+        ("projected", "score_scope", "block"),
+        ("none", "score_scope", "block"),
+        ("gated", "score_phases", 3),
+        ("projected", "score_harmonics", 2),
+        ("content_gated", "score_harmonics", 2),
+        ("none", "drift_share", 0.5),
+    ],
+)
+@pytest.mark.parametrize("kind", [FSNConfig, FrustratedAttention, KuramotoAttention])
+def test_refuses_what_does_not_belong_to_a_score(kind, score, field, value):
+    with pytest.raises(ConfigError, match=rf"^{kind.__name__}\.{field} must be .* got {value}"):
+        kind(**{"score": score, field: value})
 
 
 @pytest.mark.parametrize("config", [FSNConfig(), TransformerConfig()])
@@ -99,7 +131,7 @@ def test_frozen_hashable_and_checked_again_when_replaced(config):
 def fsn_grid():
     """Every score with every value pathway and feed-forward; the rest varies along the way."""
     kinds = itertools.product(
-        ("projected", "gated", "static", "none"),
+        ("projected", "gated", "content_gated", "none"),
         ("circular", "linear"),
         ("swiglu", "collective_modes", "none"),
     )
@@ -116,6 +148,8 @@ def fsn_grid():
             num_layers=1 + i % 2,
             num_heads=(1, 3, 9)[i % 3],
             vocab_size=5 + i % 4,
+            score_scope=("all", "block")[i % 2] if "gated" in score else "all",
+            score_harmonics=1 + i % 2 if score == "gated" else 1,
             score_phases=i % 3 if score == "projected" else 0,
             similarity_heads=i // 3 if score == "projected" else 0,
         )
@@ -170,7 +204,7 @@ def training_flops(products):
         ),
         (
             # Both gates; modes K = 5, real and imaginary.
-            {"score": "gated", "feedforward": "collective_modes"},
+            {"score": "content_gated", "score_scope": "block", "feedforward": "collective_modes"},
             [
                 (CONTEXT, 12, 6),
                 (CONTEXT, 12, 6),
@@ -208,8 +242,8 @@ def training_flops(products):
             ],
         ),
         (
-            {"score": "static", "values": "linear", "feedforward": "none"},
-            [(2 * PAIRS, 6, 1), (CONTEXT, 12, 6), (2 * PAIRS, 1, 3), (CONTEXT, 6, 6)],
+            {"score": "gated", "values": "linear", "feedforward": "none"},
+            [(2 * PAIRS, 12, 1), (CONTEXT, 12, 6), (2 * PAIRS, 1, 3), (CONTEXT, 6, 6)],
         ),
     ],
 )

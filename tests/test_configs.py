@@ -162,8 +162,8 @@ NAMED = {
     "only_similarity_heads": ("similarity_heads", 2),
     "four_heads": ("num_heads", 4),
     "projected_score": ("score", "projected"),
-    "gated_score": ("score", "gated"),
-    "static_score": ("score", "static"),
+    "gated_score": ("score", "content_gated"),
+    "static_score": ("score", "gated"),
     "no_score": ("score", "none"),
 }
 
@@ -175,7 +175,7 @@ def test_an_ablation_changes_what_it_is_called_and_nothing_else(arm):
     assert getattr(model, field) == value != getattr(reference, field)
     # The width restores the size; some fields belong to one value of another alone.
     belong = {
-        "score": {"score_phases", "similarity_heads"},
+        "score": {"score_phases", "similarity_heads", "score_scope"},
         "values": {"field_features"},
         "num_heads": {"heads_per_phase"},  # a phase hears all of them, as in the reference
     }
@@ -203,7 +203,7 @@ def test_a_pocket_arm_among_the_ablations_is_that_arm_with_a_third_of_the_steps(
 def test_every_value_of_a_switch_is_the_reference_or_an_arm():
     arms = [*map(ablations.model_of, ablations.CHANGES), ablations.REFERENCE]
     assert {m.num_harmonics for m in arms} >= {1, 2, 3, 4}
-    assert {m.score for m in arms} == {"projected", "gated", "static", "none"}
+    assert {m.score for m in arms} == {"projected", "gated", "content_gated", "none"}
     for switch in ("delay", "static_angles", "signed_harmonics", "field_features"):
         assert {getattr(m, switch) for m in arms} == {True, False}
     assert {m.values for m in arms} == {"circular", "linear"}

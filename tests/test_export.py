@@ -11,7 +11,9 @@ from fsn_jax import FSN, Transformer
 MODELS = {
     "fsn": lambda dtype: FSN(cases.fsn_config(dtype=dtype)),
     "fsn_modes": lambda dtype: FSN(
-        cases.fsn_config(dtype=dtype, score="gated", feedforward="collective_modes", remat=True)
+        cases.fsn_config(
+            dtype=dtype, score="content_gated", feedforward="collective_modes", remat=True
+        )
     ),
     "transformer": lambda dtype: Transformer(cases.transformer_config(dtype=dtype)),
 }

@@ -15,7 +15,7 @@ LAYERS = {"swiglu": PhasorSwiGLU, "collective_modes": CollectiveModes}
 
 def build(kind, **changes):
     config = cases.fsn_config(feedforward=kind, **changes)
-    return LAYERS[kind](config), config
+    return cases.layer(LAYERS[kind], config), config
 
 
 @pytest.mark.parametrize("kind", LAYERS)

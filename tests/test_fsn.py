@@ -128,7 +128,7 @@ def test_whole_turns_of_any_angle_change_nothing(variant):
     assert np.abs(with_angles(half) - logits).max() > 0.01
 
 
-@pytest.mark.parametrize("score", ["static", "none"])
+@pytest.mark.parametrize("score", ["gated", "none"])
 def test_rotates_as_one_where_nothing_reads_the_absolute_phase(score):
     """Without content in the score and without a feed-forward, the state follows a rotation.
 
@@ -182,7 +182,7 @@ def test_diagnostics_are_off_unless_asked_for():
 @st.composite
 def small_configs(draw):
     heads = draw(st.integers(1, 3))
-    score = draw(st.sampled_from(["projected", "gated", "static", "none"]))
+    score = draw(st.sampled_from(["projected", "gated", "content_gated", "none"]))
     values = draw(st.sampled_from(["circular", "linear"]))
     return cases.fsn_config(
         vocab_size=draw(st.integers(1, 5)),
@@ -194,6 +194,9 @@ def small_configs(draw):
         static_angles=draw(st.booleans()),
         signed_harmonics=draw(st.booleans()),
         score=score,
+        score_scope=draw(st.sampled_from(["all", "block"])) if "gated" in score else "all",
+        score_harmonics=draw(st.integers(1, 2)) if score == "gated" else 1,
+        drift_share=draw(st.sampled_from([0.0, 0.5, 1.0])) if score != "none" else 1.0,
         score_phases=draw(st.integers(0, 3)) if score == "projected" else 0,
         values=values,
         features=draw(st.sampled_from(["phasor", "quadrature"])),

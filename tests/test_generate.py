@@ -26,7 +26,7 @@ MODELS = {
     "two_layers": lambda: FSN(cases.fsn_config(num_layers=2)),
     "all_heads_and_modes": lambda: FSN(
         cases.fsn_config(
-            num_layers=2, heads_per_phase=3, score="gated", feedforward="collective_modes"
+            num_layers=2, heads_per_phase=3, score="content_gated", feedforward="collective_modes"
         )
     ),
     "bfloat16": lambda: FSN(cases.fsn_config(heads_per_phase=3, dtype="bfloat16")),

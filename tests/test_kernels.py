@@ -1,6 +1,7 @@
 """The fused kernels, interpreted: against a float64 softmax, forward and backward; and lowered."""
 
-import functools
+import subprocess
+import sys
 
 import cases
 import jax
@@ -12,12 +13,11 @@ import pytest
 
 from fsn_jax import FrustratedAttention, kernels
 from fsn_jax.causal import causal_sum
-from fsn_jax.kernels import gpu, tpu
+from fsn_jax.kernels import choice, gpu, tpu
 
 KERNELS = {"gpu": gpu, "tpu": tpu}
-SMALL_BLOCK = 16
-# float32 sums over at most 50 terms in another order; bfloat16 has 8 bits of mantissa, and here
-# both the weights and the gradients by the scores are rounded to it on their way.
+# float32 sums over at most 100 terms in another order; bfloat16 has 8 bits of mantissa, and here
+# both the weights and the cotangents of the scores are rounded to it on their way.
 TOLERANCE = {"float32": {"rtol": 1e-4, "atol": 1e-4}, "bfloat16": {"rtol": 0.1, "atol": 0.15}}
 
 
@@ -25,14 +25,21 @@ TOLERANCE = {"float32": {"rtol": 1e-4, "atol": 1e-4}, "bfloat16": {"rtol": 0.1, 
 def kernel(request, monkeypatch):
     """Runs one of the kernels in JAX, with small blocks."""
     chosen = KERNELS[request.param]
-    monkeypatch.setattr(chosen, "BLOCK", SMALL_BLOCK)
-    monkeypatch.setattr(kernels, "_by_platform", lambda run, _, *arrays: run(chosen, True, *arrays))
+    monkeypatch.setattr(gpu, "BLOCK", 16)
+    monkeypatch.setattr(tpu, "LANES", 8)
+    monkeypatch.setattr(tpu, "MAX_BLOCK", 32)
+
+    def interpreted(name, _, *arrays):
+        return getattr(chosen, name)(*arrays, interpret=True)
+
+    monkeypatch.setattr(kernels, "_by_platform", interpreted)
 
 
-def exact(query, key, value, d_total, d_self, include_self):
+def exact(query, key, value, ids, d_total, d_self, include_self):
     """Sum, self weights and all gradients in float64, from the definition of the softmax."""
     length = query.shape[2]
-    scores = np.where(np.tri(length, dtype=bool), query @ key.swapaxes(2, 3), -np.inf)
+    alike = ids[:, None, :, None] == ids[:, None, None]
+    scores = np.where(np.tri(length, dtype=bool) & alike, query @ key.swapaxes(2, 3), -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     own = np.eye(length, dtype=bool)
@@ -46,16 +53,17 @@ def exact(query, key, value, d_total, d_self, include_self):
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize(
-    ("heads", "length", "score_width", "value_width", "dtype", "include_self"),
+    ("heads", "length", "score_width", "value_width", "dtype", "include_self", "segments"),
     [
-        (3, 37, 6, 10, "float32", False),  # neither L nor a width is what a kernel would like
-        (1, 16, 16, 16, "float32", True),  # exactly one block
-        (1, 5, 0, 2, "float32", False),  # no score at all; less than a block
-        (2, 50, 16, 132, "float32", False),  # wide values, whose blocks are smaller on a GPU
-        (2, 33, 6, 20, "bfloat16", True),
+        (3, 37, 6, 10, "float32", False, 1),  # neither L nor a width is what a kernel would like
+        (1, 16, 16, 16, "float32", True, 1),  # exactly one block
+        (1, 5, 0, 2, "float32", False, 1),  # no score at all; less than a block
+        (2, 50, 28, 132, "float32", False, 3),  # wide values, packed segments
+        (1, 96, 4, 5, "float32", True, 4),  # three blocks on a TPU, six on a GPU
+        (2, 33, 6, 20, "bfloat16", True, 2),
     ],
 )
-def test_against_float64(heads, length, score_width, value_width, dtype, include_self):
+def test_against_float64(heads, length, score_width, value_width, dtype, include_self, segments):
     rng = np.random.default_rng(length)
     leading = (2, heads, length)
     arrays = [
@@ -63,16 +71,20 @@ def test_against_float64(heads, length, score_width, value_width, dtype, include
         for w in (score_width, score_width, value_width)
     ]
     d_total, d_self = rng.normal(size=(*leading, value_width)), rng.normal(size=leading)
+    ids = np.sort(rng.integers(segments, size=(2, length)), axis=1).astype(np.int32)
+    segment_ids = jnp.asarray(ids) if segments > 1 else None
 
     def weighted(*arrays):
-        result = causal_sum(*arrays, include_self=include_self, implementation="pallas")
+        result = causal_sum(
+            *arrays, segment_ids, include_self=include_self, implementation="pallas"
+        )
         total = jnp.sum(result.total * d_total.astype(np.float32))
         return total + jnp.sum(result.self_weight * d_self.astype(np.float32)), result
 
     differentiated = jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True)
     (_, result), gradients = cases.quick_jit(differentiated)(*arrays)
     as_float64 = [np.asarray(x, np.float64) for x in arrays]
-    expected = exact(*as_float64, d_total, d_self, include_self)
+    expected = exact(*as_float64, ids, d_total, d_self, include_self)
     for a, b in zip(jax.tree.leaves((result, gradients)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, **TOLERANCE[dtype])
     assert [g.dtype for g in gradients] == [x.dtype for x in arrays]
@@ -127,7 +139,7 @@ def test_layer_against_oracle(switches):
     ],
 )
 def test_lowers(platform, call, length, score_width, value_width, dtype):
-    """One kernel forward and two backward, for a platform that this machine need not have."""
+    """One kernel forward, one (TPU) or two backward, for a platform that is not there."""
     widths = (score_width, score_width, value_width)
     shapes = [jax.ShapeDtypeStruct((2, 4, length, w), dtype) for w in widths]
 
@@ -139,31 +151,54 @@ def test_lowers(platform, call, length, score_width, value_width, dtype):
         platforms=[platform],
         disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(call)],
     )(*shapes)
-    assert exported.mlir_module().count(f"@{call}(") == 3
+    assert exported.mlir_module().count(f"@{call}(") == {"tpu": 2, "cuda": 3}[platform]
+
+
+SIZES = choice.Sizes(1, 2, 16, 2, 4, "float32")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered():
+    choice.fastest.cache_clear()
+    yield
+    choice.fastest.cache_clear()
 
 
 def test_a_kernel_that_fails_is_reported_and_not_used(monkeypatch):
     """As on a GPU whose compiler refuses it, or where it computes something else."""
-    kernels.works.cache_clear()
+    forward, backward = kernels.forward, kernels.backward
 
-    def refuses(*_, **__):
-        raise NotImplementedError("no such tile")
+    def refuses(*arrays, implementation):
+        if implementation == "pallas":
+            raise NotImplementedError("no such tile")
+        return forward(*arrays, implementation=implementation)
 
     monkeypatch.setattr(kernels, "forward", refuses)
     with pytest.warns(UserWarning, match="fused kernel is not used.*no such tile"):
-        assert not kernels.works(16, 2, 4, "float32")
+        assert choice.fastest(SIZES) == "xla"
 
-    kernels.works.cache_clear()
-    wrong = functools.partial(kernels.backward)
-    monkeypatch.undo()
-    monkeypatch.setattr(kernels, "backward", lambda *a, **_: tuple(2 * g for g in wrong(*a)))
-    with pytest.warns(UserWarning, match="fused kernel is not used.*a gradient is off"):
-        assert not kernels.works(16, 2, 4, "float32")
+    def wrong(*arrays, implementation):
+        factor = 2 if implementation == "pallas" else 1
+        return tuple(factor * g for g in backward(*arrays, implementation=implementation))
 
-    kernels.works.cache_clear()
+    choice.fastest.cache_clear()
     monkeypatch.undo()
-    assert kernels.works(16, 2, 4, "float32")
-    kernels.works.cache_clear()
+    monkeypatch.setattr(kernels, "backward", wrong)
+    with pytest.warns(UserWarning, match="fused kernel is not used.*a cotangent is off"):
+        assert choice.fastest(SIZES) == "xla"
+
+
+def test_the_faster_of_the_two_is_chosen(monkeypatch):
+    """By a clock that is told how long each takes, in the middle of tracing another program."""
+    seconds = {"xla": 2.0, "pallas": 1.0}
+    run = choice._run
+    monkeypatch.setattr(choice, "_run", lambda name, x: (seconds[name], run(name, x)[1]))
+    found = []
+    jax.make_jaxpr(lambda x: found.append(choice.fastest(SIZES)) or x)(0.0)
+    assert found == ["pallas"]
+    choice.fastest.cache_clear()
+    seconds["pallas"] = 3.0
+    assert choice.fastest(SIZES) == "xla"
 
 
 SHAPE = jax.ShapeDtypeStruct((8, 2, 16, 4), jnp.float32)
@@ -175,8 +210,8 @@ def auto(x):
 
 @pytest.fixture
 def accelerator(monkeypatch):
-    """A machine that says it has a GPU whose kernels work."""
-    monkeypatch.setattr(kernels, "works", lambda *_: True)
+    """A machine that says it has a GPU whose kernels are the faster."""
+    monkeypatch.setattr(choice, "fastest", lambda _: "pallas")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
@@ -184,8 +219,11 @@ def accelerator(monkeypatch):
 @pytest.mark.parametrize(
     ("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "__gpu$xla.gpu.triton")]
 )
-def test_auto_keeps_the_kernel_out_of_a_program_that_the_compiler_divides(platform, call):
+def test_auto_keeps_the_kernel_out_of_a_program_that_the_compiler_divides(
+    monkeypatch, platform, call
+):
     """A batch over eight devices: by ``jax.jit`` in blocks, by ``shard_map`` with the kernel."""
+    monkeypatch.setattr(jax, "default_backend", lambda: kernels.PLATFORMS[platform])
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
     by_data = jax.sharding.NamedSharding(mesh, spec)
@@ -234,15 +272,39 @@ def test_auto_takes_the_kernel_where_it_works(monkeypatch):
     def program():
         return str(jax.make_jaxpr(lambda x: causal_sum(x, x, x, include_self=False))(shape))
 
-    def works(*sizes):
-        asked.append(sizes)
+    def fastest(sizes):
+        asked.append(tuple(sizes))
         return answer
 
-    monkeypatch.setattr(kernels, "works", works)
+    monkeypatch.setattr(choice, "fastest", fastest)
     assert "pallas_call" not in program()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    answer = True
+    answer = "pallas"
     assert "pallas_call" in program()
-    answer = False
+    answer = "xla"
     assert "pallas_call" not in program()
-    assert asked == [(16, 4, 4, "float32")] * 2
+    assert asked == [(1, 2, 16, 4, 4, "float32")] * 2
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert "pallas_call" not in program()
+    assert len(asked) == 2, "several processes might not measure the same"
+
+
+def test_importing_the_package_imports_no_kernel():
+    """Pallas' Triton backend is deprecated: whoever runs in blocks must not need it."""
+    code = "import sys, fsn_jax; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kernels_of_ours = {f"fsn_jax.kernels.{name}" for name in kernels.PLATFORMS.values()}
+    assert not {"jax.experimental.pallas.triton", *kernels_of_ours} & {*done.stdout.split()}
+
+
+def test_a_kernel_that_cannot_be_imported_is_left_out(monkeypatch):
+    """As of the release of JAX that has no Triton backend: a TPU's program is not touched by it."""
+    monkeypatch.setitem(sys.modules, "fsn_jax.kernels.gpu", None)
+    shape = jax.ShapeDtypeStruct((1, 2, 16, 4), jnp.float32)
+    call = "tpu_custom_call"
+    exported = jax.export.export(
+        jax.jit(lambda x: causal_sum(x, x, x, include_self=False, implementation="pallas").total),
+        platforms=["tpu"],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(call)],
+    )(shape)
+    assert f"@{call}(" in exported.mlir_module()

@@ -16,7 +16,7 @@ from train.mesh import data_mesh
 MODELS = {
     "fsn": lambda **changes: FSN(cases.fsn_config(**changes)),
     "fsn_modes": lambda **changes: FSN(
-        cases.fsn_config(score="gated", feedforward="collective_modes", **changes)
+        cases.fsn_config(score="content_gated", feedforward="collective_modes", **changes)
     ),
     "transformer": lambda **changes: Transformer(cases.transformer_config(**changes)),
     "transformer_tied": lambda **changes: Transformer(

@@ -67,7 +67,7 @@ FSN_FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "delay": st.booleans(),
     "static_angles": st.booleans(),
     "signed_harmonics": st.booleans(),
-    "score": st.sampled_from(["projected", "gated", "static", "none", "dot"]),
+    "score": st.sampled_from(["projected", "gated", "content_gated", "none", "dot"]),
     "score_phases": st.sampled_from([0, 0, 1, 3]),
     "values": st.sampled_from(["circular", "linear"]),
     "field_features": st.booleans(),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from fsn_jax.recompute import known_after, recomputed
+from fsn_jax.recompute import delay_until, recomputed
 from fsn_jax.torus import Complex
 from train.mesh import data_mesh
 
@@ -97,15 +97,15 @@ def test_a_cpu_keeps_less():
 @pytest.mark.parametrize(("platform", "barrier"), [("cuda", True), ("tpu", True), ("cpu", False)])
 def test_accelerators_get_a_barrier(platform, barrier):
     z, gain = arguments()
-    traced = jax.jit(lambda g, z: known_after(g, z)).trace(gain, z)
+    traced = jax.jit(lambda g, z: delay_until(g, z)).trace(gain, z)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert ("optimization_barrier" in text) == barrier
 
 
 def test_what_is_known_later_is_the_same():
     z, gain = arguments()
-    for part, same in zip(known_after(gain, z), z, strict=True):
+    for part, same in zip(delay_until(gain, z), z, strict=True):
         np.testing.assert_array_equal(part, same)
-    np.testing.assert_array_equal(known_after(jnp.zeros((0, 3)), gain), gain)
-    overflowed = known_after(jnp.full(3, jnp.inf), gain)
+    np.testing.assert_array_equal(delay_until(jnp.zeros((0, 3)), gain), gain)
+    overflowed = delay_until(jnp.full(3, jnp.inf), gain)
     assert jnp.isnan(overflowed).all(), "the step that this belongs to is not finite, and shows it"

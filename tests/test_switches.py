@@ -38,15 +38,15 @@ SWITCHES = {
     ("score_phases", 5): ((), {name: (2 * N, 2 * H * 5) for name in DENSE_SCORE}),
     ("similarity_heads", 1): ((), {DENSE_SCORE[1]: (2 * N, 2 * N * 2 // H)}),
     ("similarity_heads", H): (DENSE_SCORE[1:], {}),
-    ("score", "gated"): (
+    ("score", "gated"): (DENSE_SCORE, {"attention/score/gate": (H, N)}),
+    ("score", "content_gated"): (
         DENSE_SCORE,
         {
             f"attention/score/{side}_gate/{part}": shape
             for side in ("query", "key")
-            for part, shape in (("kernel", (2 * N, N)), ("bias", (N,)))
+            for part, shape in (("kernel", (2 * N, H * N)), ("bias", (H * N,)))
         },
     ),
-    ("score", "static"): (DENSE_SCORE, {"attention/score/gate": (N,)}),
     ("score", "none"): ((*DENSE_SCORE, "attention/score/log_beta"), {}),
     ("values", "linear"): (
         KERNEL,
@@ -163,13 +163,13 @@ def test_unsigned_harmonics_are_softplus_of_the_parameter():
     )
 
 
-@pytest.mark.parametrize("score", ["projected", "gated", "static"])
+@pytest.mark.parametrize("score", ["projected", "gated", "content_gated"])
 def test_a_score_of_zero_is_no_score(score):
     """The uniform mean field: every score equal because every query is zero."""
     model, params = build(score=score)
     attention = params[BLOCK]["attention"]
     zero = jax.tree.map(jnp.zeros_like, attention["score"])
-    if score == "gated":
+    if score == "content_gated":
         zero["query_gate"]["bias"] -= 1.0  # the gate is one plus its dense layer
     unscored = {name: part for name, part in attention.items() if name != "score"}
     assert_same(
@@ -198,18 +198,58 @@ def test_a_similarity_head_is_one_whose_keys_are_its_queries():
     )
 
 
-def test_gates_without_content_are_static_gates():
-    gated, params = build(score="gated")
+@pytest.mark.parametrize(("scope", "shape"), [("all", (H, N)), ("block", (N,))])
+def test_gates_without_content_are_learned_gates(scope, shape):
+    scope = {"score_scope": scope}
+    content, params = build(score="content_gated", **scope)
     attention = params[BLOCK]["attention"]
-    gate = cases.angles(N, seed=3)
+    gate = cases.angles(*shape, seed=3)
     blind = jax.tree.map(jnp.zeros_like, attention["score"])
-    blind["query_gate"]["bias"] = gate - 1.0
+    blind["query_gate"]["bias"] = gate.reshape(-1) - 1.0
     blind["log_beta"] = attention["score"]["log_beta"]
-    static = {"gate": gate, "log_beta": attention["score"]["log_beta"]}
+    learned = {"gate": gate, "log_beta": attention["score"]["log_beta"]}
     assert_same(
-        (gated, with_block(params, attention={**attention, "score": blind})),
-        (build(score="static")[0], with_block(params, attention={**attention, "score": static})),
+        (content, with_block(params, attention={**attention, "score": blind})),
+        (
+            build(score="gated", **scope)[0],
+            with_block(params, attention={**attention, "score": learned}),
+        ),
     )
+
+
+def test_gates_of_a_block_are_gates_of_zero_elsewhere():
+    block, params = build(score="gated", score_scope="block")
+    attention = params[BLOCK]["attention"]
+    gate = attention["score"]["gate"].reshape(H, 1, N // H)
+    everywhere = (gate * jnp.eye(H)[:, :, None]).reshape(H, N)
+    assert_same(
+        (block, params),
+        (
+            build(score="gated")[0],
+            with_block(
+                params,
+                attention={**attention, "score": {**attention["score"], "gate": everywhere}},
+            ),
+        ),
+    )
+
+
+def test_gates_of_zero_on_a_harmonic_are_one_harmonic_less():
+    more, params = build(score="gated", score_harmonics=2)
+    attention = params[BLOCK]["attention"]
+    gate = attention["score"]["gate"]
+    assert gate.shape == (H, 2 * N)
+    silent = {**attention["score"], "gate": gate.at[:, N:].set(0)}
+    fewer = {**attention["score"], "gate": gate[:, :N]}
+    assert_same(
+        (more, with_block(params, attention={**attention, "score": silent})),
+        (build(score="gated")[0], with_block(params, attention={**attention, "score": fewer})),
+    )
+
+
+def test_without_a_share_of_drift_every_head_is_a_similarity_head():
+    still, params = build(score="gated", drift_share=0.0)
+    assert_same((still, params), (build(score="gated", similarity_heads=H)[0], params))
 
 
 def test_quadratures_are_dense_layers_whose_two_halves_share_a_matrix():

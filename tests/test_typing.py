@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import fsn_jax
 from fsn_jax import (
     FSN, CollectiveModes, ConfigError, FrustratedAttention, FSNConfig, KuramotoAttention,
+    PhasorSwiGLU,
     Transformer, TransformerConfig,
 )
 from fsn_jax.causal import causal_sum
@@ -47,8 +48,8 @@ reveal_type(order_parameter(theta))
 reveal_type(causal_sum(weights, weights, weights, include_self=True).total)
 reveal_type(likeliest(theta[0], top_k=2, top_p=0.5))
 reveal_type(sample_token(theta[0], jax.random.key(0), temperature=1.0, top_k=0, top_p=1.0))
-reveal_type(FrustratedAttention(config).kappa())
-modules = [FrustratedAttention(config), KuramotoAttention(config), CollectiveModes(config)]
+reveal_type(FrustratedAttention(num_heads=2).kappa())
+modules = [KuramotoAttention(num_heads=2), CollectiveModes(num_modes=8), PhasorSwiGLU()]
 name: str = fsn_jax.__version__
 wrong = isinstance(ValueError(), ConfigError)
 """

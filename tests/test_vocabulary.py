@@ -137,7 +137,7 @@ CONFIG = """from configs import text
 def get_config():
     config = text.get_config()
     config.model.update(num_layers=1, num_phases=8, num_heads=2, heads_per_phase=1, score_phases=0)
-    config.model.update(score="static", similarity_heads=0, feedforward="none")
+    config.model.update(score="gated", similarity_heads=0, feedforward="none")
     config.data.context = 64
     config.training.update(batch_size=8, num_steps=20, log_every=10)
     config.evaluation.update(every=10, batch_size=8, num_bytes=500)

@@ -13,7 +13,13 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
-from fsn_jax.config import ConfigError, check_at_least, check_fields, check_positive
+from fsn_jax.config import (
+    ConfigError,
+    check_at_least,
+    check_fields,
+    check_positive,
+    recorded_fields,
+)
 from train.bucket import is_remote
 from train.data.vocabulary import Unit
 from train.errors import UserError
@@ -345,8 +351,15 @@ class ExperimentConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "ExperimentConfig":
-        """Inverts ``to_dict`` followed by ``json.dumps``."""
-        return cls.from_config_dict(ConfigDict(json.loads(text)))
+        """Inverts ``to_dict`` followed by ``json.dumps``, for what any version wrote."""
+        return cls.from_config_dict(ConfigDict(in_todays_names(json.loads(text))))
+
+
+def in_todays_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns a run's recorded settings, nested, with the model's as this version names them."""
+    model = fields.get("model")
+    kind = ARCHITECTURES.get(model.get("architecture", "")) if isinstance(model, dict) else None
+    return {**fields, "model": recorded_fields(kind, model)} if kind and model else fields
 
 
 def _build(kind: type[Any], fields: dict[str, Any], where: str) -> Any:

@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 
 import fsn_jax
-from fsn_jax.config import ConfigError
+from fsn_jax.config import ConfigError, recorded_fields
 from train.config import ARCHITECTURES, ModelConfig
 from train.data.vocabulary import Vocabulary
 from train.errors import UserError
@@ -76,7 +76,8 @@ def read_model(folder: str | Path) -> LanguageModel:
         config = json.loads((folder / CONFIG).read_text())
         if config["format"] != FORMAT:
             raise ValueError(f"format {config['format']}, not {FORMAT}")
-        model_config = ARCHITECTURES[config["model_type"]](**config["model"])
+        kind = ARCHITECTURES[config["model_type"]]
+        model_config = kind(**recorded_fields(kind, config["model"]))
         words = config["vocabulary"]
         vocabulary = Vocabulary.from_text(words["values"], words["unit"])
         context, corpus_name = int(config["context"]), str(words["of"])

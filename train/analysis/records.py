@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.config import in_todays_names
 from train.errors import UserError, unfinished
 from train.metrics import read_rows
 from train.run import flatten, open_run
@@ -94,7 +95,7 @@ class RunRecord:
     def config(self) -> dict[str, Any]:
         """All settings, nested."""
         (config,) = self._read("config.json")
-        return config
+        return in_todays_names(config)
 
     @functools.cached_property
     def summary(self) -> dict[str, Any]:

@@ -1,0 +1,235 @@
+"""What the phase layers share, and those that sum one value a token.
+
+``KuramotoAttention`` is the unfrustrated base layer (arXiv 2606.11585), ``LinearValueAttention`` an
+ablation. Both map ``theta[B, L, N]`` to ``dtheta[B, L, N]``, in radians, and read N from their
+input; ``extend`` is the same computation for tokens that follow a cache.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fsn_jax.cache import LayerCache, empty_layer_cache, extend_sum
+from fsn_jax.causal import CausalSum, attention_weights, causal_sum, merge_heads, split_heads
+from fsn_jax.dense import PhasorDense
+from fsn_jax.fields import ScoreFields, documented, setting, shared_settings
+from fsn_jax.score import PhaseScore, drift_frequencies
+from fsn_jax.torus import (
+    Complex,
+    over_heads,
+    rotary_phasor,
+    rotary_phasor_at,
+    rotary_phasor_from,
+    token_phasor,
+)
+
+
+def attention_entropy(weights: Float[Array, "*shape L"]) -> Float[Array, "*shape"]:
+    """Entropy of each row of attention weights, in nats."""
+    return -jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1)
+
+
+class PhaseAttention(ScoreFields, nn.Module):
+    """What the phase layers share: score, full and cached passes, diagnostics."""
+
+    def setup(self) -> None:
+        self.scores = PhaseScore(**shared_settings(self, PhaseScore), name="score")
+
+    def weights(
+        self,
+        theta: Float[Array, "B L N"],
+        *,
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "*B L"] | None = None,
+    ) -> Float[Array, "B H L L"]:
+        """The attention ``A`` itself, which the layer's sum does not form; see ``__call__``."""
+        _, query, key = self._score(theta, positions)
+        return attention_weights(query, key, segment_ids)
+
+    def empty_cache(
+        self, batch: int, capacity: int, num_phases: int, *, segments: bool = False
+    ) -> LayerCache:
+        """A cache for ``capacity`` tokens of each of ``batch`` sequences.
+
+        Args:
+          batch: B.
+          capacity: C.
+          num_phases: N.
+          segments: whether it holds ``segment_ids`` too.
+        """
+        widths = (2 * self.num_score_pairs(num_phases), self._value_width(num_phases))
+        return empty_layer_cache(
+            batch, capacity, self.num_heads, widths, self.dtype, segments=segments
+        )
+
+    def _score(self, theta: Array, positions: Array | None) -> tuple[Complex, Array, Array]:
+        """Phasors, queries and keys of whole sequences."""
+        return self._score_at(theta, theta.shape[1], None, positions)
+
+    def _score_at(
+        self, theta: Array, capacity: int, position: Array | None, positions: Array | None
+    ) -> tuple[Complex, Array, Array]:
+        """Phasors, queries and keys of tokens at ``position`` and on, of ``capacity`` at most."""
+        z = token_phasor(theta)
+        num_phases, length = theta.shape[2], theta.shape[1]
+        self.check_width(num_phases)
+        frequencies = drift_frequencies(self, num_phases)
+        if positions is not None:
+            drift = rotary_phasor_at(positions, frequencies)
+        elif position is None:
+            drift = rotary_phasor(length, frequencies)
+        else:
+            drift = rotary_phasor_from(position, length, capacity, frequencies)
+        query, key = self.scores(z, over_heads(drift))
+        return z, query, key
+
+    def _causal_sum(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        segment_ids: Array | None,
+        *,
+        include_self: bool,
+    ) -> CausalSum:
+        implementation = self.implementation
+        self._sow_entropy(query, key, segment_ids)
+        return causal_sum(
+            query,
+            key,
+            value,
+            segment_ids,
+            include_self=include_self,
+            implementation=implementation,
+        )
+
+    def _heads(self, z: Complex) -> Complex:
+        return Complex(split_heads(z.re, self.num_heads), split_heads(z.im, self.num_heads))
+
+    def _sow_entropy(self, query: Array, key: Array, segment_ids: Array | None) -> None:
+        if self.is_mutable_collection("diagnostics") and not self.is_initializing():
+            entropy = attention_entropy(attention_weights(query, key, segment_ids))
+            self.sow("diagnostics", "attention_entropy", entropy)
+
+    def _value_width(self, num_phases: int) -> int:
+        raise NotImplementedError
+
+
+SOFTPLUS_FLOOR = 0.01
+"""Least initial value of a positive coefficient: no parameter gives a softplus of zero."""
+
+
+def softplus_inverse(x: np.ndarray) -> np.ndarray:
+    """The parameter of a positive coefficient, elementwise; see ``SOFTPLUS_FLOOR``."""
+    return np.log(np.expm1(np.maximum(x, SOFTPLUS_FLOOR)))
+
+
+class _SummedAttention(PhaseAttention):
+    """A phase layer whose heads sum one value a token, its own included."""
+
+    def __call__(
+        self,
+        theta: Float[Array, "B L N"],
+        *,
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "*B L"] | None = None,
+    ) -> Float[Array, "B L N"]:
+        """The update of the phases, in radians, float32; see ``FrustratedAttention``."""
+        z, query, key = self._score(theta, positions)
+        value = self._values(z)
+        summed = self._causal_sum(query, key, value, segment_ids, include_self=True)
+        return self._update(z, summed.total)
+
+    def extend(
+        self,
+        theta: Float[Array, "B S N"],
+        cache: LayerCache,
+        position: Int[Array, ""],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "*B S"] | None = None,
+    ) -> tuple[Float[Array, "B S N"], LayerCache]:
+        """``__call__`` for S tokens at ``position`` and on, after those in the cache."""
+        z, query, key = self._score_at(theta, cache.capacity, position, positions)
+        total, cache = extend_sum(query, key, self._values(z), cache, position, segment_ids)
+        return self._update(z, total), cache
+
+    def _values(self, z: Complex) -> Array:
+        raise NotImplementedError
+
+    def _update(self, z: Complex, total: Array) -> Array:
+        raise NotImplementedError
+
+
+@documented
+class KuramotoAttention(_SummedAttention):
+    """The base layer: ``dtheta_t = g * sum_u A[t, u] sin(theta_u - theta_t)``, g > 0 learned.
+
+    Written from its own equation; ``FrustratedAttention`` with one harmonic, no delay and a real
+    positive kernel is the same layer.
+    """
+
+    kernel_scale: float = setting(0.5, "initial gain g", above=0)
+
+    def _values(self, z: Complex) -> Array:
+        return jnp.concatenate(self._heads(z), axis=-1).astype(self.dtype)
+
+    @nn.compact
+    def _update(self, z: Complex, total: Array) -> Array:
+        mean = Complex(*(merge_heads(part) for part in jnp.split(total, 2, axis=-1)))
+        initial = softplus_inverse(np.full(z.re.shape[-1], self.kernel_scale))
+        gain = jax.nn.softplus(self.param("gain", lambda _: jnp.asarray(initial, jnp.float32)))
+        return gain[None, None] * (mean.im * z.re - mean.re * z.im)
+
+    def _value_width(self, num_phases: int) -> int:
+        return 2 * num_phases // self.num_heads
+
+
+@documented
+class LinearValueAttention(_SummedAttention):
+    """An ablation: dense values and an output matrix, as in a transformer, in place of a kernel."""
+
+    def field(
+        self,
+        theta: Float[Array, "B L N"],
+        *,
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "*B L"] | None = None,
+    ) -> Complex:
+        """The update in radians as ``im``, ``[B, L, N]``; dense values have no coherence: zero."""
+        update = self(theta, segment_ids=segment_ids, positions=positions)
+        return Complex(jnp.zeros_like(update), update)
+
+    def extend_field(
+        self,
+        theta: Float[Array, "B S N"],
+        cache: LayerCache,
+        position: Int[Array, ""],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "*B S"] | None = None,
+    ) -> tuple[Complex, LayerCache]:
+        """``field`` for S tokens at ``position`` and on, after those in the cache."""
+        update, cache = self.extend(
+            theta, cache, position, segment_ids=segment_ids, positions=positions
+        )
+        return Complex(jnp.zeros_like(update), update), cache
+
+    def _values(self, z: Complex) -> Array:
+        return split_heads(self._dense(z, None), self.num_heads)
+
+    def _update(self, z: Complex, total: Array) -> Array:
+        return self._dense(z, total).astype(jnp.float32)
+
+    @nn.compact
+    def _dense(self, z: Complex, total: Array | None) -> Array:
+        """The values of tokens, ``[B, L, N]``, or the output for their sums ``[B, H, L, P]``."""
+        num_phases = z.re.shape[-1]
+        value = PhasorDense(**shared_settings(self, PhasorDense), outputs=num_phases, name="value")
+        output = nn.Dense(num_phases, use_bias=False, dtype=jnp.dtype(self.dtype), name="output")
+        return value(z) if total is None else output(merge_heads(total))
+
+    def _value_width(self, num_phases: int) -> int:
+        return num_phases // self.num_heads

@@ -1,0 +1,169 @@
+"""Caches of generation, and attention over them: what layers keep of the tokens they have seen."""
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from fsn_jax.kernels.xla import MASKED, slots_before
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """What a layer keeps of the tokens it has seen: slot u holds position u.
+
+    Tokens past its last slot cannot be kept: what is computed for them is NaN. Batch and heads are
+    one axis, and the slots of the keys the last: the layout that the products take as it is, so
+    that XLA writes a token in place and copies nothing.
+
+    Attributes:
+      key: ``[B H, E, C]``.
+      value: ``[B H, C, G]``. For the frustrated coupling these are the powers of the h-th block of
+        phases, real and imaginary parts side by side, which all heads and delays share.
+      segment_ids: int32 ``[B, C]``, or None where all tokens of a row are in one segment.
+    """
+
+    key: Array
+    value: Array
+    segment_ids: Array | None = None
+
+    @property
+    def capacity(self) -> int:
+        """C, how many tokens there is room for."""
+        return self.value.shape[1]
+
+    def visible(
+        self, end: Int[Array, ""], num_tokens: int, segment_ids: Int[Array, "B S"] | None
+    ) -> Bool[Array, "*BH S C"]:
+        """Which slots tokens see, ``[S, C]`` or with segments ``[B, 1, S, C]``.
+
+        Args:
+          end: the first slot that the first token does not see; one more for each token after it.
+          num_tokens: S.
+          segment_ids: of the tokens.
+        """
+        slots = slots_before(end, num_tokens, self.capacity)
+        if self.segment_ids is None or segment_ids is None:
+            return slots
+        same = segment_ids[:, None, :, None] == self.segment_ids[:, None, None]
+        return slots[None, None] & same
+
+
+def empty_layer_cache(
+    batch: int,
+    capacity: int,
+    num_heads: int,
+    widths: tuple[int, int],
+    dtype: str,
+    *,
+    segments: bool = False,
+) -> LayerCache:
+    """A cache for ``capacity`` tokens of each of ``batch`` sequences.
+
+    Args:
+      batch: B.
+      capacity: C.
+      num_heads: H.
+      widths: E of the keys and G of the values.
+      dtype: of both.
+      segments: whether it holds ``segment_ids`` too.
+    """
+    key = jnp.zeros((batch * num_heads, widths[0], capacity), dtype)
+    value = jnp.zeros((batch * num_heads, capacity, widths[1]), dtype)
+    return LayerCache(key, value, jnp.zeros((batch, capacity), jnp.int32) if segments else None)
+
+
+def _put(cache: Array, new: Array, position: Array, axis: int) -> Array:
+    new = new.reshape(cache.shape[0], *new.shape[2:]).astype(cache.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, position, axis=axis)
+
+
+def extend_weights(
+    query: Array,
+    key: Array,
+    value: Array,
+    cache: LayerCache,
+    position: Array,
+    segment_ids: Array | None = None,
+) -> tuple[Float[Array, "B H S C"], LayerCache]:
+    """Writes S new keys and values at ``position``; weighs all that the cache then holds.
+
+    Queries and keys are ``[B, H, S, E]``, values ``[B, H, S, G]``, ``position`` an int32 scalar,
+    ``segment_ids`` ``[B, S]``.
+
+    Raises:
+      ValueError: there are segments and the cache has no room for them, or the reverse.
+    """
+    if (segment_ids is None) != (cache.segment_ids is None):
+        raise ValueError(
+            "segment_ids belong to a cache that holds them: empty_cache(..., segments=True)"
+        )
+    segments = cache.segment_ids
+    if segments is not None and segment_ids is not None:
+        new = segment_ids.astype(segments.dtype)
+        segments = jax.lax.dynamic_update_slice_in_dim(segments, new, position, axis=1)
+    cache = LayerCache(
+        _put(cache.key, key.swapaxes(2, 3), position, 2),
+        _put(cache.value, value, position, 1),
+        segments,
+    )
+    visible = cache.visible(position + 1, query.shape[2], segment_ids)
+    weights = attention_weights_cached(query, cache.key, visible)
+    # A slice that does not fit is moved to where it does: silently, over tokens of before.
+    fits = position + query.shape[2] <= cache.capacity
+    return jnp.where(fits, weights, jnp.nan), cache
+
+
+def extend_sum(
+    query: Array,
+    key: Array,
+    value: Array,
+    cache: LayerCache,
+    position: Array,
+    segment_ids: Array | None = None,
+) -> tuple[Float[Array, "B H S G"], LayerCache]:
+    """The weighted sum, own value included, for S new tokens; arrays as for ``extend_weights``.
+
+    The values of the cache are ``[B, H, C, G]``.
+    """
+    weights, cache = extend_weights(query, key, value, cache, position, segment_ids)
+    return weighted_sum(weights, cache.value), cache
+
+
+def attention_weights_cached(
+    query: Float[Array, "B H S E"],
+    key: Float[Array, "BH E C"],
+    visible: Bool[Array, "*BH S C"],
+) -> Float[Array, "B H S C"]:
+    """The softmax of the scores of S queries over the slots of a cache that they see."""
+    scores = jnp.where(visible, _product_with_cache(query, key), MASKED)
+    return jax.nn.softmax(scores, axis=-1)  # float32 whatever the inputs
+
+
+def weighted_sum(
+    weights: Float[Array, "B H S C"], value: Float[Array, "BH C G"]
+) -> Float[Array, "B H S G"]:
+    """``sum_u weights[t, u] value[u]`` over the slots of a cache, float32, for a few queries."""
+    return _product_with_cache(weights.astype(value.dtype), value)
+
+
+def _product_with_cache(x: Array, y: Array) -> Array:
+    """``x @ y`` of each head, ``[B, H, S, K]`` and ``[B H, K, N]``, the sum in float32."""
+    flat = x.reshape(y.shape[0], *x.shape[2:])
+    product = jnp.einsum("hij,hjk->hik", flat, y, preferred_element_type=jnp.float32)
+    return product.reshape(*x.shape[:3], y.shape[2])
+
+
+@flax.struct.dataclass
+class Cache:
+    """State of generation, of either model.
+
+    Attributes:
+      layers: one ``LayerCache`` a block.
+      position: number of tokens seen, int32 scalar.
+    """
+
+    layers: Sequence[LayerCache]
+    position: Array

@@ -1,0 +1,77 @@
+"""The shell of both language models: embedding, blocks one after the other, readout."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fsn_jax.cache import Cache
+
+DETERMINISTIC_ARGUMENT = 4
+"""Index of ``deterministic`` in a block's ``__call__``, which ``nn.remat`` must know as static."""
+
+
+class LanguageModel(nn.Module):
+    """A stack of blocks between an embedding and a readout.
+
+    A model sets ``blocks`` and defines ``_embed`` (tokens to states) and ``_read_out`` (states to
+    logits).
+    """
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B L"],
+        *,
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "*B L"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B L V"]:
+        """Logits, float32, before any softmax.
+
+        Args:
+          tokens: token ids; one that is not in the vocabulary gives NaN.
+          segment_ids: tokens see those of their own segment alone, so that documents can be packed
+            into one row; padding is a segment of its own. None: all are in one.
+          positions: of the tokens, for the rotary drift, ``[L]`` or ``[B, L]``; None: 0, 1, 2, ...
+            Scores depend on differences of positions alone.
+          deterministic: False in training with dropout, which needs ``rngs={"dropout": key}``.
+        """
+        state = self._embed(tokens, deterministic)
+        for block in self.blocks:
+            state = block(state, segment_ids, positions, deterministic)
+        return self._read_out(state)
+
+    def extend(
+        self,
+        tokens: Int[Array, "B S"],
+        cache: Cache,
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "*B S"] | None = None,
+    ) -> tuple[Float[Array, "B S V"], Cache]:
+        """Logits of S tokens that follow those in the cache, and the cache with them in it.
+
+        They are NaN for tokens that the cache has no room for.
+        """
+        state = self._embed(tokens, True)
+        layers = []
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            state, layer = block.extend(state, layer, cache.position, segment_ids, positions)
+            layers.append(layer)
+        return self._read_out(state), Cache(layers, cache.position + tokens.shape[1])
+
+    def empty_cache(self, batch: int, capacity: int, *, segments: bool = False) -> Cache:
+        """A cache for up to ``capacity`` tokens of each of ``batch`` sequences.
+
+        Args:
+          batch: B.
+          capacity: C.
+          segments: whether ``extend`` will be given ``segment_ids``.
+        """
+        layers = [block.empty_cache(batch, capacity, segments) for block in self.blocks]
+        return Cache(layers, jnp.zeros((), jnp.int32))
+
+    def _embed(self, tokens: Array, deterministic: bool) -> Array:
+        raise NotImplementedError
+
+    def _read_out(self, state: Array) -> Array:
+        raise NotImplementedError

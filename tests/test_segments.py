@@ -1,0 +1,214 @@
+"""Segments, positions and dropout, of layers and models: packed rows are what each part is alone."""
+
+import collections
+import functools
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fsn_jax import FSN, FrustratedAttention, KuramotoAttention, Transformer
+from fsn_jax.torus import MAX_POSITIONS
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+MODELS = {
+    **{
+        name: functools.partial(FSN, cases.fsn_config(**cases.FSN_VARIANTS[name]))
+        for name in ("full", "gated", "two_heads_per_phase", "linear_values", "field")
+    },
+    **{
+        implementation: functools.partial(
+            FSN, cases.fsn_config(score="gated", implementation=implementation)
+        )
+        for implementation in ("reference", "pallas")
+    },
+    "transformer": functools.partial(Transformer, cases.transformer_config()),
+}
+LENGTHS = (3, 4)
+SEGMENT_IDS = jnp.array([[5, 5, 5, 2, 2, 2, 2, 0, 0]] * 2)
+"""Two documents in a row, then padding."""
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@functools.cache
+def built(name):
+    model = MODELS[name]()
+    return model, cases.random_variables(model, cases.tokens(1, 3))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_documents_are_what_each_is_alone(name):
+    model, variables = built(name)
+    tokens = cases.tokens(2, SEGMENT_IDS.shape[1])
+    packed = model.apply(variables, tokens, segment_ids=SEGMENT_IDS)
+    start = 0
+    for length in LENGTHS:
+        rows = slice(start, start + length)
+        alone = model.apply(variables, tokens[:, rows])
+        np.testing.assert_allclose(packed[:, rows], alone, **TOLERANCE)
+        start += length
+    unsegmented = model.apply(variables, tokens)
+    assert np.abs(packed - unsegmented)[:, LENGTHS[0] :].max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["full", "gated", "two_heads_per_phase", "transformer"])
+def test_a_cache_with_segments_gives_the_logits_of_the_full_pass(name):
+    """In pieces that end within a document and at its end."""
+    model, variables = built(name)
+    tokens = cases.tokens(2, SEGMENT_IDS.shape[1])
+    full = model.apply(variables, tokens, segment_ids=SEGMENT_IDS)
+    cache = model.apply(variables, 2, 11, segments=True, method="empty_cache")
+    pieces = []
+    for rows in (slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 9)):
+        logits, cache = model.apply(
+            variables, tokens[:, rows], cache, segment_ids=SEGMENT_IDS[:, rows], method="extend"
+        )
+        pieces.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, **TOLERANCE)
+
+
+def test_segments_and_their_cache_go_together():
+    model, variables = built("gated")
+    tokens = cases.tokens(2, 3)
+    for segments, ids in ((True, None), (False, SEGMENT_IDS[:, :3])):
+        cache = model.apply(variables, 2, 5, segments=segments, method="empty_cache")
+        with pytest.raises(ValueError, match="segments=True"):
+            model.apply(variables, tokens, cache, segment_ids=ids, method="extend")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
+def test_no_gradient_crosses_a_segment(implementation):
+    """Nor does one that segments interleave: there a successor may be in another segment."""
+    segment_ids = np.array([[0, 1, 0, 0, 1, 1]])
+    theta = cases.angles(1, 6, 6)
+    config = cases.fsn_config(
+        num_phases=6, num_heads=2, score="gated", implementation=implementation
+    )
+    layer = cases.layer(FrustratedAttention, config)
+    variables = cases.random_variables(layer, theta)
+
+    def update(theta):
+        return layer.apply(variables, theta, segment_ids=jnp.asarray(segment_ids))
+
+    jacobian = np.abs(jax.jacrev(update)(theta))[0, :, :, 0].max(axis=(1, 3))
+    same = segment_ids.T == segment_ids
+    seen = np.tri(6, dtype=bool) & same
+    assert (jacobian[~seen] == 0).all()
+    assert (jacobian[seen & ~np.eye(6, dtype=bool)] > 0).all()
+    reference = cases.layer(
+        FrustratedAttention,
+        cases.fsn_config(num_phases=6, num_heads=2, score="gated", implementation="reference"),
+    )
+    expected = reference.apply(variables, theta, segment_ids=jnp.asarray(segment_ids))
+    np.testing.assert_allclose(update(theta), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", [FrustratedAttention, KuramotoAttention])
+def test_explicit_positions_are_those_of_the_drift(kind):
+    """Without the tokens of another segment in between, and counted from anywhere."""
+    theta = cases.angles(1, 8, 9)
+    layer = cases.layer(kind, cases.fsn_config(score="gated", delay=False, rotary_base=30.0))
+    variables = cases.random_variables(layer, theta)
+    kept = np.array([0, 1, 2, 5, 6, 7])
+    between = jnp.isin(jnp.arange(8), kept)[None].astype(jnp.int32)
+    expected = layer.apply(variables, theta, segment_ids=between)[:, kept]
+    for positions in (kept, kept + 5_000, kept[None] + MAX_POSITIONS - 8):
+        actual = layer.apply(variables, theta[:, kept], positions=jnp.asarray(positions))
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
+    assert np.abs(layer.apply(variables, theta[:, kept]) - expected).max() > 0.01
+
+
+def test_a_position_out_of_range_gives_nan():
+    theta = cases.angles(1, 2, 9)
+    layer = cases.layer(KuramotoAttention, cases.fsn_config(score="gated"))
+    variables = cases.random_variables(layer, theta)
+    for position in (-1, MAX_POSITIONS):
+        update = layer.apply(variables, theta, positions=jnp.array([position, 3]))
+        assert np.isnan(update).any()
+
+
+@pytest.mark.parametrize("name", ["gated", "transformer"])
+def test_positions_of_a_model_shift_nothing(name):
+    model, variables = built(name)
+    tokens = cases.tokens(2, 6)
+    positions = jnp.arange(6) + jnp.array([[7], [900]])
+    shifted = model.apply(variables, tokens, positions=positions)
+    np.testing.assert_allclose(shifted, model.apply(variables, tokens), **TOLERANCE)
+    cache = model.apply(variables, 2, 9, method="empty_cache")
+    cached, _ = model.apply(variables, tokens, cache, positions=positions, method="extend")
+    np.testing.assert_allclose(cached, shifted, **TOLERANCE)
+
+
+def primitives(jaxpr):
+    """Count the primitives of a jaxpr and of those inside it."""
+    found = collections.Counter()
+    for equation in jaxpr.eqns:
+        found[equation.primitive.name] += 1
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found += primitives(inner)
+    return found
+
+
+@pytest.mark.parametrize("name", ["gated", "linear_values", "transformer"])
+def test_what_is_not_used_is_not_in_the_program(name):
+    """No comparison of segments, no draw, no gather of positions; dropout that is off is absent."""
+    model, variables = built(name)
+    tokens = cases.tokens(2, 9)
+
+    def program(model, **arguments):
+        apply = functools.partial(model.apply, **arguments)
+        return jax.make_jaxpr(apply)(variables, tokens)
+
+    plain = program(model)
+    found = primitives(plain.jaxpr)
+    assert found["gather"] == 1 and not found["eq"] and not found["random_bits"], found
+    assert primitives(program(model, segment_ids=SEGMENT_IDS).jaxpr)["eq"] > 0
+    kind = cases.transformer_config if name == "transformer" else cases.fsn_config
+    switches = cases.FSN_VARIANTS.get(name, {})
+    off = type(model)(kind(**switches, dropout=0.5))
+    assert str(program(off)) == str(plain)
+    on = program(off, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    assert primitives(on.jaxpr)["random_bits"] > 0
+
+
+@pytest.mark.parametrize("name", ["fsn", "transformer"])
+def test_dropout_is_drawn_from_its_key(name):
+    kind, config = {
+        "fsn": (FSN, cases.fsn_config),
+        "transformer": (Transformer, cases.transformer_config),
+    }[name]
+    tokens = cases.tokens(2, 7)
+    model = kind(config(dropout=0.3))
+    variables = cases.random_variables(model, tokens)
+
+    def logits(model, seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return model.apply(variables, tokens, deterministic=False, rngs=rngs)
+
+    first = logits(model, 0)
+    np.testing.assert_array_equal(first, logits(model, 0))
+    assert np.abs(first - logits(model, 1)).max() > 0.01
+    whole = kind(config()).apply(variables, tokens)
+    np.testing.assert_array_equal(model.apply(variables, tokens), whole)
+    remat = kind(config(dropout=0.3, remat=True))
+    np.testing.assert_allclose(logits(remat, 0), first, atol=1e-5)
+    for rate in (0.0, 1e-6):  # as good as none
+        barely = kind(config(dropout=rate))
+        np.testing.assert_allclose(logits(barely, 0), whole, atol=1e-4)
+
+
+def test_a_dropped_phase_is_drawn_anew_from_the_circle():
+    tokens = jnp.zeros((8, 64), jnp.int32)
+    model = FSN(cases.fsn_config(dropout=0.25))
+    variables = cases.random_variables(model, tokens)
+    rngs = {"dropout": jax.random.key(0)}
+    theta = model.apply(
+        variables, tokens, rngs=rngs, method=lambda model, t: model.embedding(t, False)
+    )
+    whole = model.apply(variables, tokens, method=lambda model, t: model.embedding(t))
+    drawn = np.asarray(theta)[np.asarray(theta != whole)]
+    assert abs(drawn.size / theta.size - 0.25) < 0.02
+    assert np.abs(np.exp(1j * drawn).mean()) < 0.05  # 1152 draws: 0.03 is one standard deviation

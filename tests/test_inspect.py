@@ -90,7 +90,7 @@ def test_memory_is_that_of_the_compiled_step_and_no_run_is_begun(here, capsys):
 
 def test_divided_parameters_are_told_by_axis_and_size(here, capsys):
     whole = seen(here, capsys, "--no_compile")
-    divided = seen(here, capsys, "--no_compile", "--config.training.parameters=sharded")
+    divided = seen(here, capsys, "--no_compile", "--config.training.layout=sharded")
     assert {p["sharding"] for p in whole["parameters"]} == {"replicated"}
     shares = {
         p["path"]: 8 if p["sharding"].endswith(": data") else 1 for p in divided["parameters"]

@@ -107,10 +107,10 @@ OTHER_FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "training.num_steps": st.sampled_from([0, 1, 30]),
     "training.steps_per_dispatch": st.sampled_from([1, 2, 3]),
     "training.log_every": st.sampled_from([1, 6, 10]),
-    "training.parameters": st.sampled_from(["replicated", "sharded"]),
+    "training.layout": st.sampled_from(["replicated", "sharded"]),
     "evaluation.stride": st.sampled_from([0, 1, 16]),
     "evaluation.batch_size": st.sampled_from([1, 2, 8]),
-    "evaluation.num_bytes": st.sampled_from([0, 1, 100]),
+    "evaluation.num_tokens": st.sampled_from([0, 1, 100]),
     "checkpoints.every": st.sampled_from([1, 6, 10]),
 }
 
@@ -155,9 +155,7 @@ def trains_or_is_refused(
     train_steps = train_steps_of(
         dataclasses.replace(experiment, data=data), network, optimizer, mesh
     )
-    state = init_state(
-        network, optimizer, seed=experiment.seed, mesh=mesh, layout=training.parameters
-    )
+    state = init_state(network, optimizer, seed=experiment.seed, mesh=mesh, layout=training.layout)
     order = WindowOrder(
         corpus.splits["train"].num_bytes, context, training.batch_size, experiment.seed
     )

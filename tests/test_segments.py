@@ -94,7 +94,7 @@ def test_no_gradient_crosses_a_segment(implementation):
         return layer.apply(variables, theta, segment_ids=jnp.asarray(segment_ids))
 
     jacobian = np.abs(jax.jacrev(update)(theta))[0, :, :, 0].max(axis=(1, 3))
-    same = segment_ids.T == segment_ids
+    same = segment_ids == segment_ids.T
     seen = np.tri(6, dtype=bool) & same
     assert (jacobian[~seen] == 0).all()
     assert (jacobian[seen & ~np.eye(6, dtype=bool)] > 0).all()

@@ -192,7 +192,7 @@ def inspect(
     """
     model = build_model(experiment.model)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps, mesh=mesh)
-    state = abstract_state(model, optimizer, mesh=mesh, layout=experiment.training.parameters)
+    state = abstract_state(model, optimizer, mesh=mesh, layout=experiment.training.layout)
     inputs = _abstract_inputs(experiment, corpus, mesh)
     order = _order(experiment, corpus)
     memory = Memory(

@@ -36,7 +36,7 @@ from train.profiling import Profiler, Span
 from train.provenance import write_provenance
 from train.run import RunFolder, cannot_write, refuse_lost_checkpoints, write_parameter_table
 from train.step import (
-    Report,
+    DispatchMetrics,
     TrainState,
     abstract_state,
     build_model,
@@ -126,7 +126,7 @@ def check_experiment(experiment: ExperimentConfig, corpus: Corpus, num_devices: 
     window_order(experiment, corpus)
     held_out = corpus.num_tokens("validation")
     check_evaluation(
-        min(held_out, experiment.evaluation.num_bytes or held_out), experiment.data.context
+        min(held_out, experiment.evaluation.num_tokens or held_out), experiment.data.context
     )
 
 
@@ -155,7 +155,7 @@ def train_steps_of(
         placement=experiment.data.placement,
         accumulation_steps=parts_of_batch(experiment, mesh),
         log_every=experiment.training.log_every,
-        layout=experiment.training.parameters,
+        layout=experiment.training.layout,
     )
 
 
@@ -218,7 +218,7 @@ def _train(
 
     first_does(lambda: refuse_lost_checkpoints(run, experiment))
     with Checkpoints(run.checkpoints, experiment.checkpoints) as checkpoints:
-        placed: dict[str, Any] = {"mesh": mesh, "layout": training.parameters}
+        placed: dict[str, Any] = {"mesh": mesh, "layout": training.layout}
         restored = checkpoints.restore_latest(abstract_state(model, optimizer, **placed))
         if restored:
             start, state = restored
@@ -250,7 +250,7 @@ def _train(
         elif begun_before:
             metrics.say("no checkpoint of the run was saved before: it begins again at step 0")
         profiler = Profiler(run.path, profile)
-        pending: tuple[int, Report] | None = None
+        pending: tuple[int, DispatchMetrics] | None = None
         validation_loss = None
         began = time.perf_counter()
 
@@ -306,7 +306,7 @@ def _train(
 
 def _validation_slice(experiment: ExperimentConfig, corpus: Corpus) -> np.ndarray:
     tokens = corpus.tokens("validation")
-    limit = experiment.evaluation.num_bytes
+    limit = experiment.evaluation.num_tokens
     return tokens[:limit] if limit else tokens
 
 
@@ -352,7 +352,7 @@ def _record(
     rate: Callable[[int], Any],
     checkpoints: Checkpoints,
     step: int,
-    tally: Report,
+    tally: DispatchMetrics,
 ) -> None:
     skipped = int(tally.skipped)
     if skipped > experiment.training.skipped_limit:

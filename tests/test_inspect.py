@@ -43,35 +43,35 @@ def seen(here, capsys, *options, arm="resident"):
 
 @pytest.mark.parametrize("placement", ["resident", "host"])
 def test_the_first_batch_is_the_one_that_training_reads(here, capsys, placement):
-    told = seen(here, capsys, "--no_compile", arm=placement)["batch"]
+    description = seen(here, capsys, "--no_compile", arm=placement)["batch"]
     experiment = parse_config(["", f"--config={here / 'config.py'}"])
     text = small_runs.text_of(4000)
     tokens = bytes(small_runs.ALPHABET.index(byte) for byte in text)
     tokens = jax.numpy.frombuffer(tokens, jax.numpy.uint8)
     order = WindowOrder(len(text), small_runs.CONTEXT, small_runs.BATCH, experiment.seed)
     (batch,) = host_batches(jax.device_get(tokens), order, start_step=0, num_steps=1)
-    assert told["sha256"] == hashlib.sha256(batch.tobytes()).hexdigest()
-    assert tuple(told["shape"]) == batch.shape
-    start = told["start"]
-    assert told["text"].encode() == text[start : start + len(told["text"])]
-    assert told["rows_per_device"] * jax.device_count() == small_runs.BATCH
-    assert told["sharding"] == "axis 1: data"
+    assert description["sha256"] == hashlib.sha256(batch.tobytes()).hexdigest()
+    assert tuple(description["shape"]) == batch.shape
+    start = description["start"]
+    assert description["text"].encode() == text[start : start + len(description["text"])]
+    assert description["rows_per_device"] * jax.device_count() == small_runs.BATCH
+    assert description["sharding"] == "axis 1: data"
 
 
 def test_the_parameters_are_the_models(here, capsys):
-    told = seen(here, capsys, "--no_compile")
+    description = seen(here, capsys, "--no_compile")
     experiment = parse_config(["", f"--config={here / 'config.py'}"])
     tokens = jax.numpy.zeros((1, 2), jax.numpy.int32)
     params = jax.eval_shape(build_model(experiment.model).init, jax.random.key(0), tokens)["params"]
     leaves = flatten_dict(params, sep="/")
-    assert {p["path"]: tuple(p["shape"]) for p in told["parameters"]} == {
+    assert {p["path"]: tuple(p["shape"]) for p in description["parameters"]} == {
         name: leaf.shape for name, leaf in leaves.items()
     }
     total = sum(leaf.size for leaf in leaves.values())
-    assert told["num_params"] == total == sum(group["size"] for group in told["groups"])
-    assert told["memory"]["parameters"] == 4 * total
-    assert told["memory"]["scratch"] is None
-    assert told["flops"]["step"] == pytest.approx(
+    assert description["num_params"] == total == sum(group["size"] for group in description["groups"])
+    assert description["memory"]["parameters"] == 4 * total
+    assert description["memory"]["scratch"] is None
+    assert description["flops"]["step"] == pytest.approx(
         experiment.model.flops_per_token(small_runs.CONTEXT)
         * math.prod((small_runs.BATCH, small_runs.CONTEXT))
     )
@@ -101,13 +101,13 @@ def test_divided_parameters_are_told_by_axis_and_size(here, capsys):
 
 
 def test_the_text_says_the_same(here, capsys):
-    told = seen(here, capsys, "--no_compile")
+    description = seen(here, capsys, "--no_compile")
     inspect.program(["inspect", f"--config={here / 'config.py'}", "--no_compile"])
     page = capsys.readouterr().out
-    for parameter in told["parameters"]:
+    for parameter in description["parameters"]:
         assert parameter["path"] in page
-    for told_once in (f"{told['num_params']:,}", repr(told["batch"]["text"]), "was not compiled"):
-        assert told_once in page
+    for part in (f"{description['num_params']:,}", repr(description["batch"]["text"]), "was not compiled"):
+        assert part in page
 
 
 def test_a_slice_that_cannot_be_described_is_refused(monkeypatch):

@@ -20,8 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-import jax
-import numpy as np
 from flax.traverse_util import flatten_dict
 
 from train.bucket import is_remote
@@ -33,6 +31,7 @@ from train.metrics import read_rows
 from train.mirror import Mirror, fetched_run
 from train.processes import first_does, together
 from train.recorded import WITHOUT_EFFECT, read_experiment
+from train.tables import parameter_table
 
 
 class RunFolder:
@@ -288,15 +287,3 @@ def write_parameter_table(run: RunFolder, params: Any) -> None:
     """Writes path, shape and size of every parameter, and the total."""
     if run.writes:
         write_atomically(run.path / "parameters.txt", parameter_table(params))
-
-
-def parameter_table(params: Any) -> str:
-    """Formats one line a parameter: path, shape, number of scalars."""
-    rows = [
-        (name, str(tuple(leaf.shape)), f"{int(np.prod(leaf.shape)):,}")
-        for name, leaf in flatten_dict(params, sep="/").items()
-    ]
-    total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-    rows.append(("total", "", f"{total:,}"))
-    name, shape, size = (max(len(row[i]) for row in rows) for i in range(3))
-    return "".join(f"{r[0]:<{name}}  {r[1]:<{shape}}  {r[2]:>{size}}\n" for r in rows)

@@ -43,35 +43,35 @@ def seen(here, capsys, *options, arm="resident"):
 
 @pytest.mark.parametrize("placement", ["resident", "host"])
 def test_the_first_batch_is_the_one_that_training_reads(here, capsys, placement):
-    description = seen(here, capsys, "--no_compile", arm=placement)["batch"]
+    found = seen(here, capsys, "--no_compile", arm=placement)["batch"]
     experiment = parse_config(["", f"--config={here / 'config.py'}"])
     text = small_runs.text_of(4000)
     tokens = bytes(small_runs.ALPHABET.index(byte) for byte in text)
     tokens = jax.numpy.frombuffer(tokens, jax.numpy.uint8)
     order = WindowOrder(len(text), small_runs.CONTEXT, small_runs.BATCH, experiment.seed)
     (batch,) = host_batches(jax.device_get(tokens), order, start_step=0, num_steps=1)
-    assert description["sha256"] == hashlib.sha256(batch.tobytes()).hexdigest()
-    assert tuple(description["shape"]) == batch.shape
-    start = description["start"]
-    assert description["text"].encode() == text[start : start + len(description["text"])]
-    assert description["rows_per_device"] * jax.device_count() == small_runs.BATCH
-    assert description["sharding"] == "axis 1: data"
+    assert found["sha256"] == hashlib.sha256(batch.tobytes()).hexdigest()
+    assert tuple(found["shape"]) == batch.shape
+    start = found["start"]
+    assert found["text"].encode() == text[start : start + len(found["text"])]
+    assert found["rows_per_device"] * jax.device_count() == small_runs.BATCH
+    assert found["sharding"] == "axis 1: data"
 
 
 def test_the_parameters_are_the_models(here, capsys):
-    description = seen(here, capsys, "--no_compile")
+    found = seen(here, capsys, "--no_compile")
     experiment = parse_config(["", f"--config={here / 'config.py'}"])
     tokens = jax.numpy.zeros((1, 2), jax.numpy.int32)
     params = jax.eval_shape(build_model(experiment.model).init, jax.random.key(0), tokens)["params"]
     leaves = flatten_dict(params, sep="/")
-    assert {p["path"]: tuple(p["shape"]) for p in description["parameters"]} == {
+    assert {p["path"]: tuple(p["shape"]) for p in found["parameters"]} == {
         name: leaf.shape for name, leaf in leaves.items()
     }
     total = sum(leaf.size for leaf in leaves.values())
-    assert description["num_params"] == total == sum(group["size"] for group in description["groups"])
-    assert description["memory"]["parameters"] == 4 * total
-    assert description["memory"]["scratch"] is None
-    assert description["flops"]["step"] == pytest.approx(
+    assert found["num_params"] == total == sum(group["size"] for group in found["groups"])
+    assert found["memory"]["parameters"] == 4 * total
+    assert found["memory"]["scratch"] is None
+    assert found["flops"]["step"] == pytest.approx(
         experiment.model.flops_per_token(small_runs.CONTEXT)
         * math.prod((small_runs.BATCH, small_runs.CONTEXT))
     )
@@ -101,12 +101,16 @@ def test_divided_parameters_are_told_by_axis_and_size(here, capsys):
 
 
 def test_the_text_says_the_same(here, capsys):
-    description = seen(here, capsys, "--no_compile")
+    found = seen(here, capsys, "--no_compile")
     inspect.program(["inspect", f"--config={here / 'config.py'}", "--no_compile"])
     page = capsys.readouterr().out
-    for parameter in description["parameters"]:
+    for parameter in found["parameters"]:
         assert parameter["path"] in page
-    for part in (f"{description['num_params']:,}", repr(description["batch"]["text"]), "was not compiled"):
+    for part in (
+        f"{found['num_params']:,}",
+        repr(found["batch"]["text"]),
+        "was not compiled",
+    ):
         assert part in page
 
 

@@ -210,15 +210,18 @@ def as_text(seen: Mapping[str, Any]) -> str:
         else "scratch, code and the sum are XLA's analysis of the step compiled for these devices "
         f"({memory['compile_seconds']} s)\n"
     )
+    head = ("parameter", "shape", "size", "group", "sharding")
     total = ("total", "", f"{seen['num_params']:,}", "", "")
     return "\n".join(
         [
             f"{seen['name']} · would be in {seen['run_dir']} · {seen['devices']} · mesh {mesh}\n",
-            text_table([("parameter", "shape", "size", "group", "sharding"), *parameters, total]),
-            text_table([("group", "size", "peak rate", "decay"), *groups]),
+            text_table([("parameter", "shape", "size", "group", "sharding"), *parameters, total])
+            + "\n",
+            text_table([("group", "size", "peak rate", "decay"), *groups]) + "\n",
             "training FLOPs (matrix products, causal pairs only)\n"
-            + text_table([(f"a {part}", f"{count:.3g}") for part, count in flops.items()]),
-            text_table([("memory of a device", "MB"), *megabytes]) + analysis,
+            + text_table([(f"a {part}", f"{count:.3g}") for part, count in flops.items()])
+            + "\n",
+            text_table([("memory of a device", "MB"), *megabytes]) + f"\n{analysis}",
             f"{seen['steps']:,} steps · {seen['characters']:,} characters · "
             f"{seen['epochs']:.4g} epochs of corpus {seen['data_sha256'][:12]}\n",
             f"first batch   {batch['dtype']}{list(batch['shape'])}, rows {batch['sharding']}: "

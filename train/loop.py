@@ -32,7 +32,7 @@ from train.metrics import Metrics, Unwritten
 from train.optimizer import learning_rate, make_optimizer
 from train.preemption import Preemption
 from train.processes import first_does
-from train.profiling import Profiler, Span
+from train.profiling import Profiler, TracedSteps
 from train.provenance import write_provenance
 from train.run import RunFolder, cannot_write, refuse_lost_checkpoints, write_parameter_table
 from train.step import (
@@ -166,7 +166,7 @@ def train(
     *,
     show_progress: bool = True,
     mesh: jax.sharding.Mesh | None = None,
-    profile: Span | None = None,
+    profile: TracedSteps | None = None,
 ) -> Outcome:
     """Trains or resumes a run.
 
@@ -203,7 +203,7 @@ def _train(
     preemption: Preemption,
     mesh: jax.sharding.Mesh,
     show_progress: bool,
-    profile: Span | None,
+    profile: TracedSteps | None,
 ) -> Outcome:
     training = experiment.training
     check_experiment(experiment, corpus, mesh.size)
@@ -236,7 +236,7 @@ def _train(
             )
         begun_before = run.has_begun
         write_provenance(run, corpus, resume_step=start)
-        metrics: Metrics = Unwritten()
+        metrics: Metrics | Unwritten = Unwritten()
         if run.writes:
             metrics = Metrics(
                 run.path,
@@ -346,7 +346,7 @@ def _batches(
 
 
 def _record(
-    metrics: Metrics,
+    metrics: Metrics | Unwritten,
     experiment: ExperimentConfig,
     order: WindowOrder,
     rate: Callable[[int], Any],

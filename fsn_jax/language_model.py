@@ -35,10 +35,27 @@ class LanguageModel(nn.Module):
             Scores depend on differences of positions alone.
           deterministic: False in training with dropout, which needs ``rngs={"dropout": key}``.
         """
+        states = self.states(
+            tokens, segment_ids=segment_ids, positions=positions, deterministic=deterministic
+        )
+        return self._read_out(states)
+
+    def states(
+        self,
+        tokens: Int[Array, "B L"],
+        *,
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "*B L"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B L D"]:
+        """The states after the last block, float32: an FSN's phases ``[B, L, N]``, in radians.
+
+        Arguments as for ``__call__``.
+        """
         state = self._embed(tokens, deterministic)
         for block in self.blocks:
             state = block(state, segment_ids, positions, deterministic)
-        return self._read_out(state)
+        return state
 
     def extend(
         self,

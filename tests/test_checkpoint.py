@@ -109,15 +109,15 @@ def test_a_place_for_temporary_files_named_like_a_pattern_is_refused(tmp_path, m
 def test_a_first_save_that_cannot_be_read_back_is_an_error_at_once(tmp_path, monkeypatch):
     # Without the detour Orbax does not find, and so never merges, what it has written.
     monkeypatch.setattr(checkpoint, "has_pattern", lambda path: False)
-    said = pytest.raises(UserError, match=r"run\[1\]/5, just saved, cannot be read back")
-    with opened(tmp_path / "run[1]") as checkpoints, said:
+    refused = pytest.raises(UserError, match=r"run\[1\]/5, just saved, cannot be read back")
+    with opened(tmp_path / "run[1]") as checkpoints, refused:
         checkpoints.save(state_of(1), 5, 1.0)
 
 
 def test_a_first_save_with_other_values_is_an_error_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "_restore", lambda *_: jax.device_get(state_of(2)))
-    said = pytest.raises(UserError, match=r"just saved, .* \(its values differ\)")
-    with opened(tmp_path / "c") as checkpoints, said:
+    refused = pytest.raises(UserError, match=r"just saved, .* \(its values differ\)")
+    with opened(tmp_path / "c") as checkpoints, refused:
         checkpoints.save(state_of(1), 1, 1.0)
 
 

@@ -139,12 +139,17 @@ def test_a_ladder_is_judged_by_the_rungs_that_were_run(tmp_path):
     }  # fmt: skip
     assert judge(evidence, tmp_path).reason == "no record of any rung"
     for rung, status in (("1m", "not comparable"), ("2m", "holds")):
+        size = {"parameters": 1000 if rung == "1m" else 2000, "characters": 10**6 * int(rung[0])}
         for seed in range(2):
-            write_record(tmp_path, f"fsn_{rung}", seed=seed, curve=(2.0 + seed / 100,))
+            write_record(tmp_path, f"fsn_{rung}", seed=seed, curve=(2.0 + seed / 100,), **size)
         assert judge(evidence, tmp_path).status in ("not yet run", "not comparable")
         for seed in range(2):
-            write_record(tmp_path, f"transformer_{rung}", seed=seed, curve=(2.1 + seed / 100,))
+            write_record(
+                tmp_path, f"transformer_{rung}", seed=seed, curve=(2.1 + seed / 100,), **size
+            )
         assert judge(evidence, tmp_path).status == status
+    # The size and the budget are of one rung, the largest.
+    assert judge(evidence, tmp_path).scale == "2k parameters, 2M characters of enwik8"
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ import pytest
 import safetensors.numpy
 import small_runs
 
+from fsn_jax.hub import flat_params
 from train import export, sample
 from train.errors import UserError
 from train.evaluate import Evaluation, append_evaluation
-from train.hub import flat_params, read_model
+from train.hub import read_model
 from train.load import load
 from train.program import run_program
 

@@ -19,7 +19,8 @@ from cases import (
 from flax.traverse_util import flatten_dict, unflatten_dict
 from small_runs import mesh_of
 
-from train.config import ModelConfig, OptimizerConfig
+from configs import ablations, enwik8, ladder
+from train.config import ExperimentConfig, ModelConfig, OptimizerConfig
 from train.optimizer import group_of, groups, learning_rate, make_optimizer
 from train.step import build_model
 
@@ -37,16 +38,10 @@ GROUPS = {
     "kernels": {
         "block/attention/kernel_real",
         "block/attention/kernel_imag",
-        "block/feedforward/modes_real",
-        "block/feedforward/modes_imag",
     },
     "gates": {
         "block/attention/score/gate",
         "block/attention/score/log_beta",
-        "block/attention/score/query_gate/kernel",
-        "block/attention/score/query_gate/bias",
-        "block/attention/score/key_gate/kernel",
-        "block/attention/score/key_gate/bias",
         "block/attention/score/query/quadrature",
         "block/attention/score/key/quadrature",
         "block/feedforward/gate/quadrature",
@@ -71,6 +66,10 @@ GROUPS = {
         "block/feedforward/up/kernel",
         "block/feedforward/down/kernel",
         "block/feedforward/weights/kernel",
+        "block/feedforward/modes_real",
+        "block/feedforward/modes_imag",
+        "block/attention/score/query_gate/kernel",
+        "block/attention/score/key_gate/kernel",
     },
     "vectors": {
         "readout/bias",
@@ -78,6 +77,8 @@ GROUPS = {
         "block/attention_norm/scale",
         "block/feedforward_norm/scale",
         "block/feedforward/weights/bias",
+        "block/attention/score/query_gate/bias",
+        "block/attention/score/key_gate/bias",
     },
 }
 
@@ -111,6 +112,19 @@ def test_the_groups_are_these():
         for name, group in by_name(groups(shapes_of(config))).items():
             found[group].add(name.replace("block_0", "block"))
     assert found == GROUPS
+
+
+@pytest.mark.parametrize("file", [ablations, enwik8, ladder], ids=lambda file: file.__name__)
+def test_every_matrix_of_every_arm_is_trained_as_the_reference_is(file):
+    """An arm whose matrices have another optimizer than the FSN's is no ablation of the FSN."""
+    by_phase = {"kernel_real", "kernel_imag", "gate", "quadrature", "field_gain"}
+    for arm in file.ARMS:
+        model = ExperimentConfig.from_config_dict(file.get_config(arm)).model
+        shapes = shapes_of(dataclasses.replace(model, num_layers=1))
+        for name, group in by_name(groups(shapes)).items():
+            if name.startswith("block_") and by_name(shapes)[name].ndim > 1:
+                is_matrix = name.split("/")[-1] not in by_phase
+                assert (group == "matrices") == is_matrix, f"{arm}: {name}"
 
 
 def test_a_parameter_that_no_group_knows_is_refused():

@@ -29,12 +29,13 @@ from small_runs import (
 
 from fsn_jax import FSN
 from train import loop, metrics
+from train import run as run_module
 from train.analysis.records import read_run
 from train.data import windows
 from train.data.corpus import Corpus
 from train.data.windows import WindowOrder
 from train.errors import EXIT_USER_ERROR, UserError
-from train.run import RunFolder, cannot_write
+from train.run import RunFolder, cannot_write, create_or_resume
 from train.spikes import Spikes
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -63,6 +64,25 @@ def test_whoever_cannot_write_is_told_so_in_one_line(tmp_path, number):
     assert cannot_write(RunFolder(tmp_path), ValueError("shapes differ")) is None
 
 
+@pytest.mark.parametrize(("number", "taken"), [(errno.EWOULDBLOCK, False), (errno.ENOLCK, True)])
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(
+    corpus, tmp_path, monkeypatch, capsys, number, taken
+):
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_module.fcntl, "flock", flock)
+    experiment = tiny_experiment(corpus.folder, tmp_path / "run")
+    if not taken:
+        with pytest.raises(UserError, match="run is in use by an unknown process"):
+            create_or_resume(experiment, corpus)
+        return
+    with create_or_resume(experiment, corpus) as run:
+        assert run.writes
+    said = capsys.readouterr().err
+    assert f"has no locks ({os.strerror(number)}): nothing keeps a second process" in said
+
+
 def test_a_full_disk_is_told_and_the_run_goes_on_later(corpus, whole, tmp_path):
     experiment = tiny_experiment(corpus.folder, tmp_path / "run")
     write, written = metrics.RowLog.write, 0
@@ -76,7 +96,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_later(corpus, whole, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics.RowLog, "write", failing)
-        with pytest.raises(UserError, match="cannot write to the run folder .*: the run goes on"):
+        with pytest.raises(UserError, match="cannot write .*; the checkpoint of step 10 is kept"):
             run_to_the_end(experiment, corpus)
     outcome = run_to_the_end(experiment, corpus)
     assert outcome.resumed_from == 10

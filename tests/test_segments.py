@@ -1,4 +1,4 @@
-"""Segments, positions and dropout, of layers and models: packed rows are what each part is alone."""
+"""Segments, positions and dropout: packed rows are what each document is alone."""
 
 import collections
 import functools

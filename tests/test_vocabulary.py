@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from fsn_jax.vocabulary import TextError, Vocabulary, code_points
 from train import evaluate, final_evaluation, main, sample
 from train.config import DataConfig
 from train.data.corpus import read_corpus
 from train.data.prepare import open_corpus
-from train.data.vocabulary import Vocabulary, code_points
 from train.errors import UserError
 from train.metrics import read_rows
 
@@ -66,7 +66,7 @@ def test_more_than_256_characters_take_wider_tokens():
     ],
 )
 def test_what_has_no_token_is_named(text, said):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(TextError, match=said):
         of(LETTERS).encode(text, source="mine")
 
 

@@ -63,9 +63,9 @@ Several processes train as one if each starts the same command with --distribute
 slice, under SLURM or Open MPI), or anywhere with --coordinator=HOST:PORT --num_processes=N
 --process_id=0 to N-1. All of them must see the run folder.
 
-The exit status is 0 at the end, 2 for a mistake (one line says which), 75 when the run was told to
-stop or lost a process, 130 for Ctrl-C: start it again. A run that is told to stop, by SIGTERM or
-Ctrl-C, saves the step under way first; a second Ctrl-C ends it at once."""
+The exit status is 0 at the end, 2 for a mistake (one line says which), 75 after SIGTERM or the loss
+of a process, 130 after Ctrl-C: start the same command again. A run finishes and saves its step on
+SIGTERM and Ctrl-C; a second Ctrl-C ends it at once."""
 
 
 def program(argv: Sequence[str]) -> None:

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
 from fsn_jax.config import ConfigError, check_at_least, check_fields, check_positive
+from fsn_jax.vocabulary import Unit
 from train.bucket import is_remote
-from train.data.vocabulary import Unit
 from train.errors import UserError
 
 ModelConfig = FSNConfig | TransformerConfig

@@ -38,7 +38,7 @@ class TryAgain(Exception):
 
     Attributes:
       everywhere: whether every process of the run raises the error.
-      status: exit status of the program.
+      status: the exit status.
     """
 
     status = EXIT_TRY_AGAIN

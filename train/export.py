@@ -15,16 +15,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from fsn_jax.generate import sample_token
+from fsn_jax.hub import Pretrained
 from train.errors import UserError
+from train.files import user_path
 from train.hub import write_model
-from train.load import LanguageModel, load
+from train.load import load
 from train.program import Arguments, start_jax
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SAMPLER, SCRIPT = "sampler.jax_export", "sample.py"
 
 
-def export_sampler(trained: LanguageModel) -> bytes:
+def export_sampler(trained: Pretrained) -> bytes:
     """Serializes the model, its parameters and the sampling of tokens as one program.
 
     It takes ``(window int32[context], length int32[], seed uint32[], drawn int32[], temperature
@@ -90,20 +92,19 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--checkpoint", default="best", help="best, latest or a step")
     p.add_argument("--no_sampler", action="store_true", help="leave the sampler out")
     options = p.parse_args(argv[1:])
-    if options.folder.exists():
-        raise UserError(f"{options.folder} is there already; remove it or name another folder")
+    folder = user_path("the folder", options.folder)
+    if folder.exists():
+        raise UserError(f"{folder} is there already; remove it or name another folder")
     start_jax()
     trained = load(options.run, which=options.checkpoint)
     sampler = None if options.no_sampler else export_sampler(trained.language_model)
     try:
-        options.folder.mkdir(parents=True)
-        write_model(trained, options.folder)
+        folder.mkdir(parents=True)
+        write_model(trained, folder)
         if sampler is not None:
-            (options.folder / SAMPLER).write_bytes(sampler)
-            shutil.copyfile(
-                Path(__file__).with_name("standalone_sample.py"), options.folder / SCRIPT
-            )
+            (folder / SAMPLER).write_bytes(sampler)
+            shutil.copyfile(Path(__file__).with_name("standalone_sample.py"), folder / SCRIPT)
     except OSError as error:
-        raise UserError(f"cannot write {options.folder} ({error.strerror}); name another") from None
-    for file in sorted(options.folder.iterdir()):
+        raise UserError(f"cannot write {folder} ({error.strerror}); name another") from None
+    for file in sorted(folder.iterdir()):
         print(f"{file.stat().st_size:>12,} bytes  {file}")

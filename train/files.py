@@ -3,10 +3,39 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
+
+
+def user_path(setting: str, text: str | Path) -> Path:
+    """A path as the user wrote it, with ``~`` for the home folder, whether or not it is there.
+
+    Args:
+      setting: what named it, for the messages.
+      text: the path.
+
+    Raises:
+      UserError: it cannot be a path, may not be looked at, or the home folder is not known.
+    """
+    shown = str(text) if len(str(text)) <= 80 else f"{str(text)[:80]}..."
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{setting}={shown}: the home folder of {shown.split('/')[0]} is not known; write the "
+            f"path out, or set HOME"
+        ) from None
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{setting}={shown} cannot be reached ({reason}); name another") from None
+    return path
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -20,13 +49,17 @@ BESIDE_JSON = (".txt", ".png")
 """Suffixes of the files that stand beside a JSON result under the same name."""
 
 
-def check_json_output(output: Path) -> None:
+def check_json_output(output: Path) -> Path:
     """Creates the folder of ``--output`` before the work starts.
+
+    Returns:
+      The path, with ``~`` for the home folder.
 
     Raises:
       UserError: the path does not end in .json, a folder has the name of a file to be written, or
         the path's folder cannot be created or written.
     """
+    output = user_path("--output", output)
     if output.suffix != ".json" or output.is_dir():
         raise UserError(f"--output={output} must be a .json in a folder")
     for other in map(output.with_suffix, BESIDE_JSON):
@@ -41,6 +74,19 @@ def check_json_output(output: Path) -> None:
         ) from None
     if not os.access(output.parent, os.W_OK):
         raise UserError(f"--output={output}: the folder {output.parent} cannot be written")
+    return output
+
+
+def default_output(runs: Sequence[str], name: str) -> Path:
+    """Where a result goes for which no ``--output`` is given.
+
+    Of one run into its folder, of several beside them; of records, or of runs in a bucket, to
+    ``runs/``, which git ignores.
+    """
+    folders = [Path(run).expanduser() for run in runs]
+    if not all((folder / "checkpoints").is_dir() for folder in folders):
+        return Path("runs") / name
+    return (folders[0] if len(folders) == 1 else folders[0].absolute().parent) / name
 
 
 def write_json(output: Path, content: Any, *, indent: int | None = None) -> None:

@@ -12,7 +12,6 @@ from train.loop import Outcome
 from train.mesh import data_mesh, on_host
 from train.metrics import read_rows
 from train.run import RunFolder
-from train.sample import sample_bytes
 from train.step import build_model
 
 SAMPLE_LENGTH = 400
@@ -82,13 +81,7 @@ def _sample(
         mesh=data_mesh(),
     )
     prompt = corpus.decode(corpus.tokens("validation")[:64])
-    chunks = sample_bytes(
-        trained.language_model,
-        prompt=prompt,
-        num_tokens=SAMPLE_LENGTH,
-        seed=experiment.seed,
-        temperature=0.8,
-        top_k=0,
-        top_p=1.0,
+    chunks = trained.language_model.stream(
+        prompt, num_tokens=SAMPLE_LENGTH, seed=experiment.seed, temperature=0.8
     )
     return prompt + b"".join(chunks)

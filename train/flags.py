@@ -1,8 +1,10 @@
 """Parses the command line of a run: ``--config=FILE[:ARGUMENT] --config.FIELD=VALUE ...``."""
 
+import contextlib
 import difflib
 import runpy
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ml_collections import ConfigDict
 
 from train.config import ExperimentConfig
 from train.errors import UserError
+from train.files import user_path
 from train.processes import Joining
 from train.program import Arguments
 
@@ -84,6 +87,34 @@ def parse_options(argv: Sequence[str]) -> tuple[Joining, str, list[str]]:
     return joining, options.profile, [argv[0], *rest]
 
 
+@contextlib.contextmanager
+def config_file(file: str) -> Iterator[dict[str, Any]]:
+    """The names that a config file defines.
+
+    ``from configs import ...`` in it means the files beside it, wherever the program is started.
+
+    Raises:
+      UserError: there is no such file.
+      Exception: it fails.
+    """
+    path = user_path("--config", file)
+    if not path.is_file():
+        raise UserError(f"--config={file}: there is no file {file}; {_examples()}")
+    before = [*sys.path]
+    sys.path.insert(0, str(path.resolve().parent.parent))
+    try:
+        yield runpy.run_path(str(path))
+    finally:
+        sys.path[:] = before
+
+
+def _examples() -> str:
+    folder = Path(__file__).resolve().parent.parent / "configs"
+    if Path("configs/quickstart.py").is_file():
+        return "see configs/ for some"
+    return f"see {folder} for some" if folder.is_dir() else "the project's configs/ holds some"
+
+
 def load_config(argument: str) -> ConfigDict:
     """Returns what the function ``get_config`` of ``FILE[:ARGUMENT]`` returns.
 
@@ -91,13 +122,12 @@ def load_config(argument: str) -> ConfigDict:
       UserError: the file does not exist or fails.
     """
     file, colon, rest = argument.partition(":")
-    if not Path(file).is_file():
-        raise UserError(f"--config={argument}: there is no file {file}; see configs/ for some")
     try:
-        get_config = runpy.run_path(file).get("get_config")
-        if get_config is None:
-            raise UserError(f"--config={argument}: the file has no function get_config()")
-        config = get_config(rest) if colon else get_config()
+        with config_file(file) as names:
+            get_config = names.get("get_config")
+            if get_config is None:
+                raise UserError(f"--config={argument}: the file has no function get_config()")
+            config = get_config(rest) if colon else get_config()
     except UserError:
         raise
     except Exception as error:  # whatever it is, the file's author can mend it

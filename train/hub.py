@@ -9,27 +9,21 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 import fsn_jax
-from fsn_jax.config import ConfigError, recorded_fields
-from train.config import ARCHITECTURES, ModelConfig
-from train.data.vocabulary import Vocabulary
+from fsn_jax import hub
+from fsn_jax.hub import Pretrained
 from train.errors import UserError
-from train.load import LanguageModel, TrainedModel
+from train.load import TrainedModel
 from train.metrics import read_rows
-from train.step import build_model
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-FORMAT = 1
+CARD = "README.md"
 
 
 def write_model(trained: TrainedModel, folder: Path) -> None:
@@ -37,16 +31,17 @@ def write_model(trained: TrainedModel, folder: Path) -> None:
     language_model = trained.language_model
     arrays = {
         name: np.ascontiguousarray(jax.device_get(leaf))
-        for name, leaf in flat_params(trained.params).items()
+        for name, leaf in hub.flat_params(trained.params).items()
     }
-    safetensors.numpy.save_file(arrays, folder / WEIGHTS, metadata={"format": "flax"})
+    # save_file would leave the file to its owner alone, whatever the umask.
+    (folder / hub.WEIGHTS).write_bytes(safetensors.numpy.save(arrays, {"format": "flax"}))
     architecture = type(trained.model).__name__
     config = {
         "architectures": [architecture],
         "model_type": trained.experiment.architecture,
         "library_name": "fsn_jax",
         "fsn_jax_version": fsn_jax.__version__,
-        "format": FORMAT,
+        "format": hub.FORMAT,
         "model": dataclasses.asdict(trained.experiment.model),
         "context": language_model.context,
         "vocabulary": {
@@ -61,70 +56,20 @@ def write_model(trained: TrainedModel, folder: Path) -> None:
             "data_sha256": trained.corpus.sha256,
         },
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     (folder / CARD).write_text(model_card(trained))
 
 
-def read_model(folder: str | Path) -> LanguageModel:
-    """Reads a folder that ``write_model`` wrote; needs neither the run nor its data.
+def read_model(folder: str | Path) -> Pretrained:
+    """Reads a folder that ``write_model`` wrote; see ``fsn_jax.hub.load``.
 
     Raises:
       UserError: a file is missing, damaged, or inconsistent with the others.
     """
-    folder = Path(folder)
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        if config["format"] != FORMAT:
-            raise ValueError(f"format {config['format']}, not {FORMAT}")
-        kind = ARCHITECTURES[config["model_type"]]
-        model_config = kind(**recorded_fields(kind, config["model"]))
-        words = config["vocabulary"]
-        vocabulary = Vocabulary.from_text(words["values"], words["unit"])
-        context, corpus_name = int(config["context"]), str(words["of"])
-    except (OSError, ValueError, LookupError, TypeError, ConfigError) as error:
-        raise UserError(f"{folder / CONFIG} is not that of an exported model ({error})") from error
-    try:
-        arrays = safetensors.numpy.load_file(folder / WEIGHTS)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}); export it again") from error
-    model = build_model(model_config)
-    return LanguageModel(
-        model=model,
-        params=_params(arrays, model_config, folder / WEIGHTS),
-        vocabulary=vocabulary,
-        context=context,
-        corpus_name=corpus_name,
-    )
-
-
-def is_exported(folder: str | Path) -> bool:
-    """Whether a folder holds an exported model."""
-    return (Path(folder) / WEIGHTS).is_file()
-
-
-def flat_params(params: Any) -> dict[str, Any]:
-    """Returns all parameters by their paths, joined by dots."""
-    return {
-        ".".join(entry.key for entry in path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
-
-
-def _params(arrays: Mapping[str, np.ndarray], config: ModelConfig, file: Path) -> Any:
-    """Builds the parameter tree of a model from its arrays."""
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    like = jax.eval_shape(build_model(config).init, jax.random.key(0), tokens)["params"]
-    wanted = flat_params(like)
-    for name in sorted(wanted.keys() | arrays.keys()):
-        there = (arrays[name].shape, arrays[name].dtype) if name in arrays else None
-        here = (wanted[name].shape, wanted[name].dtype) if name in wanted else None
-        if there != here:
-            raise UserError(
-                f"{file} does not fit its {CONFIG}: {name} is {there or 'absent'} in the one and "
-                f"{here or 'absent'} in the other; export it again"
-            )
-    leaves = [jnp.asarray(arrays[name]) for name in wanted]  # in the order of the tree
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+        return hub.load(folder)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def model_card(trained: TrainedModel) -> str:
@@ -189,10 +134,11 @@ It was trained as an experiment on architectures; it knows nothing but the stati
 With the package:
 
 ```python
-from train.hub import read_model
+from fsn_jax import hub
 
-trained = read_model(".")  # this folder
-logits = trained.model.apply({{"params": trained.params}}, trained.encode(b"The ")[None])
+trained = hub.load(".")  # this folder
+print(trained.sample("The ", num_tokens=200))
+logits = trained.logits("The ")  # [1, L, V]; trained.model and trained.params are the Flax model
 ```
 
 `python -m train sample .` writes text. Without the package, if `sampler.jax_export` is here:

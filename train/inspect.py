@@ -215,8 +215,7 @@ def as_text(seen: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"{seen['name']} · would be in {seen['run_dir']} · {seen['devices']} · mesh {mesh}\n",
-            text_table([("parameter", "shape", "size", "group", "sharding"), *parameters, total])
-            + "\n",
+            text_table([head, *parameters, total]) + "\n",
             text_table([("group", "size", "peak rate", "decay"), *groups]) + "\n",
             "training FLOPs (matrix products, causal pairs only)\n"
             + text_table([(f"a {part}", f"{count:.3g}") for part, count in flops.items()])

@@ -8,7 +8,6 @@ side by side on a CPU, each on half of its cores.
 """
 
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from train.analysis import final_losses
 from train.config import ExperimentConfig
 from train.errors import EXIT_INTERRUPTED, EXIT_TRY_AGAIN, TryAgain, UserError
 from train.files import check_json_output
-from train.flags import parse_config
+from train.flags import config_file, parse_config
 from train.interruption import interruptions
 from train.program import Arguments
 from train.run import default_folder, open_run
@@ -49,9 +48,8 @@ def plan(file: str, arms: Sequence[str], seeds: Sequence[int], changes: Sequence
     Raises:
       UserError: the file has no such arm, a setting is wrong, or two runs share a folder.
     """
-    if not Path(file).is_file():
-        raise UserError(f"--config={file}: there is no file {file}; see configs/ for some")
-    known = runpy.run_path(file).get("ARMS", ())
+    with config_file(file) as names:
+        known = names.get("ARMS", ())
     if not known:
         raise UserError(f"--config={file}: the file has no ARMS, a list of what to train")
     for arm in arms:
@@ -192,10 +190,10 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--arms", default="", help="some of its arms, with commas between; else all")
     p.add_argument("--seeds", default="0", help="with commas between")
     p.add_argument("--at_once", type=int, default=1, help="runs side by side on a CPU's cores")
-    p.add_argument("--output", type=Path, default=Path("ladder.json"), help="a .json")
+    p.add_argument("--output", type=Path, default=Path("runs/ladder.json"), help="a .json")
     p.add_argument("--plan", action="store_true", help="print sizes and budgets, train nothing")
     options, changes = p.parse_known_args(argv[1:])
-    check_json_output(options.output)
+    output = check_json_output(options.output)
     seeds = options.seeds.split(",")
     if not all(seed.isdigit() for seed in seeds):
         raise UserError(f"--seeds must be whole numbers with commas between; got {options.seeds!r}")
@@ -210,7 +208,7 @@ def program(argv: Sequence[str]) -> None:
     if folders:
         print()
         found = final_losses.result(folders)
-        final_losses.write({**found, "failed": failed}, options.output)
+        final_losses.write({**found, "failed": failed}, output)
     if failed:
         listed = ", ".join(f"{name} ({why})" for name, why in failed.items())
         raise UserError(

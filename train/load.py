@@ -4,44 +4,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from jax.sharding import Mesh
 
 from fsn_jax import FSN, Transformer
+from fsn_jax.hub import Pretrained
 from train.checkpoint import Checkpoints
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus
 from train.data.prepare import open_corpus
-from train.data.vocabulary import Vocabulary
 from train.errors import UserError
 from train.mesh import data_mesh
 from train.optimizer import make_optimizer
 from train.run import RunFolder, open_run, refuse_other_data
 from train.step import abstract_state, build_model
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageModel:
-    """A model with everything that sampling needs.
-
-    Attributes:
-      model: the Flax module.
-      params: its parameters.
-      vocabulary: the vocabulary of its tokens.
-      context: length of the training windows, in tokens.
-      corpus_name: name of the corpus that the vocabulary comes from.
-    """
-
-    model: FSN | Transformer
-    params: Any
-    vocabulary: Vocabulary
-    context: int
-    corpus_name: str
-
-    def encode(self, text: bytes) -> npt.NDArray[np.int32]:
-        """Returns the tokens of a text; see ``Vocabulary.encode``."""
-        return self.vocabulary.encode(text, source=self.corpus_name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +42,9 @@ class TrainedModel:
     mesh: Mesh
 
     @property
-    def language_model(self) -> LanguageModel:
+    def language_model(self) -> Pretrained:
         """The model alone, without the run and its data."""
-        return LanguageModel(
+        return Pretrained(
             model=self.model,
             params=self.params,
             vocabulary=self.corpus.codec,

@@ -182,7 +182,7 @@ def train(
       UserError: the settings do not fit the corpus or the devices, the checkpoint is of another
         model, no checkpoint is intact, or the run's folder cannot be written any more.
       DivergedError: the loss or gradient stopped being finite.
-      TryAgain: SIGTERM or Ctrl-C came; what was done is saved.
+      TryAgain: SIGTERM or Ctrl-C came; the last step is saved.
     """
     try:
         with Preemption() as preemption:

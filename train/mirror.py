@@ -21,10 +21,12 @@ from train.bucket import (
     copy_file,
     copy_folder,
     files_below,
+    is_remote,
     place_in_cache,
     reaching,
 )
 from train.errors import UserError, no_run
+from train.files import user_path
 from train.integrity import STEP_METADATA
 
 CONFIG, STARTS, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
@@ -42,7 +44,10 @@ class Mirror:
         """
         check_scheme("config.mirror_dir", parent)
         self.folder = epath.Path(folder)
-        self.place = epath.Path(parent).expanduser() / folder.absolute().name
+        self.place = (
+            epath.Path(parent if is_remote(parent) else user_path("config.mirror_dir", parent))
+            / folder.absolute().name
+        )
         self._sent: dict[str, tuple[float, int]] = {}  # time of change and length when copied
         self._thread: threading.Thread | None = None
         here, there = folder.resolve(), Path(self.place).resolve()

@@ -32,13 +32,13 @@ _GROUP_OF_LEAF = {
     "kernel_real": KERNELS,
     "kernel_imag": KERNELS,
     "gain": KERNELS,
-    "modes_real": KERNELS,
-    "modes_imag": KERNELS,
     "gate": GATES,
     "quadrature": GATES,
     "field_gain": GATES,
     "log_beta": GATES,
     "kernel": MATRICES,
+    "modes_real": MATRICES,
+    "modes_imag": MATRICES,
     "embedding": TABLES,
     "bias": VECTORS,
     "scale": VECTORS,
@@ -55,8 +55,6 @@ def group_of(path: tuple[Any, ...]) -> str:
       KeyError: no group contains the parameter; a new layer must choose one.
     """
     names = [str(getattr(entry, "key", entry)) for entry in path]
-    if any(name in ("query_gate", "key_gate") for name in names):
-        return GATES
     group = _GROUP_OF_LEAF[names[-1]]
     return TABLES if group == MATRICES and names[0] == "readout" else group
 

@@ -1,11 +1,11 @@
-"""SIGTERM and SIGINT as notices: the step under way is finished and saved, then the program ends.
+"""Handles SIGTERM and SIGINT: the program finishes and saves the current dispatch, then ends.
 
 A machine that is taken away sends SIGTERM and some seconds later SIGKILL: spot and preemptible
-machines, maintenance of Cloud TPUs, SLURM's and Kubernetes' ends of a job. SIGINT is the user's
-Ctrl-C. In a run of one process a handler notes them. In a run of many, JAX's own service notes
-SIGTERM in whichever process it comes to and names one step, the same for all, after which every
-process stops: stopping at different steps they would wait for each other for ever. There SIGINT is
-handed on as SIGTERM.
+machines, maintenance of Cloud TPUs, the end of a SLURM or Kubernetes job. SIGINT is the user's
+Ctrl-C. In a run of one process a handler notes the signal. In a run of several, JAX's preemption
+service notes SIGTERM in any process and names one step for all, after which every process stops: if
+they stopped at different steps, they would wait for each other forever. There SIGINT is handed on
+as SIGTERM.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from train.interruption import interruptions
 
 
 class Preemption:
-    """Whether the run has been told to stop; a context manager that takes the signals meanwhile."""
+    """A context manager that notes SIGTERM and SIGINT and says whether the run must stop."""
 
     def __init__(self) -> None:
-        """Nothing has been told, but for a Ctrl-C that something swallowed since the start."""
+        """Only a SIGINT that a library swallowed may have been received already."""
         self._told = interruptions.came
         self._by = signal.SIGINT if self._told else signal.SIGTERM
         self._leaving = contextlib.ExitStack()

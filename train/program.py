@@ -119,8 +119,9 @@ def start_jax(joining: "Joining | None" = None, *, cpu_devices: int = 1) -> None
         with contextlib.suppress(RuntimeError):  # a program that called us has begun with them
             jax.config.update("jax_num_cpu_devices", cpu_devices)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = Path("~/.cache/fsn_jax/compiled").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        with contextlib.suppress(RuntimeError):  # without a home folder nothing is kept
+            folder = Path("~/.cache/fsn_jax/compiled").expanduser()
+            jax.config.update("jax_compilation_cache_dir", str(folder))
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train.errors import UserError, unfinished
+from train.files import user_path
 from train.program import Arguments
 from train.run import open_run
 
@@ -77,4 +78,8 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--allow_modified", action="store_true", help="also of uncommitted code")
     options = p.parse_args(argv[1:])
     for run in options.runs:
-        print(record(run, options.results, allow_modified=options.allow_modified))
+        print(
+            record(
+                run, user_path("--results", options.results), allow_modified=options.allow_modified
+            )
+        )

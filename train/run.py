@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +27,7 @@ from train.bucket import is_remote
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus, default_cache
 from train.errors import UserError, no_run
-from train.files import write_atomically
+from train.files import user_path, write_atomically
 from train.metrics import read_rows
 from train.mirror import Mirror, fetched_run
 from train.processes import first_does, together
@@ -123,7 +124,7 @@ class RunFolder:
 
 def default_folder(experiment: ExperimentConfig) -> Path:
     """Returns the folder that a config names."""
-    return Path(experiment.run_dir or Path("runs") / experiment.name).expanduser()
+    return user_path("config.run_dir", experiment.run_dir or Path("runs") / experiment.name)
 
 
 def create_or_resume(experiment: ExperimentConfig, corpus: Corpus) -> RunFolder:
@@ -189,7 +190,10 @@ def open_run(path: str | Path) -> RunFolder:
     Raises:
       UserError: the folder holds no run.
     """
-    folder = fetched_run(str(path), default_cache() / "runs") if is_remote(path) else Path(path)
+    if is_remote(path):
+        folder = fetched_run(str(path), default_cache() / "runs")
+    else:
+        folder = user_path("the run", path)
     if not (folder / "config.json").is_file():
         raise no_run(folder)
     return RunFolder(folder)
@@ -198,7 +202,7 @@ def open_run(path: str | Path) -> RunFolder:
 def _take_lock(lock: IO[str], path: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "an unknown process"
         lock.close()
@@ -206,6 +210,12 @@ def _take_lock(lock: IO[str], path: Path) -> None:
             f"the run folder {path} is in use by {holder}; wait for it, or choose another with "
             f"--config.run_dir=FOLDER"
         ) from None
+    except OSError as error:  # as on Lustre, unless it was mounted for it
+        print(
+            f"warning: the file system of {path} has no locks ({error.strerror}): nothing keeps a "
+            f"second process from training in it",
+            file=sys.stderr,
+        )
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
@@ -228,7 +238,7 @@ def _refuse_other_settings(run: RunFolder, experiment: ExperimentConfig) -> None
 
 
 def refuse_other_data(run: RunFolder, corpus: Corpus) -> None:
-    """Raises UserError unless the corpus is the one that the run started with."""
+    """Raises UserError if the corpus is not the one that the run started with."""
     starts = run.read_provenance() if run.has_begun else []
     if starts and starts[0]["data"]["sha256"] != corpus.sha256:
         raise UserError(

@@ -4,51 +4,17 @@ import codecs
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
-import jax
-import jax.numpy as jnp
-
 from fsn_jax.config import ConfigError
-from fsn_jax.generate import check_sampling, stream
+from fsn_jax.generate import check_sampling
+from fsn_jax.hub import is_exported
+from fsn_jax.vocabulary import TextError
 from train.errors import UserError
-from train.hub import is_exported, read_model
-from train.load import LanguageModel, load
+from train.hub import read_model
+from train.load import load
 from train.program import Arguments, start_jax
-
-
-def sample_bytes(
-    trained: LanguageModel,
-    *,
-    prompt: bytes,
-    num_tokens: int,
-    seed: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    stop: Sequence[bytes] = (),
-) -> Iterator[bytes]:
-    """Yields the bytes after ``prompt``, a few at a time, up to the first of ``stop``.
-
-    Raises:
-      UserError: the prompt or ``stop`` has a byte that the corpus does not have.
-    """
-    tokens = jnp.asarray(trained.encode(prompt))[None]
-    for chunk in stream(
-        trained.model,
-        {"params": trained.params},
-        tokens,
-        num_tokens=num_tokens,
-        key=jax.random.key(seed),
-        context=trained.context,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop=[trained.encode(text).tolist() for text in stop],
-    ):
-        yield trained.vocabulary.decode(jax.device_get(chunk[0]))
-
 
 # What would move a terminal's cursor or change its colours becomes the mark of an unknown
 # character; line ends and tabs stay, and of the two bytes of a line end the second is enough.
@@ -138,7 +104,7 @@ def program(argv: Sequence[str]) -> None:
     for option, text in (("--prompt", prompt), *(("--stop", text) for text in stop)):
         try:
             trained.encode(text)
-        except UserError as error:
+        except TextError as error:
             raise UserError(f"{option}: {error}") from None
     context = trained.context
     length = len(trained.encode(prompt))
@@ -148,9 +114,8 @@ def program(argv: Sequence[str]) -> None:
             f"{context // 2} (context {context})",
             file=sys.stderr,
         )
-    chunks = sample_bytes(
-        trained,
-        prompt=prompt,
+    chunks = trained.stream(
+        prompt,
         num_tokens=options.num_tokens,
         seed=options.seed,
         temperature=options.temperature,

@@ -153,10 +153,10 @@ def _below_scale(claim: Mapping[str, Any], arms: Sequence[Arm]) -> str:
 
 
 def _scale(arms: Sequence[Arm]) -> str:
-    size, seen = arms[0], max(map(verdicts.characters, arms))
+    largest = max(arms, key=lambda arm: (verdicts.characters(arm), verdicts.parameters(arm)))
     return (
-        f"{_number(verdicts.parameters(size))} parameters, {_number(seen)} characters of "
-        f"{size.config['data']['name']}"
+        f"{_number(verdicts.parameters(largest))} parameters, "
+        f"{_number(verdicts.characters(largest))} characters of {largest.config['data']['name']}"
     )
 
 

@@ -19,7 +19,7 @@ from train.analysis.figures import style
 from train.analysis.records import Arm, RunRecord, read_arms, reference_arm
 from train.analysis.verdicts import STANDARD_ERRORS, Loss
 from train.errors import UserError
-from train.files import check_json_output, write_atomically, write_json
+from train.files import check_json_output, default_output, write_atomically, write_json
 from train.program import Arguments
 
 FIRST_MILLION = 1_000_000
@@ -220,18 +220,18 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument(
         "--any_budget", action="store_true", help="let one arm see fewer characters than the other"
     )
-    p.add_argument("--output", type=Path, default=Path("comparison.json"), help="a .json")
+    p.add_argument("--output", type=Path, help="a .json; else comparison.json with the runs")
     options = p.parse_args(argv[1:])
-    check_json_output(options.output)
+    output = check_json_output(options.output or default_output(options.runs, "comparison.json"))
     arms = read_arms(options.runs, finished=True)
     one, other = pair(arms, options.reference)
     result = compare(one, other, same_budget=not options.any_budget)
-    write_json(options.output, result, indent=1)
-    table, picture = (options.output.with_suffix(suffix) for suffix in (".txt", ".png"))
+    write_json(output, result, indent=1)
+    table, picture = (output.with_suffix(suffix) for suffix in (".txt", ".png"))
     text = table_text(result)
     write_atomically(table, text + "\n")
     draw(result, one, other, picture)
-    print(text, "", options.output, table, picture, sep="\n")
+    print(text, "", output, table, picture, sep="\n")
 
 
 def pair(arms: Mapping[str, Arm], reference: str) -> tuple[Arm, Arm]:

@@ -22,7 +22,7 @@ from train.analysis.figures import style
 from train.analysis.records import mean_and_deviation, read_arms, reference_arm
 from train.data.suffix_match import SuffixMatch, match_suffixes
 from train.errors import UserError
-from train.files import check_json_output, write_json
+from train.files import check_json_output, default_output, write_json
 from train.load import load
 from train.metrics import bits_per_character
 from train.program import Arguments, start_jax
@@ -338,14 +338,14 @@ def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     p = Arguments(prog="python -m train copy_depth", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs with checkpoints")
-    p.add_argument("--output", type=Path, default=Path("copy_depth.json"), help="a .json")
+    p.add_argument("--output", type=Path, help="a .json; else copy_depth.json with the runs")
     p.add_argument("--reference", default="", help="the arm to compare with; else the transformer")
     p.add_argument("--checkpoint", default="latest", help="best, latest or a step")
     p.add_argument("--windows", type=int, default=2000, help="of the validation split")
     p.add_argument("--length", type=int, default=0, help="characters each; 0: shortest context")
     p.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     options = p.parse_args(argv[1:])
-    check_json_output(options.output)
+    output = check_json_output(options.output or default_output(options.runs, "copy_depth.json"))
     if options.resamples < LEAST_RESAMPLES:
         raise UserError(f"--resamples must be at least {LEAST_RESAMPLES}; got {options.resamples}")
     start_jax()
@@ -357,7 +357,7 @@ def program(argv: Sequence[str]) -> None:
         length=options.length,
         num_resamples=options.resamples,
     )
-    write_json(options.output, result)
-    draw(result, options.output.with_suffix(".png"))
+    write_json(output, result)
+    draw(result, output.with_suffix(".png"))
     print(table_text(result))
-    print(f"\n{options.output}\n{options.output.with_suffix('.png')}")
+    print(f"\n{output}\n{output.with_suffix('.png')}")

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 
 from train.analysis.records import read_arms
 from train.errors import UserError
+from train.files import user_path
 from train.program import Arguments
 
 
@@ -71,8 +72,9 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("runs", nargs="+", help="folders of runs or of their records")
     p.add_argument("--output", type=Path, required=True, help="the picture to write, a .png")
     options = p.parse_args(argv[1:])
-    if options.output.suffix != ".png":
-        raise UserError(f"--output={options.output} must end in .png")
-    if not options.output.parent.is_dir():
-        raise UserError(f"--output={options.output}: there is no folder {options.output.parent}")
-    loss_curve(options.runs, options.output)
+    output = user_path("--output", options.output)
+    if output.suffix != ".png":
+        raise UserError(f"--output={output} must end in .png")
+    if not output.parent.is_dir():
+        raise UserError(f"--output={output}: there is no folder {output.parent}")
+    loss_curve(options.runs, output)

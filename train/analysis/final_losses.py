@@ -23,7 +23,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from train.analysis import verdicts
 from train.analysis.figures import style
 from train.analysis.records import read_arms, reference_arm
-from train.files import check_json_output, write_atomically, write_json
+from train.files import check_json_output, default_output, write_atomically, write_json
 from train.program import Arguments
 
 LEAST_RUNGS = 3
@@ -247,7 +247,7 @@ def program(argv: Sequence[str]) -> None:
     p = Arguments(prog="python -m train final_losses", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of finished runs or of their records")
     p.add_argument("--reference", default="", help="the arm to compare with; else the first")
-    p.add_argument("--output", type=Path, default=Path("final_losses.json"), help="a .json")
+    p.add_argument("--output", type=Path, help="a .json; else final_losses.json with the runs")
     options = p.parse_args(argv[1:])
-    check_json_output(options.output)
-    write(result(options.runs, reference=options.reference), options.output)
+    output = check_json_output(options.output or default_output(options.runs, "final_losses.json"))
+    write(result(options.runs, reference=options.reference), output)

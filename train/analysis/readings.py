@@ -32,7 +32,7 @@ from fsn_jax.torus import order_parameter
 from train.analysis.copy_depth import spread_windows
 from train.analysis.figures import style
 from train.errors import UserError
-from train.files import check_json_output, write_json
+from train.files import check_json_output, default_output, write_json
 from train.load import load
 from train.program import Arguments, start_jax
 from train.provenance import provenance
@@ -282,12 +282,12 @@ def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     p = Arguments(prog="python -m train readings", description=__doc__)
     p.add_argument("run", help="the folder of an FSN's run with checkpoints")
-    p.add_argument("--output", type=Path, default=Path("readings.json"), help="a .json")
+    p.add_argument("--output", type=Path, help="a .json; else readings.json with the run")
     p.add_argument("--checkpoint", default="latest", help="best, latest or a step")
     p.add_argument("--windows", type=int, default=16, help="of the validation split")
     p.add_argument("--length", type=int, default=0, help="characters each; 0: context, at most 256")
     options = p.parse_args(argv[1:])
-    check_json_output(options.output)
+    output = check_json_output(options.output or default_output([options.run], "readings.json"))
     start_jax()
     page = read(
         options.run,
@@ -295,13 +295,13 @@ def program(argv: Sequence[str]) -> None:
         num_windows=options.windows,
         length=options.length,
     )
-    write_json(options.output, page)
-    kernels = options.output.with_name(f"{options.output.stem}_kernels.png")
-    depth = options.output.with_name(f"{options.output.stem}_depth.png")
+    write_json(output, page)
+    kernels = output.with_name(f"{output.stem}_kernels.png")
+    depth = output.with_name(f"{output.stem}_depth.png")
     draw_kernels(page, kernels)
     draw_depth(page, depth)
     print(summary_text(page))
-    print(f"\n{options.output}\n{kernels}\n{depth}")
+    print(f"\n{output}\n{kernels}\n{depth}")
 
 
 def summary_text(page: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from train.analysis.records import Arm, RunRecord, mean_and_deviation, read_arms
 from train.errors import UserError
-from train.files import write_atomically
+from train.files import default_output, user_path, write_atomically
 from train.program import Arguments
 
 KINDS = ("copy_depth", "final_losses", "readings")
@@ -136,7 +136,7 @@ def read_analysis(file: Path) -> dict[str, Any]:
       UserError: the file cannot be read or is of an unknown kind.
     """
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(user_path("--add", file).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--add={file} cannot be read ({error})") from None
     if not isinstance(content, dict) or content.get("kind") not in KINDS:
@@ -159,11 +159,14 @@ def program(argv: Sequence[str]) -> None:
     p = Arguments(prog="python -m train report", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs or of their records")
     p.add_argument("--add", nargs="+", type=Path, default=[], help="JSON of the other programs")
-    p.add_argument("--output", type=Path, default=Path("report.html"), help="an .html")
+    p.add_argument("--output", type=Path, help="an .html; else report.html with the runs")
     p.add_argument("--title", default="FSN: report of runs")
     options = p.parse_args(argv[1:])
-    if options.output.suffix != ".html" or not options.output.parent.is_dir():
-        raise UserError(f"--output={options.output} must be an .html in a folder that exists")
+    output = user_path("--output", options.output or default_output(options.runs, "report.html"))
+    if not options.output:
+        output.parent.mkdir(exist_ok=True)
+    if output.suffix != ".html" or not output.parent.is_dir():
+        raise UserError(f"--output={output} must be an .html in a folder that exists")
     page = render(page_data(options.runs, options.add), options.title)
-    write_atomically(options.output, page)
-    print(f"{options.output} ({len(page.encode()) / 1e6:.1f} MB)")
+    write_atomically(output, page)
+    print(f"{output} ({len(page.encode()) / 1e6:.1f} MB)")

@@ -28,15 +28,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fsn_jax.vocabulary import Bytes, Tokens, Unit, Vocabulary
 from train.data.pinned import PINNED
-from train.data.vocabulary import Bytes, Tokens, Unit, Vocabulary
 from train.errors import UserError
-from train.files import file_sha256
+from train.files import file_sha256, user_path
 
 NAMES = ("enwik8", "pycode", "codeparrot", "text")
 SPLITS = ("train", "validation", "test")
 FORMAT = 1
 MANIFEST = "manifest.json"
+DEFAULT_CACHE = "~/.cache/fsn_jax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +150,20 @@ class Corpus:
 
 
 def default_cache() -> Path:
-    """$FSN_JAX_CACHE, or ~/.cache/fsn_jax."""
-    return Path(os.environ.get("FSN_JAX_CACHE") or "~/.cache/fsn_jax").expanduser()
+    """$FSN_JAX_CACHE, or ~/.cache/fsn_jax.
+
+    Raises:
+      UserError: neither that variable nor the home folder is known.
+    """
+    if named := os.environ.get("FSN_JAX_CACHE"):
+        return user_path("FSN_JAX_CACHE", named)
+    try:
+        return Path(DEFAULT_CACHE).expanduser()
+    except RuntimeError:
+        raise UserError(
+            "there is no home folder for the cache of corpora: set HOME, or FSN_JAX_CACHE to a "
+            "folder of your own"
+        ) from None
 
 
 def read_corpus(folder: Path, *, verify: bool = True) -> Corpus:

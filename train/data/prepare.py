@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fsn_jax.vocabulary import Tokens, Unit, code_points
 from train.bucket import fetched, is_remote
 from train.data.corpus import (
+    DEFAULT_CACHE,
     MANIFEST,
     NAMES,
     Corpus,
@@ -28,9 +30,8 @@ from train.data.fetch import Progress
 from train.data.pinned import PINNED
 from train.data.recipes import SHARD_SUFFIX, Recipe, recipe_of
 from train.data.user_files import CHUNK_BYTES, find_files, fingerprint
-from train.data.vocabulary import Tokens, Unit, code_points
 from train.errors import UserError
-from train.files import file_sha256
+from train.files import file_sha256, user_path
 from train.program import Arguments
 
 DATASET = "dataset"
@@ -64,11 +65,11 @@ def open_corpus(
     """
     if name not in NAMES:
         raise UserError(f"config.data.name={name} is not known: choose one of {', '.join(NAMES)}")
-    cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
+    cache = user_path("config.data.cache_dir", cache_dir) if cache_dir else default_cache()
     if is_remote(path):
         folder = fetched(path, cache, setting="config.data.path", marker=MANIFEST)
-    elif path and (Path(path).expanduser() / MANIFEST).is_file():
-        folder = Path(path).expanduser()
+    elif path and (user_path("config.data.path", path) / MANIFEST).is_file():
+        folder = user_path("config.data.path", path)
     else:
         folder = corpus_folder(name, path, cache, unit)
         if not folder.exists():
@@ -93,7 +94,7 @@ def corpus_folder(name: str, path: str, cache: Path, unit: Unit = "bytes") -> Pa
       UserError: `path` is needed and missing, or names nothing.
     """
     if name in PINNED:
-        if path and not Path(path).expanduser().exists():
+        if path and not user_path("config.data.path", path).exists():
             raise UserError(f"config.data.path={path} does not exist: correct it or leave it out")
         return cache / name
     if not path:
@@ -194,7 +195,9 @@ def program(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--name", default="enwik8", help=f"one of {', '.join(NAMES)}")
     parser.add_argument("--path", default="", help="your own file, folder or pattern")
-    parser.add_argument("--cache_dir", default="", help=f"default: {default_cache()}")
+    parser.add_argument(
+        "--cache_dir", default="", help=f"default: $FSN_JAX_CACHE or {DEFAULT_CACHE}"
+    )
     parser.add_argument(
         "--vocabulary",
         default="bytes",

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fsn_jax.vocabulary import Unit, code_points
 from train.data.corpus import SPLITS
 from train.data.fetch import LocalFile, Progress, fetch
 from train.data.pinned import ENWIK8_MEMBER, PINNED
@@ -21,8 +22,8 @@ from train.data.user_files import (
     split_by_file,
     without_duplicates,
 )
-from train.data.vocabulary import Unit, code_points
 from train.errors import UserError
+from train.files import user_path
 
 RECORD_BYTES = 1 << 20  # longer texts are cut into records of this size
 MIN_SPLIT_BYTES = 2048  # of every split: some windows
@@ -76,7 +77,7 @@ def cut_at(size: int) -> dict[str, tuple[int, int]]:
 
 def _enwik8(path: str, scratch: Path, progress: Progress) -> Recipe:
     [wanted] = PINNED["enwik8"].files
-    own = [LocalFile(Path(path).expanduser(), member=ENWIK8_MEMBER)]
+    own = [LocalFile(user_path("config.data.path", path), member=ENWIK8_MEMBER)]
     advice = (
         "get enwik8 or enwik8.zip yourself and name it: --config.data.path=FILE (of train) or "
         "--path=FILE (of train prepare)"
@@ -114,7 +115,9 @@ def _pycode(path: str, scratch: Path, progress: Progress) -> Recipe:
     wheels = [
         fetch(
             scratch / wanted.name,
-            [LocalFile(Path(path).expanduser() / wanted.name)] if path else wanted.sources,
+            [LocalFile(user_path("config.data.path", path) / wanted.name)]
+            if path
+            else wanted.sources,
             size=wanted.size,
             sha256=wanted.sha256,
             advice=advice,
@@ -165,7 +168,7 @@ def _codeparrot(path: str) -> Recipe:
 
 def _text(path: str, progress: Progress, unit: Unit) -> Recipe:
     """The user's own files; of Unicode characters, they must be UTF-8 and none is cut."""
-    found = find_files(path)
+    found = find_files(path, report=progress)
     files = without_duplicates(found)
     if unit == "characters":
         for file in files:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from jax import lax
 from jaxtyping import Array, Int, UInt
 
-from train.data.vocabulary import Tokens
+from fsn_jax.vocabulary import Tokens
 from train.errors import UserError
 
 Offsets = npt.NDArray[np.signedinteger[Any]]  # int32; int64 from INT32_LIMIT bytes on

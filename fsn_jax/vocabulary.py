@@ -12,9 +12,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from train.errors import UserError
-
 Unit = Literal["bytes", "characters"]
+
+
+class TextError(ValueError):
+    """A text that the vocabulary cannot encode; one line that names what and where."""
+
 
 NOT_A_TOKEN = 255  # in the table of tokens, unless all 256 byte values are in the vocabulary
 _READ_AT_ONCE = 1 << 22  # bytes: their code points take four times the room
@@ -73,12 +76,12 @@ class Vocabulary:
           source: what to call the text that the vocabulary is of.
 
         Raises:
-          UserError: the text holds what has no token, or is no UTF-8 where characters are needed.
+          TextError: the text holds what has no token, or is no UTF-8 where characters are needed.
         """
         try:
             data = self._values(text)
         except UnicodeDecodeError as error:
-            raise UserError(
+            raise TextError(
                 f"the text is not UTF-8 at byte {error.start}, and the vocabulary of {source} is "
                 f"of characters: correct it"
             ) from None
@@ -87,7 +90,7 @@ class Vocabulary:
             first = int(unknown[0])
             value = int(data[first])
             name = f"byte 0x{value:02x}" if self.unit == "bytes" else f"{chr(value)!r}"
-            raise UserError(
+            raise TextError(
                 f"the text holds {name} at position {first}, which does not "
                 f"occur in {source}, so the model has no token for it: remove it"
             )

@@ -1,0 +1,175 @@
+"""Pretrained language models: folders that ``python -m train export`` writes, ready to use.
+
+A folder holds ``model.safetensors`` (the parameters by their paths, joined by dots) and
+``config.json`` (the model's config, vocabulary and context). Loading one needs this package alone.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+from jaxtyping import Array, Float
+
+from fsn_jax.config import FSNConfig, TransformerConfig, recorded_fields
+from fsn_jax.fsn import FSN
+from fsn_jax.generate import stream
+from fsn_jax.transformer import Transformer
+from fsn_jax.vocabulary import Vocabulary
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model with everything that sampling needs.
+
+    Attributes:
+      model: the Flax module.
+      params: its parameters.
+      vocabulary: the vocabulary of its tokens.
+      context: length of the training windows, in tokens.
+      corpus_name: name of the corpus that the vocabulary comes from.
+    """
+
+    model: FSN | Transformer
+    params: Any
+    vocabulary: Vocabulary
+    context: int
+    corpus_name: str
+
+    def encode(self, text: str | bytes) -> npt.NDArray[np.int32]:
+        """Returns the tokens of a text, int32[n].
+
+        Raises:
+          TextError: the vocabulary has no token for a part of it.
+        """
+        data = text.encode() if isinstance(text, str) else text
+        return self.vocabulary.encode(data, source=self.corpus_name)
+
+    def logits(self, text: str | bytes) -> Float[Array, "B L V"]:
+        """Returns the logits after each token of a text, as a batch of one."""
+        logits: Array = self.model.apply({"params": self.params}, self.encode(text)[None])
+        return logits
+
+    def states(self, text: str | bytes) -> Float[Array, "B L N"]:
+        """Returns what the readout reads, as a batch of one: an FSN's phases, in radians."""
+        tokens = self.encode(text)[None]
+        states: Any = self.model.apply({"params": self.params}, tokens, method="states")
+        return states
+
+    def sample(self, prompt: str | bytes, **settings: Any) -> str:
+        """Returns the text that follows a prompt; settings as for ``stream``."""
+        return b"".join(self.stream(prompt, **settings)).decode(errors="replace")
+
+    def stream(
+        self,
+        prompt: str | bytes,
+        *,
+        num_tokens: int = 400,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: Sequence[str | bytes] = (),
+        seed: int = 0,
+    ) -> Iterator[bytes]:
+        """Yields the bytes that follow a prompt, a few at a time.
+
+        Args:
+          prompt: what the text begins with; at least one token.
+          num_tokens: number of tokens to draw.
+          temperature: divides the logits; 0 takes the likeliest token.
+          top_k: draw from the k likeliest tokens; 0 means all.
+          top_p: draw from the likeliest tokens that hold this probability; 1 means all.
+          stop: the text ends with the first of these that it holds.
+          seed: same seed, same text.
+
+        Raises:
+          ConfigError: a setting is out of range.
+          TextError: the vocabulary has no token for a part of a text.
+        """
+        chunks = stream(
+            self.model,
+            {"params": self.params},
+            jnp.asarray(self.encode(prompt))[None],
+            num_tokens=num_tokens,
+            key=jax.random.key(seed),
+            context=self.context,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop=[self.encode(text).tolist() for text in stop],
+        )
+        for chunk in chunks:
+            yield self.vocabulary.decode(jax.device_get(chunk[0]))
+
+
+def load(folder: str | Path) -> Pretrained:
+    """Reads a folder that ``python -m train export`` wrote.
+
+    Raises:
+      ValueError: a file is missing, damaged, or inconsistent with the others.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        if config["format"] != FORMAT:
+            raise ValueError(f"format {config['format']}, not {FORMAT}")
+        model = _build(config["model_type"], config["model"])
+        words = config["vocabulary"]
+        vocabulary = Vocabulary.from_text(words["values"], words["unit"])
+        context, corpus_name = int(config["context"]), str(words["of"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} is not that of an exported model ({error})") from error
+    try:
+        arrays = safetensors.numpy.load_file(folder / WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}); export it again") from error
+    params = _params(arrays, model, folder / WEIGHTS)
+    return Pretrained(model, params, vocabulary, context, corpus_name)
+
+
+def is_exported(folder: str | Path) -> bool:
+    """Whether a folder holds an exported model."""
+    return (Path(folder) / WEIGHTS).is_file()
+
+
+def flat_params(params: Any) -> dict[str, Any]:
+    """Returns all parameters by their paths, joined by dots."""
+    return {
+        ".".join(entry.key for entry in path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+
+
+def _build(kind: str, fields: Mapping[str, Any]) -> FSN | Transformer:
+    if kind == "fsn":
+        return FSN(FSNConfig(**recorded_fields(FSNConfig, fields)))
+    if kind == "transformer":
+        return Transformer(TransformerConfig(**recorded_fields(TransformerConfig, fields)))
+    raise ValueError(f"model_type {kind!r}")
+
+
+def _params(arrays: Mapping[str, np.ndarray], model: FSN | Transformer, file: Path) -> Any:
+    """Builds the parameter tree of a model from its arrays."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    like = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    wanted = flat_params(like)
+    for name in sorted(wanted.keys() | arrays.keys()):
+        there = (arrays[name].shape, arrays[name].dtype) if name in arrays else None
+        here = (wanted[name].shape, wanted[name].dtype) if name in wanted else None
+        if there != here:
+            raise ValueError(
+                f"{file} does not fit its {CONFIG}: {name} is {there or 'absent'} in the one and "
+                f"{here or 'absent'} in the other; export it again"
+            )
+    leaves = [jnp.asarray(arrays[name]) for name in wanted]  # in the order of the tree
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fsn_jax.torus import phasor
-from train.run import device_description
+from train.provenance import device_description
 
 ELEMENTS = 2_000_000
 ROUNDS = 15

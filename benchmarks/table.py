@@ -32,9 +32,9 @@ from benchmarks.contender import MEASURES, Contender
 from fsn_jax import TransformerConfig
 from train.config import ExperimentConfig
 from train.errors import UserError
-from train.main import load_config
+from train.flags import load_config
 from train.program import Arguments, num_cores, run_program, start_jax
-from train.run import device_description, git_state, package_versions
+from train.provenance import device_description, git_state, package_versions
 
 BASE = "transformer"
 """The contender that the others are compared with."""

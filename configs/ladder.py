@@ -1,4 +1,4 @@
-"""The scale ladder on enwik8: ``python -m train.ladder --config=configs/ladder.py``.
+"""The scale ladder on enwik8: ``python -m train ladder --config=configs/ladder.py``.
 
 One rung is one ARM after the colon, too: ``python -m train --config=configs/ladder.py:fsn_4m``.
 Both arms of a rung have the same number of parameters within 1%, the same batches and the same

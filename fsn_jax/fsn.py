@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from fsn_jax.attention import FrustratedAttention, LayerCache
 from fsn_jax.config import FSNConfig
 from fsn_jax.feedforward import CollectiveModes, PhasorSwiGLU
+from fsn_jax.lookup import lookup
 from fsn_jax.torus import Complex, features, order_parameter, phasor
 
 
@@ -134,4 +135,4 @@ class PhaseEmbedding(nn.Module):
         c = self.config
         shape = (c.vocab_size, c.num_phases)
         angles = self.param("angles", embedding_start(c), shape, jnp.float32)
-        return jnp.take(angles, tokens, axis=0)
+        return lookup(angles, tokens)

@@ -16,6 +16,7 @@ from fsn_jax.causal import causal_sum, merge_heads, split_heads
 from fsn_jax.config import TransformerConfig
 from fsn_jax.feedforward import SwiGLU
 from fsn_jax.fsn import Cache, sum_in_float32
+from fsn_jax.lookup import lookup
 from fsn_jax.torus import Complex, multiply, rotary_phasor
 
 RMS_EPSILON = 1e-6
@@ -133,7 +134,7 @@ class Transformer(nn.Module):
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
         """Logits, float32, before any softmax."""
-        x = self.embedding(tokens)
+        x = lookup(self.embedding.embedding, tokens)
         for block in self.blocks:
             x = block(x)
         return self._logits(x)
@@ -145,7 +146,7 @@ class Transformer(nn.Module):
 
         They are NaN for tokens that the cache has no room for.
         """
-        x = self.embedding(tokens)
+        x = lookup(self.embedding.embedding, tokens)
         layers = []
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x, layer = block.extend(x, layer, cache.position)

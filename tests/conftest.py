@@ -14,7 +14,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 if TYPE_CHECKING:
-    from train.corpus import Corpus
+    from train.data.corpus import Corpus
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

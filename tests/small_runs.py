@@ -22,12 +22,12 @@ from train.config import (
     TrainingConfig,
     experiment,
 )
-from train.corpus import SPLITS, Corpus, SplitInfo, write_manifest
-from train.fetch import file_sha256
+from train.data.corpus import SPLITS, Corpus, SplitInfo, write_manifest
+from train.files import file_sha256
 from train.loop import Outcome
+from train.mesh import data_mesh
 from train.metrics import read_rows
 from train.run import create_or_resume
-from train.step import data_mesh
 
 ALPHABET = b"abcdefghijkl"
 CONTEXT, BATCH = 16, 16

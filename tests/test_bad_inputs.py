@@ -20,8 +20,10 @@ import jax
 import pytest
 from small_runs import run_to_the_end, text_of, write_corpus
 
-from train import evaluate, export, final_test, inspect, loop, main, prepare, sample
-from train.corpus import read_corpus
+from train import __main__ as front
+from train import loop
+from train.data.corpus import read_corpus
+from train.flags import parse_config
 from train.program import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -428,13 +430,13 @@ CASES = [
         f"{FRESH} --config.data.name=enwik8 --config.data.path=corpus/train.bin",
         "no source gave enwik8 (corpus/train.bin: holds 4000 bytes, expected 100000000); get "
         "enwik8 or enwik8.zip yourself and name it: --config.data.path=FILE (of train) "
-        "or --path=FILE (of train.prepare)",
+        "or --path=FILE (of train prepare)",
     ),
     Case(
         "a prepared corpus cut short",
         TRAIN,
         "the prepared corpus is damaged: corpus/train.bin holds 2000 bytes, not 4000; "
-        "delete corpus and start again, or prepare it with `python -m train.prepare`",
+        "delete corpus and start again, or prepare it with `python -m train prepare`",
         cut("corpus/train.bin"),
     ),
     Case(
@@ -442,7 +444,7 @@ CASES = [
         TRAIN,
         "the prepared corpus is damaged: corpus/train.bin has SHA-256 "
         "54d9f0d03eaf5830d4de33adc504a4bf7be6df9c7f1238ecf9906f8594518471; delete "
-        "corpus and start again, or prepare it with `python -m train.prepare`",
+        "corpus and start again, or prepare it with `python -m train prepare`",
         write("corpus/train.bin", text_of(4000, 5)),
     ),
     Case(
@@ -450,7 +452,7 @@ CASES = [
         TRAIN,
         "the prepared corpus is damaged: corpus/manifest.json cannot be read (Expecting "
         "value: line 1 column 1 (char 0)); delete corpus and start again, or prepare it "
-        "with `python -m train.prepare`",
+        "with `python -m train prepare`",
         write("corpus/manifest.json", b""),
     ),
     Case(
@@ -563,53 +565,53 @@ CASES = [
     ),
     Case(
         "inspecting without a config",
-        "train.inspect --json",
+        "train inspect --json",
         "--config=FILE is needed, for instance --config=configs/quickstart.py",
     ),
     Case(
         "evaluating what is no run",
-        "train.evaluate corpus",
+        "train evaluate corpus",
         "corpus is not a run folder (no config.json); train one first",
     ),
     Case(
         "evaluating without naming a run",
-        "train.evaluate",
-        "the following arguments are required: run; see python -m train.evaluate --help",
+        "train evaluate",
+        "the following arguments are required: run; see python -m train evaluate --help",
     ),
     Case(
         "evaluating a run without a checkpoint",
-        "train.evaluate run",
+        "train evaluate run",
         "the run run has no checkpoint yet: train it as far as its first one",
         no_checkpoint,
     ),
     Case(
         "a checkpoint that was not kept",
-        "train.evaluate run --checkpoint=7",
+        "train evaluate run --checkpoint=7",
         "--checkpoint must be best, latest or a step among 10; got '7'",
     ),
     Case(
         "a stride of evaluation below zero",
-        "train.evaluate run --stride=-1",
+        "train evaluate run --stride=-1",
         "--stride must be from 1 to the run's context (16), or 0 for the run's own; got -1",
     ),
     Case(
         "a stride of evaluation beyond the context",
-        "train.evaluate run --stride=17",
+        "train evaluate run --stride=17",
         "--stride must be from 1 to the run's context (16), or 0 for the run's own; got 17",
     ),
     Case(
         "a misspelled option",
-        "train.evaluate run --strid=x",
-        "argument --stride: invalid int value: 'x'; see python -m train.evaluate --help",
+        "train evaluate run --strid=x",
+        "argument --stride: invalid int value: 'x'; see python -m train evaluate --help",
     ),
     Case(
         "the final test of what is no run",
-        "train.final_test corpus",
+        "train test corpus",
         "corpus is not a run folder (no config.json); train one first",
     ),
     Case(
         "the final test on another corpus",
-        "train.final_test run",
+        "train test run",
         "the corpus 'text' has changed since the run in run started (sha256 "
         "c7071c378052 then, 9e4f57a72767 now); restore the data or choose another "
         "folder with --config.run_dir=FOLDER",
@@ -617,92 +619,82 @@ CASES = [
     ),
     Case(
         "an empty prompt",
-        "train.sample run --prompt=",
+        "train sample run --prompt=",
         "--prompt must not be empty: the first character needs one before it",
     ),
     Case(
         "a byte that the corpus does not have",
-        "train.sample run --prompt=abcz",
+        "train sample run --prompt=abcz",
         "--prompt: the text holds byte 0x7a at position 3, which does not occur in "
         "text, so the model has no token for it: remove it",
     ),
     Case(
         "an empty text to stop at",
-        "train.sample run --stop=",
+        "train sample run --stop=",
         "--stop must not be empty: name the text that ends the sample",
     ),
     Case(
         "a text to stop at that the corpus cannot write",
-        "train.sample run --prompt=abc --stop=a --stop=z",
+        "train sample run --prompt=abc --stop=a --stop=z",
         "--stop: the text holds byte 0x7a at position 0, which does not occur in "
         "text, so the model has no token for it: remove it",
     ),
     Case(
         "a negative temperature",
-        "train.sample run --temperature=-1",
+        "train sample run --temperature=-1",
         "--temperature must be finite and not negative; got -1.0",
     ),
     Case(
         "drawing from no probability",
-        "train.sample run --top_p=0",
+        "train sample run --top_p=0",
         "--top_p must be above 0 and at most 1; got 0.0",
     ),
     Case(
         "drawing from a negative number of tokens",
-        "train.sample run --top_k=-1",
+        "train sample run --top_k=-1",
         "--top_k must not be negative; got -1",
     ),
     Case(
         "a sample of no length",
-        "train.sample run --num_tokens=0",
+        "train sample run --num_tokens=0",
         "--num_tokens must be at least 1; got 0",
     ),
     Case(
         "a sample's length in words",
-        "train.sample run --num_tokens=many",
-        "argument --num_tokens: invalid int value: 'many'; see python -m train.sample --help",
+        "train sample run --num_tokens=many",
+        "argument --num_tokens: invalid int value: 'many'; see python -m train sample --help",
     ),
     Case(
         "a seed that is too large",
-        "train.sample run --seed=99999999999999999999",
+        "train sample run --seed=99999999999999999999",
         "--seed must be from 0 to 2**31 - 1; got 99999999999999999999",
     ),
     Case(
         "exporting to a folder that is there",
-        "train.export run corpus",
+        "train export run corpus",
         "corpus is there already; remove it or name another folder",
     ),
     Case(
         "preparing characters of a corpus of bytes",
-        "train.prepare --name=enwik8 --vocabulary=characters",
+        "train prepare --name=enwik8 --vocabulary=characters",
         "--vocabulary=characters is for --name=text; got --name=enwik8",
     ),
     Case(
         "preparing an unknown corpus",
-        "train.prepare --name=enwik9",
+        "train prepare --name=enwik9",
         "config.data.name=enwik9 is not known: choose one of enwik8, pycode, codeparrot, text",
     ),
     Case(
         "preparing a text that is not there",
-        "train.prepare --name=text --path=nowhere.txt",
+        "train prepare --name=text --path=nowhere.txt",
         "config.data.path=nowhere.txt does not exist: name a file, a folder or a pattern",
     ),
     Case(
         "a misspelled option of prepare",
-        "train.prepare --nmae=text",
-        "unrecognized arguments: --nmae=text; see python -m train.prepare --help",
+        "train prepare --nmae=text",
+        "unrecognized arguments: --nmae=text; see python -m train prepare --help",
     ),
 ]
-
-PROGRAMS = {
-    "train": main.program,
-    "train.evaluate": evaluate.program,
-    "train.export": export.program,
-    "train.final_test": final_test.program,
-    "train.inspect": inspect.program,
-    "train.prepare": prepare.program,
-    "train.sample": sample.program,
-}
 
 
 @pytest.fixture(scope="module")
@@ -713,7 +705,7 @@ def prepared(tmp_path_factory, quick_compiles) -> Path:
     (work / "small.py").write_text(CONFIG)
     (work / "configs").symlink_to(ROOT / "configs")
     with contextlib.chdir(work):
-        experiment = main.parse_config(["train", "--config=small.py"])
+        experiment = parse_config(["train", "--config=small.py"])
         run_to_the_end(experiment, read_corpus(Path("corpus")))
     return work
 
@@ -755,8 +747,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def run_here(command: str) -> int:
-    name, *arguments = shlex.split(command)
-    return run_program(PROGRAMS[name], [name, *arguments])
+    return run_program(front.program, shlex.split(command))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.about.replace(" ", "_"))
@@ -778,7 +769,7 @@ def test_a_wrong_input_is_one_line_and_costs_nothing(case, work, capfd, no_compi
 PROCESSES = [
     Case(
         "a damaged checkpoint",
-        "train.evaluate run",
+        "train evaluate run",
         "the checkpoint run/checkpoints/10 is damaged (state/manifest.ocdbt is missing); name "
         "another with --checkpoint=STEP, or go on training, from the newest whole one",
         damaged_checkpoint,

@@ -17,7 +17,7 @@ from fsn_jax.causal import (
 )
 from fsn_jax.kernels import xla
 from fsn_jax.kernels.xla import BLOCK, MAX_STRETCHES
-from train.step import data_mesh
+from train.mesh import data_mesh
 
 # float32 sums over at most 30 terms in another order; bfloat16 has 8 bits of mantissa.
 TOLERANCE = {"float32": {"rtol": 1e-4, "atol": 1e-5}, "bfloat16": {"rtol": 0.1, "atol": 0.1}}

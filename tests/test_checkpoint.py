@@ -14,8 +14,9 @@ from fsn_jax import FSNConfig, TransformerConfig
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig, OptimizerConfig
 from train.errors import UserError
+from train.mesh import replicated
 from train.optimizer import make_optimizer
-from train.step import Tally, TrainState, abstract_state, build_model, replicated
+from train.step import Tally, TrainState, abstract_state, build_model
 
 OPTIMIZER = make_optimizer(OptimizerConfig(), 100)
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from small_runs import write_evaluation, write_record
 
-from train import compare
+from train.analysis import compare
 
 FSN = ((3.0, 2.40, 2.00), (3.2, 2.44, 2.02))
 TRANSFORMER = ((2.9, 2.50, 2.21), (2.7, 2.54, 2.25))

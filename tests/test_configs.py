@@ -14,8 +14,8 @@ from small_runs import mesh_of
 
 from configs import ablations, enwik8, ladder
 from train.config import ExperimentConfig
+from train.flags import load_config
 from train.loop import check_devices, train_steps_of
-from train.main import load_config
 from train.optimizer import make_optimizer
 from train.step import abstract_state, build_model, init_state
 

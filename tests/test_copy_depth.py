@@ -10,11 +10,11 @@ import test_induction
 from test_suffix_match import by_definition
 
 from fsn_jax import FSN, FSNConfig
-from train import copy_depth
-from train.arms import read_run
-from train.copy_depth import BUCKETS, find_cell, tabulate
+from train.analysis import copy_depth
+from train.analysis.copy_depth import BUCKETS, find_cell, tabulate
+from train.analysis.records import read_run
+from train.analysis.suffix_match import SuffixMatch, match_suffixes
 from train.errors import UserError
-from train.suffix_match import SuffixMatch, match_suffixes
 
 LETTERS = 4
 RIGHT = 0.9  # what the copier below gives to the character it expects

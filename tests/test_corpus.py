@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import prepare
-from train.corpus import SPLITS, Corpus, default_cache, open_corpus
-from train.datasets.files import contents, find_files, plan_splits
-from train.datasets.pinned import ENWIK8, PINNED, Pinned, PinnedFile
-from train.datasets.python_files import is_test, split_of
+from train.data import prepare
+from train.data.corpus import SPLITS, Corpus, default_cache
+from train.data.pinned import ENWIK8, PINNED, Pinned, PinnedFile
+from train.data.prepare import open_corpus
+from train.data.python_files import is_test, split_of
+from train.data.user_files import contents, find_files, plan_splits
 from train.errors import UserError
 from train.program import run_program
 
@@ -70,7 +71,7 @@ RAW_SPLITS = {"train": RAW[:90_000], "validation": RAW[90_000:95_000], "test": R
 def small_enwik8(tmp_path, monkeypatch) -> Path:
     pin(monkeypatch, "enwik8", {"enwik8": RAW}, RAW_SPLITS)
     # Many records, an odd number of bytes each: their order and their edges must not show.
-    monkeypatch.setattr("train.datasets.enwik8.RECORD_BYTES", 777)
+    monkeypatch.setattr("train.data.enwik8.RECORD_BYTES", 777)
     file = tmp_path / "raw"
     file.write_bytes(RAW)
     return file
@@ -156,7 +157,7 @@ def test_opening_a_prepared_corpus_needs_neither_tfds_nor_grain(tmp_path, cache)
 import sys
 for name in ("tensorflow_datasets", "tensorflow", "grain", "array_record", "jax"):
     sys.modules[name] = None  # an import of it fails
-from train.corpus import open_corpus
+from train.data.prepare import open_corpus
 for path in ({str(tmp_path / "own.txt")!r}, {str(corpus.folder)!r}):
     corpus = open_corpus(name="text", path=path, cache_dir={str(cache)!r})
     print(corpus.sha256, corpus.tokens("train").size)
@@ -225,7 +226,7 @@ def test_splits_cannot_be_written_to(corpus):
 
 def test_the_test_split_is_kept_for_its_own_command(corpus):
     for read in (corpus.split, corpus.tokens):
-        with pytest.raises(UserError, match="train.final_test"):
+        with pytest.raises(UserError, match="train test"):
             read("test")
         assert read("test", allow_test=True).size == 2500
     with pytest.raises(UserError, match="no split 'dev': choose one of train, validation, test"):
@@ -303,7 +304,7 @@ def test_a_manifest_cannot_pass_for_a_pinned_corpus(small_enwik8, cache, monkeyp
 
 
 def test_a_file_is_split_by_position(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr("train.datasets.text.RECORD_BYTES", 999)
+    monkeypatch.setattr("train.data.text.RECORD_BYTES", 999)
     text = bytes(range(256)) * 200 + b"\0\0end"  # binary is fine
     (tmp_path / "own.bin").write_bytes(text)
     corpus = opened("text", tmp_path / "own.bin", cache)
@@ -590,8 +591,8 @@ def test_a_prepared_folder_of_another_corpus_is_refused(corpus):
 
 def test_without_tensorflow_datasets_the_remedies_are_named(tmp_path, cache, monkeypatch):
     own = write(tmp_path / "own.txt", text_of(50_000))
-    for module in [name for name in sys.modules if name.startswith("train.datasets.")]:
-        if module.endswith(("records", "text")):
+    for module in [name for name in sys.modules if name.startswith("train.data.")]:
+        if module.endswith((".builder", ".text")):
             monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(UserError, match="pip install tensorflow-datasets .* carry a prepared"):

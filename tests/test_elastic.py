@@ -22,19 +22,14 @@ from test_preemption import terminate_in_dispatch
 
 from train import loop
 from train.config import OptimizerConfig
-from train.corpus import Corpus
-from train.data import WindowOrder
+from train.data.corpus import Corpus
+from train.data.windows import WindowOrder
 from train.errors import TryAgain
 from train.loop import Outcome
+from train.mesh import divided_axis
 from train.optimizer import make_optimizer
 from train.run import create_or_resume, open_run
-from train.step import (
-    abstract_state,
-    build_model,
-    divided_axis,
-    init_state,
-    make_train_steps,
-)
+from train.step import abstract_state, build_model, init_state, make_train_steps
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from train import fetch as fetching
-from train.datasets.pinned import PINNED
+from train.data import fetch as fetching
+from train.data.fetch import LocalFile, PackageFile, SourceFailure, UrlArchive, copy_member, fetch
+from train.data.pinned import PINNED
 from train.errors import UserError
-from train.fetch import LocalFile, PackageFile, SourceFailure, UrlArchive, copy_member, fetch
 
 CONTENT = random.Random(0).randbytes(10_000)  # does not compress
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

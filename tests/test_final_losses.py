@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_runs import write_record
 
-from train import final_losses
+from train.analysis import final_losses
 from train.errors import UserError
 
 

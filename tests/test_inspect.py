@@ -10,9 +10,9 @@ import small_runs
 from flax.traverse_util import flatten_dict
 
 from train import inspect
-from train.data import WindowOrder, host_batches
+from train.data.windows import WindowOrder, host_batches
 from train.errors import UserError
-from train.main import parse_config
+from train.flags import parse_config
 from train.step import build_model
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

@@ -13,7 +13,7 @@ import small_runs
 
 from train import finish, ladder
 from train import main as train_main
-from train.arms import read_run
+from train.analysis.records import read_run
 from train.errors import TryAgain, UserError
 from train.metrics import read_rows
 from train.program import num_cores, run_program
@@ -213,7 +213,7 @@ def test_runs_side_by_side_have_cores_of_their_own(arms, monkeypatch):
 def test_a_killed_ladder_goes_on_where_it_stopped(arms):
     """Real processes: killed in its first arm, run again, both arms end with every row."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "train.ladder", f"--config={arms}", "--output=out.json"]
+    command = [sys.executable, "-m", "train", "ladder", f"--config={arms}", "--output=out.json"]
     steps = ["--config.training.num_steps=2000"]
     with subprocess.Popen(
         command + steps, env=environment, start_new_session=True, stdout=subprocess.DEVNULL

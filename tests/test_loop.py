@@ -29,12 +29,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fsn_jax import FSN
 from train import loop
 from train.config import ExperimentConfig
-from train.corpus import Corpus
-from train.data import WindowOrder
-from train.loop import DivergedError, Evaluator, cpu_devices, parts_of_batch
+from train.data.corpus import Corpus
+from train.data.windows import WindowOrder
+from train.evaluate import Evaluator
+from train.loop import DivergedError, cpu_devices, parts_of_batch
+from train.mesh import replicated
 from train.metrics import RowLog, read_rows
 from train.run import open_run
-from train.step import build_model, make_evaluate_rows, replicated
+from train.step import build_model, make_evaluate_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -20,7 +20,7 @@ from small_runs import (
 )
 
 from train import bucket, integrity, loop, mirror, preemption
-from train.corpus import open_corpus
+from train.data.prepare import open_corpus
 from train.errors import TryAgain, UserError
 from train.metrics import read_rows
 from train.mirror import Mirror

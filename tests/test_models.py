@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fsn_jax import FSN, Transformer
-from train.step import data_mesh
+from train.mesh import data_mesh
 
 MODELS = {
     "fsn": lambda **changes: FSN(cases.fsn_config(**changes)),

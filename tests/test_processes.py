@@ -11,7 +11,7 @@ import real_runs
 from small_runs import SAME_LOSS, assert_equal_trees, largest_difference, rows_of
 
 from train.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, UserError
-from train.main import parse_options
+from train.flags import parse_options
 from train.processes import Joining
 from train.run import open_run
 

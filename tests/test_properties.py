@@ -31,15 +31,15 @@ from small_runs import (
 
 from fsn_jax import FSNConfig, TransformerConfig
 from train.config import ExperimentConfig
-from train.corpus import Corpus
-from train.data import WindowOrder
-from train.datasets import codeparrot, pycode
-from train.datasets.files import contents, find_files
+from train.data import codeparrot, pycode
+from train.data.corpus import Corpus
+from train.data.fetch import LocalFile, SourceFailure, copy_member
+from train.data.prepare import prepare_corpus
+from train.data.user_files import contents, find_files
+from train.data.windows import WindowOrder
 from train.errors import UserError
-from train.fetch import LocalFile, SourceFailure, copy_member
 from train.loop import check_experiment, train_steps_of
 from train.optimizer import make_optimizer
-from train.prepare import prepare_corpus
 from train.step import build_model, init_state, window_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

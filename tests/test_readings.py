@@ -19,7 +19,7 @@ from fsn_jax.readings import (
     resultant,
     trace_layers,
 )
-from train import readings
+from train.analysis import readings
 from train.errors import UserError
 
 frustration_of = cases.quick_jit(data_frustration, static_argnames="heads_per_phase")

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from fsn_jax.recompute import delay_until, recomputed
 from fsn_jax.torus import Complex
-from train.step import data_mesh
+from train.mesh import data_mesh
 
 SHAPE = (4, 256)
 leaves = jax.tree.leaves

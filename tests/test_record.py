@@ -5,7 +5,7 @@ import json
 import pytest
 import small_runs
 
-from train import figures
+from train.analysis import figures
 from train.errors import UserError
 from train.record import EVIDENCE, record
 

@@ -28,10 +28,11 @@ from small_runs import (
 )
 
 from fsn_jax import FSN
-from train import data, loop, metrics
-from train.arms import read_run
-from train.corpus import Corpus
-from train.data import WindowOrder
+from train import loop, metrics
+from train.analysis.records import read_run
+from train.data import windows
+from train.data.corpus import Corpus
+from train.data.windows import WindowOrder
 from train.errors import EXIT_USER_ERROR, UserError
 from train.run import RunFolder, cannot_write
 from train.spikes import Spikes
@@ -166,14 +167,14 @@ def test_a_clock_that_goes_back_changes_nothing(corpus, whole, tmp_path, monkeyp
 
 def test_a_corpus_too_long_for_the_device_is_refused_before_the_run_folder(corpus, monkeypatch):
     experiment = tiny_experiment(corpus.folder, Path("unused"))
-    monkeypatch.setattr(data, "INT32_LIMIT", 4000)
+    monkeypatch.setattr(windows, "INT32_LIMIT", 4000)
     with pytest.raises(UserError, match="config.data.placement=resident takes corpora below 4000"):
         loop.check_experiment(experiment, corpus, 1)
 
 
 def test_a_missing_grain_is_told_before_the_run_folder(corpus, monkeypatch):
     experiment = tiny_experiment(corpus.folder, Path("unused"), data__placement="host")
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(windows.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="config.data.placement=host needs Grain"):
         loop.check_experiment(experiment, corpus, 1)
 

@@ -14,12 +14,12 @@ import pytest
 from small_runs import write_record
 
 from fsn_jax.readings import LayerState
-from train import final_losses, report
-from train.arms import read_arms
-from train.copy_depth import BUCKETS, FAR, tabulate
+from train.analysis import final_losses, report
+from train.analysis.copy_depth import BUCKETS, FAR, tabulate
+from train.analysis.readings import read_layer
+from train.analysis.records import read_arms
+from train.analysis.suffix_match import match_suffixes
 from train.errors import UserError
-from train.readings import read_layer
-from train.suffix_match import match_suffixes
 
 SAMPLE = "</script><script>document.title = 'broken out'</script> <b>bold</b> &amp; <!-- é"
 

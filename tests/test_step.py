@@ -25,17 +25,16 @@ from small_runs import (
 
 from fsn_jax import FSN
 from train.config import OptimizerConfig
-from train.data import WindowOrder, place_tokens
+from train.data.windows import WindowOrder, place_tokens
+from train.mesh import compiler_options, replicated
 from train.optimizer import make_optimizer
 from train.step import (
     TrainState,
     abstract_state,
     build_model,
-    compiler_options,
     init_state,
     make_evaluate_rows,
     make_train_steps,
-    replicated,
     window_loss,
 )
 
@@ -254,7 +253,7 @@ def test_no_sum_of_a_step_goes_to_a_library(monkeypatch):
 
     assert compiler_options(mesh_of(1))
     assert library_sums(program()) == 0
-    monkeypatch.setattr("train.step.YNN_FOR_PRODUCTS", {"xla_cpu_a_flag_of_no_version": "1"})
+    monkeypatch.setattr("train.mesh.YNN_FOR_PRODUCTS", {"xla_cpu_a_flag_of_no_version": "1"})
     assert not compiler_options(mesh_of(1))
     assert library_sums(program()) > 0
 

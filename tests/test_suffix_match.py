@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from train.suffix_match import CHUNK, match_suffixes
+from train.analysis.suffix_match import CHUNK, match_suffixes
 
 
 def by_definition(window):

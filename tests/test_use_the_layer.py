@@ -13,7 +13,7 @@ from flax import nnx
 
 from fsn_jax import FrustratedAttention, FSNConfig
 from fsn_jax.coupling import coupling_update
-from train.corpus import open_corpus
+from train.data.prepare import open_corpus
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "use_the_layer.md"
 TEXT = PAGE.read_text()

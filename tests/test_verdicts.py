@@ -5,10 +5,10 @@ import math
 import pytest
 from small_runs import write_record
 
-from train import verdicts
-from train.arms import Arm, read_arms
-from train.copy_depth import BUCKETS, DISTANCES, EVENTS
-from train.verdicts import NotComparableError, NotRunError
+from train.analysis import verdicts
+from train.analysis.copy_depth import BUCKETS, DISTANCES, EVENTS
+from train.analysis.records import Arm, read_arms
+from train.analysis.verdicts import NotComparableError, NotRunError
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ from hypothesis import given
 
 from train import evaluate, final_test, main, sample
 from train.config import DataConfig
-from train.corpus import open_corpus, read_corpus
+from train.data.corpus import read_corpus
+from train.data.prepare import open_corpus
+from train.data.vocabulary import Vocabulary, code_points
 from train.errors import UserError
 from train.metrics import read_rows
-from train.vocabulary import Vocabulary, code_points
 
 LETTERS = "abc déé ß жи 語🙂\n"
 

@@ -44,8 +44,8 @@ def test_a_wheel_installs_and_runs_from_an_empty_folder(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         names = packed.namelist()
-    assert {"fsn_jax/py.typed", "train/datasets/text.py", "train/standalone_sample.py"} <= {*names}
-    data = [p.relative_to(ROOT).as_posix() for p in (ROOT / "train").glob("*.html")]
+    assert {"fsn_jax/py.typed", "train/data/text.py", "train/standalone_sample.py"} <= {*names}
+    data = [p.relative_to(ROOT).as_posix() for p in (ROOT / "train").rglob("*.html")]
     assert {*data} <= {*names}
     assert not [name for name in names if name.startswith(("tests", "configs", "benchmarks"))]
 
@@ -60,4 +60,4 @@ def test_a_wheel_installs_and_runs_from_an_empty_folder(tmp_path):
     run(python, "-c", FORWARD.replace("VERSION", repr(version)), cwd=empty)
     assert "--config=configs/quickstart.py" in run(python, "-m", "train", "--help", cwd=empty)
     for name in ("sample", "evaluate", "export", "inspect", "prepare"):
-        assert "usage: python -m train" in run(python, "-m", f"train.{name}", "--help", cwd=empty)
+        assert "usage: python -m train" in run(python, "-m", "train", name, "--help", cwd=empty)

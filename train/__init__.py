@@ -1,1 +1,1 @@
-"""Programs that prepare text, train, evaluate and sample. Run one with `python -m train`."""
+"""Programs that prepare text, train, evaluate and sample: `python -m train --help` lists them."""

@@ -1,6 +1,90 @@
-"""``python -m train``."""
+"""``python -m train --config=FILE[:ARM]`` trains; ``python -m train NAME ...`` runs a program."""
 
-from train.main import main
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from train.errors import UserError
+from train.program import run_program
+
+
+class Entry(NamedTuple):
+    """A program of the command line.
+
+    Attributes:
+      module: the module whose ``program(argv)`` runs it.
+      about: what it does, in one line.
+    """
+
+    module: str
+    about: str
+
+
+PROGRAMS = {
+    "prepare": Entry("train.data.prepare", "prepares a corpus, for a machine without a network"),
+    "inspect": Entry("train.inspect", "parameters, FLOPs, memory and first batch of a run to come"),
+    "ladder": Entry("train.ladder", "trains every arm of a config file, one by one"),
+    "evaluate": Entry("train.evaluate", "loss over the whole validation split"),
+    "test": Entry("train.final_test", "loss on the test split, read once and recorded"),
+    "sample": Entry("train.sample", "text from a trained model"),
+    "export": Entry("train.export", "a trained model in the Hugging Face hub's layout"),
+    "record": Entry("train.record", "copies the evidence of finished runs to results/"),
+    "compare": Entry("train.analysis.compare", "two arms over their seeds, with standard errors"),
+    "final_losses": Entry("train.analysis.final_losses", "final losses of arms, or against size"),
+    "copy_depth": Entry("train.analysis.copy_depth", "loss by copy depth"),
+    "readings": Entry("train.analysis.readings", "the coupling of a trained FSN, layer by layer"),
+    "figures": Entry("train.analysis.figures", "loss curves of runs"),
+    "report": Entry("train.analysis.report", "one interactive HTML page of runs"),
+    "claims": Entry("train.analysis.claims", "judges the paper's claims by the recorded runs"),
+}
+
+HELP = """\
+python -m train --config=FILE[:ARM] [--config.FIELD=VALUE ...] [OPTION ...]
+  trains a run, or goes on with one that was interrupted
+python -m train NAME ...
+  runs another program; python -m train NAME --help describes it
+
+{programs}
+
+Training, for instance: python -m train --config=configs/quickstart.py
+
+Any setting of the file can be changed: --config.training.num_steps=500, for instance.
+train/config.py and fsn_jax/config.py tell what each one means. --profile=FIRST:LAST writes a trace
+of these steps to the run's folder.
+
+Many processes train as one when each starts the same command with --distributed (on a Cloud TPU
+slice, under SLURM or Open MPI, which tell JAX the rest), or anywhere with --coordinator=HOST:PORT
+--num_processes=N --process_id=0 to N-1. The run folder must be one that all of them see.
+
+The exit status is 0 at the end, 2 for a mistake (one line says which), 75 when the run was told to
+stop or lost a process: start it again."""
+
+
+def program(argv: Sequence[str]) -> None:
+    """Runs the program that ``argv[1]`` names, or trains if that is an option.
+
+    Each program's module is imported only when it runs.
+
+    Raises:
+      UserError: there is no such program, or it raises it.
+    """
+    name = argv[1] if len(argv) > 1 else ""
+    if name in PROGRAMS:
+        module = importlib.import_module(PROGRAMS[name].module)
+        module.program([f"train {name}", *argv[2:]])
+    elif name and not name.startswith("-"):
+        near = difflib.get_close_matches(name, PROGRAMS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "python -m train --help lists them"
+        raise UserError(f"there is no program {name!r}; {hint}")
+    elif {"-h", "--help"} & {*argv}:
+        width = max(map(len, PROGRAMS))
+        listed = (f"  {name:{width}}  {entry.about}" for name, entry in PROGRAMS.items())
+        print(HELP.format(programs="\n".join(listed)))
+    else:
+        importlib.import_module("train.main").program(argv)
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(program, sys.argv))

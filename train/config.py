@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from fsn_jax import FSNConfig, TransformerConfig
 from fsn_jax.config import ConfigError, check_at_least, check_fields, check_positive
 from train.bucket import is_remote
+from train.data.vocabulary import Unit
 from train.errors import UserError
-from train.vocabulary import Unit
 
 ModelConfig = FSNConfig | TransformerConfig
 ARCHITECTURES: dict[str, type[FSNConfig] | type[TransformerConfig]] = {
@@ -149,7 +149,7 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Validation during the run; ``python -m train.evaluate`` covers the whole split.
+    """Validation during the run; ``python -m train evaluate`` covers the whole split.
 
     Attributes:
       every: steps between evaluations.

@@ -1,4 +1,4 @@
-"""``python -m train.evaluate RUN``: the loss over the whole validation split, and nothing else.
+"""``python -m train evaluate RUN``: the loss over the whole validation split, and nothing else.
 
 Each result is printed and added to the run's ``evaluations.jsonl``.
 """
@@ -6,21 +6,64 @@ Each result is printed and added to the run's ``evaluations.jsonl``.
 import dataclasses
 import datetime
 import json
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from train.config import ExperimentConfig
+from train.data.windows import evaluation_windows
 from train.errors import UserError
 from train.load import TrainedModel, load
-from train.loop import Evaluator
+from train.mesh import DATA_AXIS, placed
 from train.metrics import bits_per_character
-from train.program import Arguments, run_program, start_jax
-from train.run import device_description, git_state
+from train.program import Arguments, start_jax
+from train.provenance import device_description, git_state
 from train.step import make_evaluate_rows
+
+
+class Evaluator:
+    """Cross entropy over a split, each character after the first predicted once."""
+
+    def __init__(
+        self, experiment: ExperimentConfig, rows: Callable[..., Any], mesh: jax.sharding.Mesh
+    ):
+        """``rows`` is the compiled ``make_evaluate_rows`` of the model on the mesh."""
+        self._experiment = experiment
+        self._rows = rows
+        self._mesh = mesh
+
+    def __call__(
+        self, params: Any, tokens: np.ndarray, *, stride: int | None = None
+    ) -> tuple[float, int]:
+        """Mean loss in nats per character and the number of characters predicted."""
+        context = self._experiment.data.context
+        batches = evaluation_windows(
+            len(tokens),
+            context,
+            stride or self._experiment.evaluation_stride,
+            self._experiment.evaluation.batch_size,
+        )
+        offsets = np.arange(context + 1)
+        by_row = NamedSharding(self._mesh, P(DATA_AXIS))
+        sums, count = [], 0
+        for starts, scored in batches:
+            # Each process gathers the rows of its own devices.
+            def gathered(index: Any, starts: np.ndarray = starts) -> np.ndarray:
+                return tokens[starts[index[0], None] + offsets]
+
+            shape = (len(starts), context + 1)
+            windows = jax.make_array_from_callback(shape, by_row, gathered)
+            sums.append(self._rows(params, windows, placed(scored, by_row)))
+            count += int(scored.sum())
+        # float64 on the host, in the order of the text: the sum does not depend on the devices.
+        total = sum(np.asarray(rows, np.float64).sum() for rows in sums)
+        return float(total) / count, count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,19 +181,10 @@ def checked_stride(stride: int, experiment: ExperimentConfig) -> int:
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
-    options = parser(__doc__ or "", "python -m train.evaluate").parse_args(argv[1:])
+    options = parser(__doc__ or "", "python -m train evaluate").parse_args(argv[1:])
     start_jax()
     trained = load(options.run, which=options.checkpoint)
     stride = checked_stride(options.stride, trained.experiment)
     result = evaluate(trained, trained.corpus.tokens("validation"), stride=stride)
     append_evaluation(trained.run.path / "evaluations.jsonl", trained, result)
     print(f"validation {result}")
-
-
-def main() -> None:
-    """The command line."""
-    sys.exit(run_program(program, sys.argv))
-
-
-if __name__ == "__main__":
-    main()

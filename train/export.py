@@ -1,11 +1,10 @@
-"""``python -m train.export RUN FOLDER``: a trained model for others, in the hub's layout.
+"""``python -m train export RUN FOLDER``: a trained model for others, in the hub's layout.
 
 The folder holds ``model.safetensors``, ``config.json`` and a model card, and a sampler that runs
 without this package: ``sampler.jax_export`` (StableHLO for CPU, CUDA and TPU) and ``sample.py``.
 """
 
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from jax import Array
 
 from fsn_jax.generate import sample_token
 from train.errors import UserError
-from train.exchange import write_model
+from train.hub import write_model
 from train.load import LanguageModel, load
-from train.program import Arguments, run_program, start_jax
+from train.program import Arguments, start_jax
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SAMPLER, SCRIPT = "sampler.jax_export", "sample.py"
@@ -85,7 +84,7 @@ def export_sampler(trained: LanguageModel) -> bytes:
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
-    p = Arguments(prog="python -m train.export", description=__doc__)
+    p = Arguments(prog="python -m train export", description=__doc__)
     p.add_argument("run", help="a run's folder, for instance runs/quickstart")
     p.add_argument("folder", type=Path, help="a new folder to write to")
     p.add_argument("--checkpoint", default="best", help="best, latest or a step")
@@ -108,12 +107,3 @@ def program(argv: Sequence[str]) -> None:
         raise UserError(f"cannot write {options.folder} ({error.strerror}); name another") from None
     for file in sorted(options.folder.iterdir()):
         print(f"{file.stat().st_size:>12,} bytes  {file}")
-
-
-def main() -> None:
-    """The command line."""
-    sys.exit(run_program(program, sys.argv))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,6 @@
 """Small files that programs write: whole or not at all."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -45,3 +46,9 @@ def check_json_output(output: Path) -> None:
 def write_json(output: Path, content: Any, *, indent: int | None = None) -> None:
     """Writes what a program found; see ``check_json_output``."""
     write_atomically(output, json.dumps(content, indent=indent) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,10 +1,9 @@
-"""``python -m train.final_test RUN``: the loss on the test split, read once and recorded.
+"""``python -m train test RUN``: the loss on the test split, read once and recorded.
 
 The only program that opens the test split. Each use is a line in the run's ``test_reads.jsonl``; a
 checkpoint and stride already read are reported from there, not computed again.
 """
 
-import sys
 from collections.abc import Sequence
 
 from train.bucket import is_remote
@@ -12,12 +11,12 @@ from train.errors import UserError
 from train.evaluate import append_evaluation, checked_stride, evaluate, parser
 from train.load import load
 from train.metrics import read_rows
-from train.program import run_program, start_jax
+from train.program import start_jax
 
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
-    options = parser(__doc__ or "", "python -m train.final_test").parse_args(argv[1:])
+    options = parser(__doc__ or "", "python -m train test").parse_args(argv[1:])
     if is_remote(options.run):
         raise UserError(
             f"the test split is read once and each use recorded in the run's folder; copy "
@@ -37,12 +36,3 @@ def program(argv: Sequence[str]) -> None:
     result = evaluate(trained, trained.corpus.tokens("test", allow_test=True), stride=stride)
     append_evaluation(log, trained, result)
     print(f"test {result}")
-
-
-def main() -> None:
-    """The command line."""
-    sys.exit(run_program(program, sys.argv))
-
-
-if __name__ == "__main__":
-    main()

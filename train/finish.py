@@ -3,16 +3,17 @@
 import json
 from typing import Any
 
+from train.analysis.figures import loss_curve
 from train.config import ExperimentConfig
-from train.corpus import Corpus
-from train.figures import loss_curve
+from train.data.corpus import Corpus
 from train.files import write_atomically
 from train.load import TrainedModel
 from train.loop import Outcome
+from train.mesh import data_mesh, on_host
 from train.metrics import read_rows
 from train.run import RunFolder
 from train.sample import sample_bytes
-from train.step import build_model, data_mesh, on_host
+from train.step import build_model
 
 SAMPLE_LENGTH = 400
 
@@ -63,8 +64,8 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
     )
     print(f"\n{text.decode(errors='replace')}\n")
     print(f"curve     {run.path / 'loss.png'}")
-    print(f"evaluate  python -m train.evaluate {run.path}     (the whole validation split)")
-    print(f"sample    python -m train.sample {run.path} --prompt 'The '")
+    print(f"evaluate  python -m train evaluate {run.path}     (the whole validation split)")
+    print(f"sample    python -m train sample {run.path} --prompt 'The '")
     print(f"watch     tensorboard --logdir {run.path.parent}")
 
 

@@ -1,4 +1,4 @@
-"""``python -m train.inspect --config=FILE[:ARM]``: what a run would be, without training it.
+"""``python -m train inspect --config=FILE[:ARM]``: what a run would be, without training it.
 
 Its parameters, FLOPs, memory, sharding and first batch, for the devices at hand or for a TPU slice
 that is only described (``--topology=v5e:2x4``; needs the libtpu package, not the hardware).
@@ -22,23 +22,18 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from train.config import ExperimentConfig
-from train.corpus import Corpus
-from train.data import WindowOrder
+from train.data.corpus import Corpus
+from train.data.windows import WindowOrder
 from train.errors import UserError
+from train.flags import parse_config
 from train.load import open_experiment_corpus
 from train.loop import check_experiment, cpu_devices, train_steps_of
-from train.main import parse_config
+from train.mesh import by_step_and_row, data_mesh, replicated
 from train.optimizer import DECAYED, group_of, learning_rate_factors, make_optimizer
-from train.program import Arguments, num_cores, run_program, start_jax
-from train.run import default_folder, device_description
-from train.step import (
-    TrainState,
-    abstract_state,
-    build_model,
-    by_step_and_row,
-    data_mesh,
-    replicated,
-)
+from train.program import Arguments, num_cores, start_jax
+from train.provenance import device_description
+from train.run import default_folder
+from train.step import TrainState, abstract_state, build_model
 
 SHOWN_CHARACTERS = 64
 
@@ -447,7 +442,7 @@ def topology_mesh(name: str) -> Mesh:
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
-    p = Arguments(prog="python -m train.inspect", description=__doc__, allow_abbrev=False)
+    p = Arguments(prog="python -m train inspect", description=__doc__, allow_abbrev=False)
     p.add_argument("--json", action="store_true", help="as JSON")
     p.add_argument("--no_compile", action="store_true", help="quicker; without the step's memory")
     p.add_argument("--topology", default="", help="a TPU slice to compile for, such as v5e:2x4")
@@ -471,12 +466,3 @@ def program(argv: Sequence[str]) -> None:
         compiled=not options.no_compile,
     )
     print(json.dumps(dataclasses.asdict(seen), indent=2) if options.json else as_text(seen))
-
-
-def main() -> None:
-    """The command line."""
-    sys.exit(run_program(program, sys.argv))
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orbax.checkpoint.path import atomicity
 
-from train.fetch import file_sha256
+from train.files import file_sha256
 
 HASHES = "hashes.json"
 STEP_METADATA = "_CHECKPOINT_METADATA"

@@ -1,8 +1,8 @@
-"""``python -m train.ladder --config=configs/ladder.py``: trains every arm of a file, one by one.
+"""``python -m train ladder --config=configs/ladder.py``: trains every arm of a file, one by one.
 
 Each arm is a process of its own, ``python -m train --config=FILE:ARM``, on all devices there are. A
 finished arm is skipped, an interrupted one goes on from its checkpoint, a failed one is reported
-and the others run on. Then ``train.final_losses`` tables and draws how they ended. The same command
+and the others run on. Then ``train final_losses`` tables and draws how they ended. The same command
 again does what is left. ``--config.FIELD=VALUE`` is passed on to every arm. ``--at_once=2`` trains
 two side by side on a CPU, each on half of its cores.
 """
@@ -17,12 +17,12 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
-from train import final_losses
+from train.analysis import final_losses
 from train.config import ExperimentConfig
 from train.errors import EXIT_INTERRUPTED, EXIT_TRY_AGAIN, TryAgain, UserError
 from train.files import check_json_output
-from train.main import parse_config
-from train.program import Arguments, run_program
+from train.flags import parse_config
+from train.program import Arguments
 from train.run import default_folder, open_run
 
 PAUSE = 0.2
@@ -206,7 +206,7 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
-    p = Arguments(prog="python -m train.ladder", description=__doc__, allow_abbrev=False)
+    p = Arguments(prog="python -m train ladder", description=__doc__, allow_abbrev=False)
     p.add_argument("--config", required=True, help="a file of arms, for instance configs/ladder.py")
     p.add_argument("--arms", default="", help="some of its arms, with commas between; else all")
     p.add_argument("--seeds", default="0", help="with commas between")
@@ -234,12 +234,3 @@ def program(argv: Sequence[str]) -> None:
         raise UserError(
             f"{len(failed)} of {len(jobs)} runs failed: {listed}; the same command tries them again"
         )
-
-
-def main() -> None:
-    """The command line."""
-    sys.exit(run_program(program, sys.argv))
-
-
-if __name__ == "__main__":
-    main()

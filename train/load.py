@@ -11,12 +11,14 @@ from jax.sharding import Mesh
 from fsn_jax import FSN, Transformer
 from train.checkpoint import Checkpoints
 from train.config import ExperimentConfig
-from train.corpus import Corpus, open_corpus
+from train.data.corpus import Corpus
+from train.data.prepare import open_corpus
+from train.data.vocabulary import Vocabulary
 from train.errors import UserError
+from train.mesh import data_mesh
 from train.optimizer import make_optimizer
 from train.run import RunFolder, open_run, refuse_other_data
-from train.step import abstract_state, build_model, data_mesh
-from train.vocabulary import Vocabulary
+from train.step import abstract_state, build_model
 
 
 @dataclasses.dataclass(frozen=True)

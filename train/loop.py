@@ -14,13 +14,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from train.checkpoint import Checkpoints
 from train.config import ExperimentConfig
-from train.corpus import Corpus
-from train.data import (
+from train.data.corpus import Corpus
+from train.data.windows import (
     WindowOrder,
     check_placement,
     evaluation_windows,
@@ -28,30 +26,23 @@ from train.data import (
     place_tokens,
 )
 from train.errors import TryAgain, UserError
+from train.evaluate import Evaluator
+from train.mesh import by_step_and_row, data_mesh, placed, replicated
 from train.metrics import Metrics, Unwritten
 from train.optimizer import learning_rate, make_optimizer
 from train.preemption import Preemption
 from train.processes import first_does
 from train.profiling import Profiler, Span
-from train.run import (
-    RunFolder,
-    cannot_write,
-    refuse_lost_checkpoints,
-    write_parameter_table,
-    write_provenance,
-)
+from train.provenance import write_provenance
+from train.run import RunFolder, cannot_write, refuse_lost_checkpoints, write_parameter_table
 from train.step import (
-    DATA_AXIS,
     Report,
     TrainState,
     abstract_state,
     build_model,
-    by_step_and_row,
-    data_mesh,
     init_state,
     make_evaluate_rows,
     make_train_steps,
-    replicated,
 )
 
 
@@ -162,45 +153,6 @@ def train_steps_of(
         log_every=experiment.training.log_every,
         layout=experiment.training.parameters,
     )
-
-
-class Evaluator:
-    """Cross entropy over a split, each character after the first predicted once."""
-
-    def __init__(
-        self, experiment: ExperimentConfig, rows: Callable[..., Any], mesh: jax.sharding.Mesh
-    ):
-        """``rows`` is the compiled ``make_evaluate_rows`` of the model on the mesh."""
-        self._experiment = experiment
-        self._rows = rows
-        self._mesh = mesh
-
-    def __call__(
-        self, params: Any, tokens: np.ndarray, *, stride: int | None = None
-    ) -> tuple[float, int]:
-        """Mean loss in nats per character and the number of characters predicted."""
-        context = self._experiment.data.context
-        batches = evaluation_windows(
-            len(tokens),
-            context,
-            stride or self._experiment.evaluation_stride,
-            self._experiment.evaluation.batch_size,
-        )
-        offsets = np.arange(context + 1)
-        by_row = NamedSharding(self._mesh, P(DATA_AXIS))
-        sums, count = [], 0
-        for starts, scored in batches:
-            # Each process gathers the rows of its own devices.
-            def gathered(index: Any, starts: np.ndarray = starts) -> np.ndarray:
-                return tokens[starts[index[0], None] + offsets]
-
-            shape = (len(starts), context + 1)
-            windows = jax.make_array_from_callback(shape, by_row, gathered)
-            sums.append(self._rows(params, windows, _placed(scored, by_row)))
-            count += int(scored.sum())
-        # float64 on the host, in the order of the text: the sum does not depend on the devices.
-        total = sum(np.asarray(rows, np.float64).sum() for rows in sums)
-        return float(total) / count, count
 
 
 def train(
@@ -376,7 +328,7 @@ def _batches(
         tokens = place_tokens(corpus.tokens("train"), replicated(mesh))
         for end in ends:
             starts = order.starts_of_steps(end - per_dispatch, per_dispatch)
-            yield end, (tokens, _placed(starts, by_rows))
+            yield end, (tokens, placed(starts, by_rows))
         return
     # Bytes from the file: this process reads its own rows of each batch and nothing else.
     of_bytes = corpus.unit == "bytes"
@@ -393,11 +345,6 @@ def _batches(
     for end in ends:
         rows = np.stack([next(batches) for _ in range(per_dispatch)])
         yield end, (jax.make_array_from_process_local_data(by_rows, rows, whole),)
-
-
-def _placed(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has whole, of which each device takes its part."""
-    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def _record(

@@ -1,17 +1,16 @@
-"""``python -m train.record RUN ...``: copies the evidence of finished runs to ``results/``.
+"""``python -m train record RUN ...``: copies the evidence of finished runs to ``results/``.
 
 What is copied is small and enough to judge and repeat a run: settings, provenance, losses, speed
 and summary; no checkpoints.
 """
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from train.errors import UserError, unfinished
-from train.program import Arguments, run_program
+from train.program import Arguments
 from train.run import open_run
 
 EVIDENCE = (
@@ -72,19 +71,10 @@ def record(run_dir: str | Path, results: Path, *, allow_modified: bool = False) 
 
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
-    p = Arguments(prog="python -m train.record", description=__doc__)
+    p = Arguments(prog="python -m train record", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of finished runs")
     p.add_argument("--results", type=Path, default=Path("results"))
     p.add_argument("--allow_modified", action="store_true", help="also of uncommitted code")
     options = p.parse_args(argv[1:])
     for run in options.runs:
         print(record(run, options.results, allow_modified=options.allow_modified))
-
-
-def main() -> None:
-    """The command line."""
-    sys.exit(run_program(program, sys.argv))
-
-
-if __name__ == "__main__":
-    main()

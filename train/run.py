@@ -11,17 +11,11 @@
       loss.png  sample.txt  summary.json        when it ends
 """
 
-import datetime
 import errno
 import fcntl
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -32,14 +26,12 @@ from flax.traverse_util import flatten_dict
 
 from train.bucket import is_remote
 from train.config import ExperimentConfig
-from train.corpus import Corpus, default_cache
+from train.data.corpus import Corpus, default_cache
 from train.errors import UserError, no_run
 from train.files import write_atomically
 from train.metrics import read_rows
 from train.mirror import Mirror, fetched_run
 from train.processes import first_does, together
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 _FREE = {
     "run_dir",
@@ -301,34 +293,6 @@ def cannot_write(run: RunFolder, error: BaseException) -> UserError | None:
     )
 
 
-def write_provenance(run: RunFolder, corpus: Corpus, *, resume_step: int) -> None:
-    """Adds an entry for this start: what runs, on what, with which data."""
-    if not run.writes:
-        return
-    file = run.path / "provenance.json"
-    starts = run.read_provenance() if file.exists() else []
-    starts.append({"step": resume_step, **provenance(corpus)})
-    write_atomically(file, json.dumps(starts, indent=2) + "\n")
-
-
-def provenance(corpus: Corpus) -> dict[str, Any]:
-    """What runs now, on what, with which data."""
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
-        "git": git_state(),
-        "python": platform.python_version(),
-        "packages": package_versions(),
-        "device": device_description(),
-        "processes": jax.process_count(),
-        "data": {
-            "name": corpus.name,
-            "sha256": corpus.sha256,
-            "vocabulary": len(corpus.vocabulary),
-        },
-    }
-
-
 def write_parameter_table(run: RunFolder, params: Any) -> None:
     """Writes path, shape, size of every parameter, and the total."""
     if run.writes:
@@ -345,54 +309,3 @@ def parameter_table(params: Any) -> str:
     rows.append(("total", "", f"{total:,}"))
     name, shape, size = (max(len(row[i]) for row in rows) for i in range(3))
     return "".join(f"{r[0]:<{name}}  {r[1]:<{shape}}  {r[2]:>{size}}\n" for r in rows)
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide the numbers."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def device_description() -> str:
-    """For instance ``8 x cpu (Intel ..., 2 cores)``."""
-    devices = jax.devices()
-    kind = devices[0].device_kind
-    if devices[0].platform == "cpu":
-        kind = f"cpu ({_processor()}, {os.cpu_count()} cores)"
-    return f"{len(devices)} x {kind}"
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def git_state() -> dict[str, Any]:
-    """Commit of the code that runs and whether the tree differs from it, but for ``results/``."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=20
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    diff = git("diff", "HEAD", "--", ":(top)", ":(top,exclude)results")
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "modified": bool(diff) if diff is not None else None,
-        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
-    }

@@ -1,4 +1,4 @@
-"""``python -m train.sample RUN``: text from a trained model, printed as it is drawn."""
+"""``python -m train sample RUN``: text from a trained model, printed as it is drawn."""
 
 import codecs
 import itertools
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from fsn_jax.config import ConfigError
 from fsn_jax.generate import check_sampling, stream
 from train.errors import UserError
-from train.exchange import is_exported, read_model
+from train.hub import is_exported, read_model
 from train.load import LanguageModel, load
-from train.program import Arguments, run_program, start_jax
+from train.program import Arguments, start_jax
 
 
 def sample_bytes(
@@ -87,7 +87,7 @@ def write_as_it_comes(chunks: Iterable[bytes], out: TextIO) -> None:
 
 def parser() -> Arguments:
     """The command line."""
-    p = Arguments(prog="python -m train.sample", description=__doc__)
+    p = Arguments(prog="python -m train sample", description=__doc__)
     p.add_argument("run", help="the folder of a run, or of an exported model")
     p.add_argument("--prompt", default="The ", help="what the text begins with")
     p.add_argument(
@@ -159,12 +159,3 @@ def program(argv: Sequence[str]) -> None:
         stop=stop,
     )
     write_as_it_comes(itertools.chain((prompt,), chunks), sys.stdout)
-
-
-def main() -> None:
-    """The command line."""
-    sys.exit(run_program(program, sys.argv))
-
-
-if __name__ == "__main__":
-    main()

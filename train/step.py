@@ -16,16 +16,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt
 
 from fsn_jax import FSN, FSNConfig, Transformer
 from train.config import ModelConfig
-from train.data import gather_windows
-
-DATA_AXIS = "data"
+from train.data.windows import gather_windows
+from train.mesh import (
+    DATA_AXIS,
+    Layout,
+    by_step_and_row,
+    compiler_options,
+    divided_axis,
+    replicated,
+    shardings,
+    spec,
+)
 
 
 @flax.struct.dataclass
@@ -82,68 +89,6 @@ def build_model(config: ModelConfig) -> FSN | Transformer:
     return FSN(config) if isinstance(config, FSNConfig) else Transformer(config)
 
 
-Layout = Literal["replicated", "sharded"]
-
-
-def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with one axis, ``data``, over all devices, those of a process side by side."""
-    devices = devices or jax.devices()
-    # By process, which jax.make_mesh does not promise: so each one's rows of a batch are one slice.
-    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-    return Mesh(np.asarray(ordered), (DATA_AXIS,), axis_types=(AxisType.Auto,))
-
-
-def by_step_and_row(mesh: Mesh) -> NamedSharding:
-    """``[K, B, ...]``: every device has its rows of each of K batches."""
-    return NamedSharding(mesh, P(None, DATA_AXIS))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds all of it."""
-    return NamedSharding(mesh, P())
-
-
-YNN_FOR_PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
-"""XLA's default (jaxlib 0.10.2) hands sums to YNN as well, where the sum over a batch that is the
-gradient of a gain takes as long as a product of matrices (docs/performance.md)."""
-
-
-def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """Options for ``jax.jit`` of a program on these devices."""
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return YNN_FOR_PRODUCTS if on_cpu and _known(**YNN_FOR_PRODUCTS) else {}
-
-
-@functools.cache
-def _known(**options: str) -> bool:
-    """Whether this version of XLA takes the options."""
-    try:
-        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
-
-
-def divided_axis(shape: tuple[int, ...], num_devices: int, layout: Layout) -> int | None:
-    """Along which axis an array of the state is divided: its longest that divides evenly, or none.
-
-    A function of the shape, so that the moments of Adam lie where their parameters do.
-    """
-    if layout == "replicated" or num_devices == 1:
-        return None
-    even = [axis for axis, size in enumerate(shape) if size and size % num_devices == 0]
-    return max(even, key=lambda axis: shape[axis], default=None)
-
-
-def _spec(leaf: Any, mesh: Mesh, layout: Layout) -> P:
-    axis = divided_axis(leaf.shape, mesh.size, layout)
-    return P() if axis is None else P(*[None] * axis, DATA_AXIS)
-
-
-def _shardings(tree: Any, mesh: Mesh, layout: Layout) -> Any:
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf, mesh, layout)), tree)
-
-
 def init_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -155,7 +100,7 @@ def init_state(
     """The state before the first step, born on the mesh."""
     init = _state_maker(model, optimizer)
     shapes = jax.eval_shape(init, np.uint32(seed))
-    return jax.jit(init, out_shardings=_shardings(shapes, mesh, layout))(np.uint32(seed))
+    return jax.jit(init, out_shardings=shardings(shapes, mesh, layout))(np.uint32(seed))
 
 
 def _state_maker(
@@ -189,22 +134,8 @@ def abstract_state(
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        _shardings(shapes, mesh, layout),
+        shardings(shapes, mesh, layout),
     )
-
-
-def on_host(tree: Any) -> Any:
-    """Whole copies of arrays that may be divided among devices of several processes.
-
-    Every process must call it.
-    """
-
-    def copy(leaf: Array) -> np.ndarray:
-        if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        return np.asarray(leaf)
-
-    return jax.tree.map(copy, tree)
 
 
 def window_loss(
@@ -263,7 +194,7 @@ def make_train_steps(
         # Each device differentiates its own share and one all-reduce of the whole tree follows,
         # also with accumulation, where the compiler's own partitioning would reduce once a part.
         axes = [divided(leaf) for leaf in jax.tree.leaves(params)]
-        specs = jax.tree.map(lambda leaf: _spec(leaf, mesh, layout), params)
+        specs = jax.tree.map(lambda leaf: spec(leaf, mesh, layout), params)
 
         def local(params: Any, windows: Array) -> tuple[Array, Any]:
             mean = _mean_gradient(model, _gathered(params, axes), windows, accumulation_steps)

@@ -1,0 +1,145 @@
+"""An exported model: the same bits when read back, and text from it without this package."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import small_runs
+
+from train import export, sample
+from train.errors import UserError
+from train.evaluate import Evaluation, append_evaluation
+from train.hub import flat_params, read_model
+from train.load import load
+from train.program import run_program
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+MODELS = {"fsn": small_runs.TINY_FSN, "transformer": small_runs.TINY_TRANSFORMER}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def exported(request, tmp_path_factory):
+    """A run of each architecture and the folder that it was exported to."""
+    here = tmp_path_factory.mktemp("exported")
+    corpus = small_runs.write_corpus(here / "corpus")
+    experiment = small_runs.tiny_experiment(
+        corpus.folder, here / "run", model=MODELS[request.param], training__num_steps=10
+    )
+    small_runs.run_to_the_end(experiment, corpus)
+    trained = load(here / "run")
+    result = Evaluation(trained.step, 3.21987, 3.21987, 299, small_runs.CONTEXT, 16, 1.0)
+    append_evaluation(here / "run" / "evaluations.jsonl", trained, result)
+    export.program(["export", str(here / "run"), str(here / "shared")])
+    return here / "run", here / "shared"
+
+
+def test_the_parameters_come_back_bit_for_bit(exported):
+    run, folder = exported
+    trained, again = load(run), read_model(folder)
+    small_runs.assert_equal_trees(again.params, trained.params)
+    assert again.model == trained.model
+    assert again.context == small_runs.CONTEXT
+    np.testing.assert_array_equal(again.encode(small_runs.ALPHABET), range(12))
+    # Other programs see them by their names.
+    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
+    assert {name: array.shape for name, array in arrays.items()} == {
+        name: leaf.shape for name, leaf in flat_params(trained.params).items()
+    }
+    assert all(array.dtype == np.float32 for array in arrays.values())
+
+
+def test_the_card_has_the_metadata_that_the_hub_reads(exported):
+    run, folder = exported
+    _, header, text = (folder / "README.md").read_text().split("---\n", 2)
+    metadata = {
+        key: json.loads(value)
+        for key, value in (line.split(": ", 1) for line in header.splitlines())
+    }
+    assert metadata["library_name"] == "fsn_jax"
+    assert metadata["pipeline_tag"] == "text-generation"
+    (row,) = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    (result,) = metadata["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == round(row["bpc"], 4) == 3.2199
+    assert "3.2199 bits per character on 299 bytes" in text
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] in (["FSN"], ["Transformer"])
+
+
+# The package, and what it needs beside jax and numpy, cannot be imported there.
+WITHOUT_THE_PACKAGE = """
+import runpy, sys
+for name in ("fsn_jax", "train", "flax", "optax", "orbax"):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_run_the_export_and_the_bare_sampler_write_the_same_text(exported, capfdbinary):
+    run, folder = exported
+    # Three times around the context.
+    options = ["--prompt=abcd", "--num_tokens=50", "--seed=3", "--top_k=7", "--top_p=0.9"]
+    sample.program(["sample", str(run), *options])
+    expected = capfdbinary.readouterr().out
+    sample.program(["sample", str(folder), *options])
+    assert capfdbinary.readouterr().out == expected
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_THE_PACKAGE, str(folder / "sample.py"), *options],
+        cwd=folder.parent,
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout == expected
+    assert len(expected) == 4 + 50 + 1
+
+
+def test_the_sampler_is_for_every_platform(exported):
+    _, folder = exported
+    blob = bytearray((folder / "sampler.jax_export").read_bytes())
+    assert jax.export.deserialize(blob).platforms == ("cpu", "cuda", "tpu")
+
+
+def without_a_parameter(folder):
+    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
+    arrays.popitem()
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors")
+
+
+DAMAGES = {
+    "cut weights": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 20),
+        "model.safetensors cannot be read",
+    ),
+    "a parameter less": (without_a_parameter, "does not fit its config.json: .* is absent in"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is not that"),
+    "another config": (
+        lambda folder: (folder / "config.json").write_text('{"format": 1, "model_type": "rnn"}'),
+        "config.json is not that of an exported model .*rnn",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_export_is_named(exported, tmp_path, damage):
+    folder = tmp_path / "copy"
+    shutil.copytree(exported[1], folder)
+    spoil, said = DAMAGES[damage]
+    spoil(folder)
+    with pytest.raises(UserError, match=said):
+        read_model(folder)
+
+
+def test_nothing_is_written_over(exported, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    assert run_program(export.program, ["export", str(exported[0]), str(tmp_path / "there")]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert not list((tmp_path / "there").iterdir())

@@ -1,0 +1,1 @@
+"""From the records and checkpoints of runs to tables, pictures and verdicts."""

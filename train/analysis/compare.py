@@ -1,0 +1,247 @@
+"""``python -m train compare RUN ...``: two arms, evaluation by evaluation, over their seeds.
+
+A RUN is a run's folder or its record under ``results/``. Prints, for every evaluation that all runs
+share, mean and sample deviation of both arms and the difference of the means with its standard
+error; then how the arms stand at the end, throughout, and after equal time, as docs/protocol.md
+counts it. Writes the same as JSON and, beside it, as text and as a figure.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from train.analysis import verdicts
+from train.analysis.figures import style
+from train.analysis.records import Arm, RunRecord, read_arms, reference_arm
+from train.analysis.verdicts import STANDARD_ERRORS, Loss
+from train.errors import UserError
+from train.files import check_json_output, write_atomically, write_json
+from train.program import Arguments
+
+FIRST_MILLION = 1_000_000
+
+
+def compare(one: Arm, other: Arm, *, same_budget: bool = True) -> dict[str, Any]:
+    """How arm ``one`` stands to ``other``; differences are ``one`` less ``other``, in BPC.
+
+    Args:
+      one: an arm.
+      other: its reference.
+      same_budget: refuse arms that saw different numbers of characters.
+
+    Returns:
+      ``points``, one an evaluation that all runs share; ``end``, ``throughout``, ``crossing`` (the
+      first number of characters from which ``one`` is below to the end, None if there is none),
+      ``seconds`` of training by the clock of each arm, and ``equal_time``; ``whole_validation`` and
+      ``test`` if every run was evaluated on them; and ``runs``, where they came from.
+
+    Raises:
+      UserError: the arms were not made alike, or share no evaluation.
+    """
+    try:
+        verdicts.check_comparable([one, other], same_budget=same_budget)
+        shared = verdicts.shared_evaluations(one, other)
+    except verdicts.NotComparableError as unlike:
+        raise UserError(f"{one.name} and {other.name} cannot be compared: {unlike}") from None
+    points = [{"characters": seen, **_apart(*losses)} for seen, *losses in shared]
+    above = [i for i, point in enumerate(points) if point["difference"] >= 0]
+    later = points[above[-1] + 1 :] if above else points
+    result: dict[str, Any] = {
+        "arm": one.name,
+        "reference": other.name,
+        "points": points,
+        "end": _apart(*verdicts.final_losses([one, other]))["verdict"],
+        "throughout": _throughout(points),
+        "crossing": later[0]["characters"] if later else None,
+        "seconds": {arm.name: _seconds(arm) for arm in (one, other)},
+        "equal_time": equal_time(one, other),
+        "runs": {arm.name: arm.sources for arm in (one, other)},
+    }
+    for split in ("whole_validation", "test"):
+        ends = [
+            Loss(arm.name, tuple(getattr(run, split) for run in arm.runs)) for arm in (one, other)
+        ]
+        if not any(bpc is None for loss in ends for bpc in loss.values):
+            result[split] = _apart(*ends)
+    return result
+
+
+def _apart(one: Loss, other: Loss) -> dict[str, Any]:
+    apart, error = verdicts.difference(one, other)
+    return {
+        one.arm: {"bpc": list(one.values), "mean": one.mean, "deviation": one.deviation},
+        other.arm: {"bpc": list(other.values), "mean": other.mean, "deviation": other.deviation},
+        "difference": apart,
+        "standard_error": error,
+        "verdict": _WORDS[verdicts.decide(apart, error)[0]],
+    }
+
+
+_WORDS = {"holds": "below", "fails": "above", "undecided": "undecided"}
+
+
+def _throughout(points: Sequence[Mapping[str, Any]]) -> str:
+    """``below`` if decidedly so at each evaluation after the first million characters."""
+    found = {point["verdict"] for point in points if point["characters"] > FIRST_MILLION}
+    return found.pop() if len(found) == 1 else "undecided" if "above" not in found else "mixed"
+
+
+def equal_time(one: Arm, other: Arm) -> dict[str, Any] | None:
+    """The difference when the faster arm has ended, by the clock; None if they share no clock.
+
+    They share none if no speed was logged, or the runs were made on devices of two kinds. Losses
+    between two evaluations are on a straight line. The slower arm is then in the middle of its
+    schedule, with a learning rate that has yet to fall.
+    """
+    first, second = _seconds(one), _seconds(other)
+    devices = {run.provenance[0]["device"] for arm in (one, other) for run in arm.runs}
+    if first is None or second is None or len(devices) > 1:
+        return None
+    seconds = min(first, second)
+    curves = {arm.name: [_by_time(run) for run in arm.runs] for arm in (one, other)}
+    losses = [
+        Loss(
+            name,
+            tuple(
+                float(np.interp(seconds, [s for s, _ in curve], [bpc for _, bpc in curve]))
+                for curve in by_seed
+            ),
+        )
+        for name, by_seed in curves.items()
+    ]
+    return {"seconds": seconds, **_apart(*losses)}
+
+
+def _seconds(arm: Arm) -> float | None:
+    """Of a run's training by its clock, the mean; None if a run did not log its speed."""
+    if not all(run.clock for run in arm.runs):
+        return None
+    return statistics.fmean(max(run.clock.values()) for run in arm.runs)
+
+
+def _by_time(run: RunRecord) -> list[tuple[float, float]]:
+    """``(seconds of training, BPC)`` of each evaluation."""
+    return [(run.clock[seen], bpc) for seen, bpc in run.losses["validation"].items()]
+
+
+def table_text(result: Mapping[str, Any]) -> str:
+    """The table and the summary as they are printed."""
+    names = result["arm"], result["reference"]
+    width = max(20, *map(len, names))
+    lines = [f"{'characters':>10}  " + "  ".join(f"{n:>{width}}" for n in names) + "  difference"]
+    for point in result["points"]:
+        lines.append(f"{point['characters'] / 1e6:>9.2f}M  " + _row_text(point, names, width))
+    for split in ("whole_validation", "test"):
+        if split in result:
+            name = {"whole_validation": "validation", "test": "test"}[split]
+            lines.append(f"{name:>10}  " + _row_text(result[split], names, width))
+    arm = result["arm"]
+    crossing = result["crossing"]
+    part = "whole validation split" if "whole_validation" in result else "last evaluation"
+    lines += [
+        "",
+        f"at the end ({part}) {arm} is {result['end']}, counted from {STANDARD_ERRORS:g} standard "
+        "errors on",
+        f"at every evaluation after the first million characters: {result['throughout']}",
+        f"its mean is below from {crossing / 1e6:.2f}M characters on to the end"
+        if crossing
+        else "its mean is not below at the end",
+    ]
+    if time := result["equal_time"]:
+        spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds"].items())
+        lines += [
+            f"training, at the median speed of each run: {spent}",
+            f"after {time['seconds']:.0f} s of training, when the faster arm has ended:",
+            " " * 12 + _row_text(time, names, width),
+        ]
+    return "\n".join(lines)
+
+
+def _row_text(row: Mapping[str, Any], names: Sequence[str], width: int) -> str:
+    losses = (Loss(name, tuple(row[name]["bpc"])) for name in names)
+    cells = "  ".join(f"{loss.text:>{width}}" for loss in losses)
+    apart = verdicts.signed(row["difference"], row["standard_error"])
+    return f"{cells}  {apart}  {row['verdict']}"
+
+
+def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
+    """Loss against characters and against time, and the difference, with its standard errors."""
+    points = result["points"]
+    seen = [point["characters"] / 1e6 for point in points]
+    with style():
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+        for index, arm in enumerate((one, other)):
+            characters, by_seed = zip(*arm.curve(), strict=True)
+            values, millions = np.array(by_seed), np.array(characters) / 1e6
+            label = f"{arm.name} ({values.shape[1]} seed{'s' if values.shape[1] > 1 else ''})"
+            colour = f"C{index}"
+            left.plot(millions, values.mean(axis=1), color=colour, marker="o", ms=3, label=label)
+            left.fill_between(
+                millions, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.25, lw=0
+            )
+            clocks = [run.clock for run in arm.runs if run.clock]
+            if clocks and result["equal_time"]:
+                minutes = [statistics.fmean(clock[c] for clock in clocks) / 60 for c in characters]
+                middle.plot(minutes, values.mean(axis=1), color=colour, marker="o", ms=3)
+        apart = np.array([point["difference"] for point in points])
+        error = np.array([point["standard_error"] or 0.0 for point in points])
+        right.axhline(0, color="0.4", lw=1)
+        right.errorbar(
+            seen, apart, STANDARD_ERRORS * error, color="C0", marker="o", ms=3, capsize=2
+        )
+        late = np.array(seen) > FIRST_MILLION / 1e6
+        if late.any():  # zero is on it, and what comes before would set the scale
+            reach = np.array([-1, 1])[:, None] * STANDARD_ERRORS * error[late] + apart[late]
+            low, high = min(reach.min(), 0), max(reach.max(), 0)
+            margin = 0.08 * (high - low) or 1e-3
+            right.set_ylim(low - margin, high + margin)
+        ends = [points[-1][arm.name]["mean"] for arm in (one, other)]
+        for axes in (left, middle):
+            axes.set_ylim(min(ends) - 0.05, min(ends) + 0.95)
+            axes.set_ylabel("bits per character, validation")
+        left.set_xlabel("characters seen, millions")
+        figure.legend(frameon=False, loc="outside upper left", ncols=2)
+        middle.set_xlabel("minutes of training" if result["equal_time"] else "no clock in common")
+        right.set_xlabel("characters seen, millions")
+        right.set_ylabel(f"difference of the means, BPC, ± {STANDARD_ERRORS:g} s.e.")
+        figure.savefig(target, dpi=150)
+        plt.close(figure)
+
+
+def program(argv: Sequence[str]) -> None:
+    """Parses and calls."""
+    p = Arguments(prog="python -m train compare", description=__doc__)
+    p.add_argument("runs", nargs="+", help="folders of the finished runs of two arms")
+    p.add_argument("--reference", default="", help="the arm to compare with; else the transformer")
+    p.add_argument(
+        "--any_budget", action="store_true", help="let one arm see fewer characters than the other"
+    )
+    p.add_argument("--output", type=Path, default=Path("comparison.json"), help="a .json")
+    options = p.parse_args(argv[1:])
+    check_json_output(options.output)
+    arms = read_arms(options.runs, finished=True)
+    one, other = pair(arms, options.reference)
+    result = compare(one, other, same_budget=not options.any_budget)
+    write_json(options.output, result, indent=1)
+    table, picture = (options.output.with_suffix(suffix) for suffix in (".txt", ".png"))
+    text = table_text(result)
+    write_atomically(table, text + "\n")
+    draw(result, one, other, picture)
+    print(text, "", options.output, table, picture, sep="\n")
+
+
+def pair(arms: Mapping[str, Arm], reference: str) -> tuple[Arm, Arm]:
+    """The arm and its reference.
+
+    Raises:
+      UserError: there are not two, or the reference is not clear.
+    """
+    if len(arms) != 2:
+        raise UserError(f"name the runs of two arms; these are of {', '.join(arms)}")
+    reference = reference_arm(arms, reference)
+    (one,) = (arm for name, arm in arms.items() if name != reference)
+    return one, arms[reference]

@@ -1,0 +1,363 @@
+"""``python -m train copy_depth RUN ...``: the loss by copy depth, of several runs on one text.
+
+Each prediction of a set of windows of the validation split is sorted by the depth of the repeated
+context before it (``suffix_match.py``), by whether it is a copy event, and by the distance to
+its source. Every arm (runs that differ in their seed alone) is scored on the same windows, and
+the intervals are of a bootstrap over the windows, resampled for all arms alike, so that those of
+differences are paired. Prints a table; writes JSON and, beside it, a figure.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh
+
+from train.analysis.figures import style
+from train.analysis.records import mean_and_deviation, read_arms, reference_arm
+from train.analysis.suffix_match import SuffixMatch, match_suffixes
+from train.errors import UserError
+from train.files import check_json_output, write_json
+from train.load import load
+from train.metrics import bits_per_character
+from train.program import Arguments, start_jax
+from train.provenance import provenance
+from train.step import make_window_losses
+
+Floats = npt.NDArray[np.float64]
+
+LEAST_DEPTH = (0, 1, 2, 3, 4, 8, 16)
+BUCKETS = ("0", "1", "2", "3", "4-7", "8-15", "16+")
+EVENTS = ("all", "copy", "other")
+DISTANCES = ("any", "near", "far")
+LEAST_RESAMPLES = 100
+"""Fewer say nothing about an interval of 95%, and might miss a rare cell altogether."""
+FAR = 64
+"""Characters to the source beyond which a repetition is long-range."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean and the bootstrap interval of it; None where no prediction falls."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+def cell_index(match: SuffixMatch) -> npt.NDArray[np.int64]:
+    """The finest cell of each prediction: (bucket, copy, far) as one number below 28."""
+    bucket = np.searchsorted(LEAST_DEPTH, match.depth, side="right").astype(np.int64) - 1
+    return np.asarray((bucket * 2 + match.is_copy) * 2 + (match.distance > FAR))
+
+
+def window_sums(cells: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> Floats:
+    """Sums of the values of each window by finest cell: ``[W, 28]`` from ``[W, L]`` twice."""
+    size = len(BUCKETS) * 4
+    rows = np.arange(len(cells))[:, None] * size + cells
+    total = np.bincount(rows.ravel(), np.asarray(values, np.float64).ravel(), len(cells) * size)
+    return np.asarray(total.reshape(len(cells), size), np.float64)
+
+
+def selectors() -> dict[tuple[str, str, str], npt.NDArray[np.bool_]]:
+    """Which of the 28 finest cells make up (events, distance, bucket); bucket may be ``all``.
+
+    A prediction of depth 0 has no source: it belongs to any distance, to neither near nor far.
+    """
+    index = np.arange(len(BUCKETS) * 4)
+    bucket, copy, far = index // 4, index // 2 % 2 == 1, index % 2 == 1
+    of_events = {"all": index >= 0, "copy": copy, "other": ~copy}
+    of_distance = {"any": index >= 0, "near": ~far & (bucket > 0), "far": far}
+    of_bucket = {name: bucket == b for b, name in enumerate(BUCKETS)} | {"all": index >= 0}
+    return {
+        (e, d, b): of_events[e] & of_distance[d] & of_bucket[b]
+        for e in EVENTS
+        for d in DISTANCES
+        for b in (*BUCKETS, "all")
+    }
+
+
+def resamples(num_windows: int, count: int, seed: int = 0) -> Floats:
+    """How often each bootstrap resample draws each window, ``[count, W]``."""
+    draw = np.random.default_rng(seed).multinomial(
+        num_windows, np.full(num_windows, 1 / num_windows), size=count
+    )
+    return draw.astype(np.float64)
+
+
+def interval(
+    sums: Floats, counts: Floats, sum_draws: Floats, count_draws: Floats, level: float = 0.95
+) -> Interval:
+    """Mean of a cell and its percentile interval over resamples that have the cell at all.
+
+    Args:
+      sums: scalar, the cell's sum over all windows.
+      counts: scalar, its number of predictions.
+      sum_draws: ``[R]``, the sum in each resample.
+      count_draws: ``[R]``, the number in each resample.
+      level: of the interval.
+    """
+    if not counts:
+        return Interval(None, None, None)
+    drawn = count_draws > 0
+    tail = 100 * (1 - level) / 2
+    low, high = np.percentile(sum_draws[drawn] / count_draws[drawn], [tail, 100 - tail])
+    return Interval(float(sums / counts), float(low), float(high))
+
+
+def tabulate(
+    match: SuffixMatch,
+    losses: dict[str, list[Floats]],
+    *,
+    reference: str,
+    num_resamples: int = 1000,
+) -> dict[str, Any]:
+    """Loss and difference to the reference of each arm in each cell.
+
+    Args:
+      match: of the windows.
+      losses: for each arm and seed, bits of each prediction, ``[W, L]``.
+      reference: the arm that differences are taken to.
+      num_resamples: of the bootstrap.
+
+    Returns:
+      Per arm ``loss`` and ``difference``, lists of cells; per arm and cell ``seeds``, the means of
+      the seeds.
+    """
+    cells = cell_index(match)
+    counts = window_sums(cells, np.ones(cells.shape))
+    by_seed = {arm: [window_sums(cells, x) for x in seeds] for arm, seeds in losses.items()}
+    by_arm = {arm: np.mean(seeds, axis=0) for arm, seeds in by_seed.items()}
+    draws = resamples(len(cells), num_resamples)
+    count_draws = draws @ counts
+    sum_draws = {arm: draws @ sums for arm, sums in by_arm.items()}
+    arms: dict[str, Any] = {}
+    for arm, sums in by_arm.items():
+        loss, difference = [], []
+        for key, of in selectors().items():
+            n = counts[:, of].sum()
+            label = dict(zip(("events", "distance", "bucket"), key, strict=True)) | {"n": int(n)}
+            n_draws = count_draws[:, of].sum(axis=1)
+
+            def cell(
+                sums: Floats, drawn: Floats, of: Any = of, n: Any = n, n_draws: Any = n_draws
+            ) -> dict[str, Any]:
+                found = interval(sums[:, of].sum(), n, drawn[:, of].sum(axis=1), n_draws)
+                return dataclasses.asdict(found)
+
+            means = [float(s[:, of].sum() / n) for s in by_seed[arm]] if n else []
+            deviation = mean_and_deviation(means)[1] if means else None
+            own = cell(sums, sum_draws[arm])
+            loss.append({**label, **own, "seeds": means, "seed_deviation": deviation})
+            if arm != reference:
+                apart = cell(sums - by_arm[reference], sum_draws[arm] - sum_draws[reference])
+                difference.append({**label, **apart})
+        arms[arm] = {"loss": loss, "difference": difference}
+    return arms
+
+
+def find_cell(
+    cells: Sequence[dict[str, Any]], events: str, distance: str, bucket: str
+) -> dict[str, Any]:
+    """One cell of a list that ``tabulate`` made."""
+    wanted = (events, distance, bucket)
+    return next(c for c in cells if (c["events"], c["distance"], c["bucket"]) == wanted)
+
+
+def spread_windows(num_bytes: int, length: int, count: int) -> npt.NDArray[np.int64]:
+    """Where each of ``count`` windows of ``length + 1`` characters begins, apart as far as can be.
+
+    Raises:
+      UserError: so many do not fit side by side.
+    """
+    most = (num_bytes - 1) // length
+    if not 1 <= count <= most:
+        raise UserError(
+            f"--windows must be from 1 to {most}, as many as the validation split holds at "
+            f"length {length}; got {count}"
+        )
+    return np.linspace(0, num_bytes - 1 - length, count).astype(np.int64)
+
+
+def bits_of_windows(
+    model: nn.Module,
+    params: Any,
+    windows: npt.NDArray[np.unsignedinteger[Any]],
+    *,
+    mesh: Mesh,
+    batch_size: int = 64,
+) -> Floats:
+    """Bits of each prediction, ``[W, L]``, for windows of tokens ``[W, L + 1]``."""
+    losses = make_window_losses(model, mesh=mesh)
+    batch_size += -batch_size % mesh.size
+    nats = []
+    for first in range(0, len(windows), batch_size):
+        part = windows[first : first + batch_size]
+        padded = np.pad(part, ((0, batch_size - len(part)), (0, 0)), mode="edge")
+        nats.append(np.asarray(losses(params, padded), np.float64)[: len(part)])
+    return np.concatenate(nats) * bits_per_character(1.0)
+
+
+def measure(
+    folders: Sequence[str],
+    *,
+    reference: str = "",
+    checkpoint: str = "latest",
+    num_windows: int = 2000,
+    length: int = 0,
+    num_resamples: int = 1000,
+) -> dict[str, Any]:
+    """Scores the runs and returns everything that the JSON holds.
+
+    Raises:
+      UserError: a run cannot be loaded, the runs have different data, or the reference is
+        not clear.
+    """
+    arms = read_arms(folders)
+    reference = reference_arm(arms, reference)
+    loaded = {
+        name: [load(run.path, which=checkpoint) for run in arm.runs] for name, arm in arms.items()
+    }
+    every = [trained for group in loaded.values() for trained in group]
+    corpus = every[0].corpus
+    for trained in every:
+        if trained.corpus.sha256 != corpus.sha256:
+            raise UserError(
+                f"{trained.run.path} and {every[0].run.path} were trained on different data; "
+                f"compare runs of one corpus"
+            )
+    shortest = min(trained.experiment.data.context for trained in every)
+    length = length or shortest
+    if not 1 <= length <= shortest:
+        raise UserError(f"--length must be from 1 to the shortest context, {shortest}")
+    tokens = corpus.tokens("validation")
+    starts = spread_windows(len(tokens), length, num_windows)
+    windows = tokens[starts[:, None] + np.arange(length + 1)]
+    losses = {
+        name: [bits_of_windows(t.model, t.params, windows, mesh=t.mesh) for t in group]
+        for name, group in loaded.items()
+    }
+    table = tabulate(
+        match_suffixes(windows), losses, reference=reference, num_resamples=num_resamples
+    )
+    for name, group in loaded.items():
+        table[name]["runs"] = [
+            {
+                "run": trained.run.path.name,
+                "seed": trained.experiment.seed,
+                "step": trained.step,
+                "parameters": trained.experiment.model.num_params(),
+                "characters": trained.step * trained.experiment.characters_per_step,
+                "commit": trained.run.read_provenance()[0]["git"]["commit"],
+            }
+            for trained in group
+        ]
+    return {
+        "kind": "copy_depth",
+        "reference": reference,
+        "split": "validation",
+        "windows": num_windows,
+        "length": length,
+        "far": FAR,
+        "level": 0.95,
+        "resamples": num_resamples,
+        "provenance": provenance(corpus),
+        "arms": table,
+    }
+
+
+def table_text(result: dict[str, Any]) -> str:
+    """The table as it is printed: loss of the reference, differences of the others."""
+    reference = result["reference"]
+    others = [arm for arm in result["arms"] if arm != reference]
+    width = max(16, *(len(arm) + 2 for arm in result["arms"]))
+    lines = [
+        f"{result['windows']} windows of {result['length']} characters of validation; loss in "
+        f"bits, then differences to it, with {result['level']:.0%} intervals over windows",
+        "",
+        f"{'events':7}{'source':8}{'depth':6}{'n':>9}"
+        + "".join(f"{arm:>{width}}" for arm in (reference, *others)),
+    ]
+    for events in EVENTS:
+        for distance in DISTANCES:
+            for bucket in (*BUCKETS, "all"):
+                key = (events, distance, bucket)
+                base = find_cell(result["arms"][reference]["loss"], *key)
+                if not base["n"]:
+                    continue
+                row = f"{events:7}{distance:8}{bucket:6}{base['n']:>9,}{base['mean']:>{width}.3f}"
+                for arm in others:
+                    cell = find_cell(result["arms"][arm]["difference"], *key)
+                    half = (cell["high"] - cell["low"]) / 2
+                    row += f"{cell['mean']:+.3f} ±{half:.3f}".rjust(width)
+                lines.append(row)
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], target: Path) -> None:
+    """Loss by depth, and the difference to the reference, for three sets of predictions."""
+    views = (("all", "any"), ("copy", "any"), ("copy", "far"))
+    titles = ("all predictions", "copy events", f"copy events, source beyond {result['far']}")
+    reference = result["reference"]
+    with style():
+        figure, axes = plt.subplots(
+            2, 3, figsize=(11, 5.6), sharex=True, sharey="row", layout="constrained"
+        )
+        for column, (view, title) in enumerate(zip(views, titles, strict=True)):
+            for index, (arm, table) in enumerate(result["arms"].items()):
+                for row, kind in enumerate(("loss", "difference")):
+                    if not table[kind]:
+                        continue
+                    cells = [find_cell(table[kind], *view, bucket) for bucket in BUCKETS]
+                    points = [(x, c) for x, c in enumerate(cells) if c["n"]]
+                    x = np.array([x for x, _ in points]) + (0.08 * index if row else 0.0)
+                    mean = np.array([c["mean"] for _, c in points])
+                    low = mean - [c["low"] for _, c in points]
+                    high = [c["high"] for _, c in points] - mean
+                    axes[row, column].errorbar(
+                        x, mean, yerr=[low, high], color=f"C{index}", marker="o", ms=4, lw=1.4,
+                        capsize=2, label=arm,
+                    )  # fmt: skip
+            axes[0, column].set_title(title)
+            axes[1, column].axhline(0, color="0.4", lw=1)
+            axes[1, column].set_xlabel("depth of the repeated context")
+            axes[1, column].set_xticks(range(len(BUCKETS)), BUCKETS)
+        axes[0, 0].set_ylabel("bits per character")
+        axes[1, 0].set_ylabel(f"difference to\n{reference}")
+        axes[0, 0].legend(frameon=False, fontsize=8)
+        figure.savefig(target, dpi=150)
+        plt.close(figure)
+
+
+def program(argv: Sequence[str]) -> None:
+    """Parses and calls."""
+    p = Arguments(prog="python -m train copy_depth", description=__doc__)
+    p.add_argument("runs", nargs="+", help="folders of runs with checkpoints")
+    p.add_argument("--output", type=Path, default=Path("copy_depth.json"), help="a .json")
+    p.add_argument("--reference", default="", help="the arm to compare with; else the transformer")
+    p.add_argument("--checkpoint", default="latest", help="best, latest or a step")
+    p.add_argument("--windows", type=int, default=2000, help="of the validation split")
+    p.add_argument("--length", type=int, default=0, help="characters each; 0: shortest context")
+    p.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
+    options = p.parse_args(argv[1:])
+    check_json_output(options.output)
+    if options.resamples < LEAST_RESAMPLES:
+        raise UserError(f"--resamples must be at least {LEAST_RESAMPLES}; got {options.resamples}")
+    start_jax()
+    result = measure(
+        options.runs,
+        reference=options.reference,
+        checkpoint=options.checkpoint,
+        num_windows=options.windows,
+        length=options.length,
+        num_resamples=options.resamples,
+    )
+    write_json(options.output, result)
+    draw(result, options.output.with_suffix(".png"))
+    print(table_text(result))
+    print(f"\n{options.output}\n{options.output.with_suffix('.png')}")

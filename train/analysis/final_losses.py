@@ -1,0 +1,253 @@
+"""``python -m train final_losses RUN ...``: how arms end, against their size or side by side.
+
+A RUN is a finished run's folder or its record under ``results/``. Rungs of a scale ladder are drawn
+against parameters and training FLOPs, with a fitted power law where there are enough of them;
+variants of one size one below the other. Losses are of the whole validation split where every run
+was evaluated on it, else of the part that each evaluates at its end. Writes the table as JSON and,
+beside it, as text and as a figure.
+"""
+
+import itertools
+import math
+import os.path
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+from train.analysis import verdicts
+from train.analysis.figures import style
+from train.analysis.records import read_arms, reference_arm
+from train.files import check_json_output, write_atomically, write_json
+from train.program import Arguments
+
+LEAST_RUNGS = 3
+"""Of one architecture, before a slope is fitted."""
+LEAST_STEP = 1.2
+"""From one rung to the next; arms closer than that are variants of one size, and no ladder."""
+FAR_OFF = 5.0
+"""Times the middle difference to the reference: a loss beyond would press the others together."""
+SIZES = {"parameters": "parameters", "training_flops": "training FLOPs"}
+
+
+def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, Any]:
+    """The table and the fits of finished runs.
+
+    Args:
+      folders: of runs.
+      reference: the arm that differences are taken to; the first, if none is named.
+
+    Returns:
+      ``arms``, one row each, with ``difference`` to the reference and its ``standard_error`` (None
+      with a single seed), in BPC; ``variants``, whether they are of one size rather than rungs;
+      ``fits``, see ``fit``; ``edge``, the BPC at which figures of variants end; and ``runs``, where
+      they came from.
+
+    Raises:
+      UserError: a run has not ended or cannot be read, or there is no such reference.
+    """
+    arms = read_arms(folders, finished=True)
+    losses = {loss.arm: loss for loss in verdicts.final_losses(list(arms.values()))}
+    reference = reference_arm(arms, reference or next(iter(arms)))
+    rows = []
+    for name, loss in losses.items():
+        summary = arms[name].runs[0].summary
+        apart, error = verdicts.difference(loss, losses[reference])
+        rows.append(
+            {
+                "arm": name,
+                "architecture": arms[name].architecture,
+                "parameters": summary["parameters"],
+                "characters": summary["characters"],
+                "training_flops": summary["training_flops"],
+                "seeds": list(loss.values),
+                "bpc": loss.mean,
+                "deviation": loss.deviation,
+                "difference": apart,
+                "standard_error": error,
+                "evaluated": "whole" if loss.whole_split else summary["validation"]["bytes"],
+            }
+        )
+    others = [abs(row["difference"]) for row in rows if row["arm"] != reference]
+    return {
+        "kind": "final_losses",
+        "reference": reference,
+        "arms": rows,
+        "variants": not _are_rungs(rows),
+        "fits": {
+            f"{kind} by {what}": slope
+            for kind, same in _by_architecture(rows).items()
+            for what in SIZES
+            if (slope := fit(same, what))
+        },
+        "edge": losses[reference].mean + FAR_OFF * statistics.median(others or [0.0]),
+        "runs": {name: arm.sources for name, arm in arms.items()},
+    }
+
+
+def _by_architecture(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    kinds = sorted({row["architecture"] for row in rows})
+    return {kind: [row for row in rows if row["architecture"] == kind] for kind in kinds}
+
+
+def _are_rungs(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether some architecture has two sizes, and none has one size twice."""
+    kinds = _by_architecture(rows).values()
+    return len(rows) > len(kinds) and not any(map(_share_a_size, kinds))
+
+
+def _share_a_size(rows: Sequence[Mapping[str, Any]], what: str = "parameters") -> bool:
+    sizes = sorted(float(row[what]) for row in rows)
+    return any(large / small < LEAST_STEP for small, large in itertools.pairwise(sizes))
+
+
+def fit(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, float] | None:
+    """``bpc = scale * what ** exponent`` by least squares of logarithms; None without a ladder.
+
+    Returns:
+      ``scale``, ``exponent``, and ``standard_error`` of the exponent from the residuals.
+    """
+    if len(rows) < LEAST_RUNGS or _share_a_size(rows, what):
+        return None
+    x = np.log([row[what] for row in rows])
+    y = np.log([row["bpc"] for row in rows])
+    exponent, offset = np.polyfit(x, y, 1)
+    residual = y - (exponent * x + offset)
+    error = math.sqrt((residual**2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum())
+    return {
+        "scale": float(np.exp(offset)),
+        "exponent": float(exponent),
+        "standard_error": float(error),
+    }
+
+
+def result_text(found: Mapping[str, Any]) -> str:
+    """The table as it is printed."""
+    rows = found["arms"]
+    width = max([len(row["arm"]) for row in rows] + [3])
+    head = f"{'arm':{width}}   parameters     characters   training FLOPs  n  BPC"
+    lines = [f"{head}{'difference to ' + found['reference']:>40}" if found["variants"] else head]
+    for row in rows:
+        spread = "" if row["deviation"] is None else f" ± {row['deviation']:.4f}"
+        apart = ""
+        if found["variants"] and row["arm"] != found["reference"]:
+            apart = verdicts.signed(row["difference"], row["standard_error"])
+        lines.append(
+            f"{row['arm']:{width}}  {row['parameters']:>11,}  {row['characters']:>13,}  "
+            f"{row['training_flops']:>15.2e}  {len(row['seeds'])}  "
+            f"{row['bpc']:.4f}{spread:9}  {apart}".rstrip()
+        )
+    judged = {str(row["evaluated"]) for row in rows}
+    for part in sorted(judged):
+        names = [row["arm"] for row in rows if str(row["evaluated"]) == part]
+        where = "the whole split" if part == "whole" else f"its first {int(part):,} bytes"
+        whose = "" if len(judged) == 1 else f" ({', '.join(names)})"
+        lines.append(f"validation: {where}{whose}")
+    for name, slope in found["fits"].items():
+        lines.append(
+            f"{name}: exponent {slope['exponent']:+.4f} ± {slope['standard_error']:.4f} (s.e.)"
+        )
+    return "\n".join(lines)
+
+
+def draw(found: Mapping[str, Any], target: Path) -> None:
+    """The figure: variants one below the other, or loss against size."""
+    with style():
+        figure = _draw_variants(found) if found["variants"] else _draw_rungs(found)
+        figure.savefig(target, dpi=150)
+        plt.close(figure)
+
+
+def _draw_variants(found: Mapping[str, Any]) -> Figure:
+    """The best on top; a dot is the mean, small ones are seeds, the line is the reference.
+
+    An arm beyond the edge is an arrow.
+    """
+    rows = sorted(found["arms"], key=lambda row: row["bpc"], reverse=True)
+    shared = os.path.commonprefix([row["arm"] for row in rows])
+    prefix = shared[: shared.rfind("_") + 1]
+    line = next(row["bpc"] for row in rows if row["arm"] == found["reference"])
+    figure, axis = plt.subplots(figsize=(7, 1.0 + 0.26 * len(rows)), layout="constrained")
+    axis.axvline(line, color="0.5", lw=1, ls="--")
+    for place, row in enumerate(rows):
+        color = "C1" if row["architecture"] == "transformer" else "C0"
+        within = row["bpc"] <= found["edge"]
+        end = min(row["bpc"], found["edge"])
+        axis.plot([line, end], [place, place], color=color, lw=2, alpha=0.4)
+        if within:
+            axis.plot(row["seeds"], [place] * len(row["seeds"]), ".", color=color, ms=4, alpha=0.6)
+        axis.plot(end, place, "o" if within else ">", color=color, ms=6)
+        apart = "" if row["arm"] == found["reference"] else f"{row['difference']:+z.3f}"
+        axis.annotate(
+            apart,
+            (max(end, line), place),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axis.set_yticks(range(len(rows)), [row["arm"].removeprefix(prefix) for row in rows])
+    axis.grid(axis="y", visible=False)
+    axis.margins(x=0.12)
+    axis.set_xlabel(f"bits per character; difference to {found['reference']}")
+    return figure
+
+
+def _draw_rungs(found: Mapping[str, Any]) -> Figure:
+    """Loss against parameters and against training FLOPs, with the fitted power laws."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    for axis, (what, label) in zip(axes, SIZES.items(), strict=True):
+        for index, (kind, same) in enumerate(_by_architecture(found["arms"]).items()):
+            rows = sorted(same, key=lambda row: row[what])
+            x = np.array([row[what] for row in rows], np.float64)
+            axis.errorbar(
+                x,
+                [row["bpc"] for row in rows],
+                yerr=[row["deviation"] or 0.0 for row in rows],
+                color=f"C{index}",
+                marker="o",
+                ls="",
+                label=kind,
+            )
+            slope = found["fits"].get(f"{kind} by {what}")
+            if slope:
+                line = slope["scale"] * x ** slope["exponent"]
+                name = f"exponent {slope['exponent']:+.3f}"
+                axis.plot(x, line, color=f"C{index}", lw=1, ls="--", label=name)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 5T
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_formatter("{x:.2f}")
+        axis.yaxis.set_minor_formatter("{x:.2f}")
+        axis.set_xlabel(label)
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("bits per character")
+    return figure
+
+
+def write(found: Mapping[str, Any], output: Path) -> None:
+    """Writes JSON, text and figure, and prints the text and their places."""
+    table, picture = (output.with_suffix(suffix) for suffix in (".txt", ".png"))
+    text = result_text(found)
+    write_json(output, found, indent=1)
+    write_atomically(table, text + "\n")
+    draw(found, picture)
+    print(text, "", output, table, picture, sep="\n")
+
+
+def program(argv: Sequence[str]) -> None:
+    """Parses and calls."""
+    p = Arguments(prog="python -m train final_losses", description=__doc__)
+    p.add_argument("runs", nargs="+", help="folders of finished runs or of their records")
+    p.add_argument("--reference", default="", help="the arm to compare with; else the first")
+    p.add_argument("--output", type=Path, default=Path("final_losses.json"), help="a .json")
+    options = p.parse_args(argv[1:])
+    check_json_output(options.output)
+    write(result(options.runs, reference=options.reference), options.output)

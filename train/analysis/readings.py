@@ -1,0 +1,326 @@
+"""``python -m train readings RUN``: a trained FSN read as a system of coupled oscillators.
+
+For every layer: the coupling function of both delays, frustration angles, signed Daido coefficients
+and how repulsive each harmonic is, all from the kernel; attention entropy, order parameters and the
+frustration that the text brings into the delayed coupling, and what each head attends to, over
+windows of the validation split.
+Writes JSON and, beside it, two figures.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+
+from fsn_jax import FSN, FSNConfig
+from fsn_jax.attention import attention_entropy
+from fsn_jax.coupling import coupling_function
+from fsn_jax.readings import (
+    LayerState,
+    attention_targets,
+    coefficients,
+    data_frustration,
+    repulsiveness,
+    resultant,
+    trace_layers,
+)
+from fsn_jax.torus import order_parameter
+from train.analysis.copy_depth import spread_windows
+from train.analysis.figures import style
+from train.errors import UserError
+from train.files import check_json_output, write_json
+from train.load import load
+from train.program import Arguments, start_jax
+from train.provenance import provenance
+
+POINTS = 65
+"""Of a coupling curve, from -pi to pi."""
+BINS = 36
+"""Of a histogram over the circle."""
+BAND = (10, 50, 90)
+"""Percentiles over phases that a coupling curve is told by."""
+
+
+@jax.jit
+def measure(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
+    """Every reading of a layer that is computed from its kernel and states, as arrays."""
+    strength, angle = coefficients(state.kappa)
+    entropy = attention_entropy(state.attention)[:, :, 1:]
+    most = jnp.log(jnp.arange(2, state.attention.shape[-1] + 1))[None, None]
+    frustration = data_frustration(state.before, state.attention, state.kappa.shape[2])
+    mean = resultant(frustration)
+    states = {"before": state.before, "coupled": state.coupled, "after": state.after}
+    return {
+        "strength": strength,
+        "angle": angle,
+        "repulsiveness": repulsiveness(strength),
+        "curves": coupling_function(state.kappa, POINTS),
+        "entropy": entropy.mean(axis=(0, 2)),
+        "relative_entropy": (entropy / most).mean(axis=(0, 2)),
+        "attention_to": attention_targets(state.attention, tokens)._asdict(),
+        "order": {
+            place: {
+                "token": order_parameter(theta).mean(),
+                "coordinates": order_parameter(theta.reshape(-1, theta.shape[-1]).T),
+            }
+            for place, theta in states.items()
+        },
+        "frustration": frustration._asdict(),
+        "mean_length": jnp.abs(mean),
+        "mean_direction": jnp.angle(mean),
+    }
+
+
+def read_layer(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
+    """The readings of one layer over some text, as plain values."""
+    found = jax.device_get(measure(state, tokens))
+    num_delays, num_harmonics, heard, _ = state.kappa.shape
+    return {
+        "coefficients": [
+            {
+                "delay": delay,
+                "harmonic": harmonic + 1,
+                "head": head,
+                "strength": _round(found["strength"][delay, harmonic, head]),
+                "angle": _round(found["angle"][delay, harmonic, head]),
+            }
+            for delay in range(num_delays)
+            for harmonic in range(num_harmonics)
+            for head in range(heard)
+        ],
+        "repulsiveness": _round(found["repulsiveness"]),
+        "coupling": [
+            {"delay": delay, "head": head}
+            | {
+                f"p{level}": _round(np.percentile(found["curves"][delay, head], level, axis=0))
+                for level in BAND
+            }
+            for delay in range(num_delays)
+            for head in range(heard)
+        ],
+        "attention_entropy": _round(found["entropy"]),
+        "relative_entropy": _round(found["relative_entropy"]),
+        "attention_to": {name: _round(x) for name, x in found["attention_to"].items()},
+        "order": {
+            place: {name: _round(value) for name, value in order.items()}
+            for place, order in found["order"].items()
+        },
+        "data_frustration": {
+            "length": _round(found["mean_length"]),
+            "direction": _round(found["mean_direction"]),
+            "histogram": _round(circle_histogram(**found["frustration"])),
+        },
+    }
+
+
+def circle_histogram(
+    angle: npt.NDArray[Any], weight: npt.NDArray[Any] | None = None
+) -> npt.NDArray[np.float64]:
+    """Share of the weight in each of BINS equal arcs from -pi to pi."""
+    counts, _ = np.histogram(angle, bins=BINS, range=(-np.pi, np.pi), weights=weight, density=False)
+    return np.asarray(counts / max(counts.sum(), 1e-30), np.float64)
+
+
+def _round(values: Any) -> Any:
+    return np.round(np.asarray(values, np.float64), 5).tolist()
+
+
+def read(
+    folder: str, *, checkpoint: str = "latest", num_windows: int = 16, length: int = 0
+) -> dict[str, Any]:
+    """Everything that the JSON holds.
+
+    Raises:
+      UserError: the run cannot be loaded, or is not of an FSN with a coupling kernel.
+    """
+    trained = load(folder, which=checkpoint)
+    config = trained.experiment.model
+    if not isinstance(config, FSNConfig) or not isinstance(trained.model, FSN):
+        raise UserError(f"the run {folder} is of a transformer, which has no coupling to be read")
+    if config.values != "circular":
+        raise UserError(
+            f"the run {folder} has config.model.values={config.values}, which leaves no coupling "
+            f"kernel to be read"
+        )
+    context = trained.experiment.data.context
+    length = length or min(context, 256)
+    if not 2 <= length <= context:
+        raise UserError(f"--length must be from 2 to the run's context, {context}; got {length}")
+    text = trained.corpus.tokens("validation")
+    starts = spread_windows(len(text), length, num_windows)
+    tokens = jnp.asarray(text[starts[:, None] + np.arange(length)], jnp.int32)
+    model = trained.model
+    variables = {"params": jax.device_get(trained.params)}
+    states = jax.jit(lambda v, t: trace_layers(model, v, t))(variables, tokens)
+    return {
+        "kind": "readings",
+        "run": trained.run.path.name,
+        "name": trained.experiment.name,
+        "seed": trained.experiment.seed,
+        "step": trained.step,
+        "commit": trained.run.read_provenance()[0]["git"]["commit"],
+        "split": "validation",
+        "windows": num_windows,
+        "length": length,
+        "kernel_coefficients": config.num_layers
+        * config.num_delays
+        * config.num_harmonics
+        * config.num_heads
+        * config.phases_per_kernel,
+        "heads": [
+            f"head {h + 1}{' (similarity)' if h < config.similarity_heads else ''}"
+            for h in range(config.num_heads)
+        ],
+        "layers": [read_layer(state, tokens) for state in states],
+        "provenance": provenance(trained.corpus),
+    }
+
+
+def draw_kernels(page: dict[str, Any], target: Path) -> None:
+    """A row a layer: coupling curves, then angles over the circle, for each delay, and the text's.
+
+    The angle of an entry is drawn over the whole circle, weighted by its size: near 0 it attracts,
+    near pi it repels, in between it pushes around.
+    """
+    layers = page["layers"]
+    delays = 1 + max(c["delay"] for c in layers[0]["coefficients"])
+    columns = 2 * delays + 1
+    phi = np.linspace(-np.pi, np.pi, POINTS)
+    edges = np.linspace(-np.pi, np.pi, BINS + 1)
+    with style():
+        figure = plt.figure(figsize=(2.5 * columns, 2.3 * len(layers)), layout="constrained")
+        for row, layer in enumerate(layers):
+            for delay in range(delays):
+                axis = figure.add_subplot(len(layers), columns, row * columns + delay + 1)
+                for curve in layer["coupling"]:
+                    if curve["delay"] == delay:
+                        color = f"C{curve['head'] % 10}"
+                        axis.fill_between(phi, curve["p10"], curve["p90"], color=color, alpha=0.18)
+                        label = f"head + {curve['head']}"
+                        axis.plot(phi, curve["p50"], color=color, lw=1.4, label=label)
+                if row + delay == 0 and len(layer["coupling"]) > delays:
+                    axis.legend(frameon=False, fontsize=6)
+                axis.axhline(0, color="0.5", lw=0.7)
+                axis.set_xticks([-np.pi, 0, np.pi], [r"$-\pi$", "0", r"$\pi$"])
+                axis.set_title(rf"layer {row + 1}: $\Gamma(\phi)$, delay {delay}", fontsize=9)
+                place = row * columns + delays + delay + 1
+                polar = figure.add_subplot(len(layers), columns, place, projection="polar")
+                strength = _of_delay(layer, delay, "strength")
+                full = _of_delay(layer, delay, "angle") + np.pi * (strength < 0)
+                wrapped = np.angle(np.exp(1j * full))
+                _rose(polar, edges, circle_histogram(wrapped, np.abs(strength)), "C0")
+                polar.set_title(rf"$\alpha$, delay {delay}", fontsize=9)
+            place = (row + 1) * columns
+            polar = figure.add_subplot(len(layers), columns, place, projection="polar")
+            _rose(polar, edges, np.array(layer["data_frustration"]["histogram"]), "C1")
+            polar.set_title(r"$-(\theta_{u+1}-\theta_u)$ of the text", fontsize=9)
+        figure.savefig(target, dpi=120)
+        plt.close(figure)
+
+
+def _of_delay(layer: dict[str, Any], delay: int, what: str) -> npt.NDArray[np.float64]:
+    return np.concatenate([np.array(c[what]) for c in layer["coefficients"] if c["delay"] == delay])
+
+
+def _rose(axis: Any, edges: npt.NDArray[Any], share: npt.NDArray[Any], color: str) -> None:
+    """A histogram over the circle whose areas, not radii, are in proportion."""
+    width = edges[1] - edges[0]
+    axis.bar(edges[:-1] + width / 2, np.sqrt(share), width=width, color=color, alpha=0.8, lw=0)
+    axis.set_yticklabels([])
+    axis.set_xticks(np.pi / 2 * np.arange(4), ["0", r"$\pi/2$", r"$\pi$", r"$-\pi/2$"], fontsize=8)
+
+
+def draw_depth(page: dict[str, Any], target: Path) -> None:
+    """Order parameters, attention (entropy, repeats) and the text's frustration through layers."""
+    layers = page["layers"]
+    depth = np.arange(len(layers))
+    with style():
+        figure, axes = plt.subplots(1, 4, figsize=(14.5, 3.4), layout="constrained")
+        by_depth = [layers[0]["order"]["before"], *(layer["order"]["after"] for layer in layers)]
+        coordinates = np.array([order["coordinates"] for order in by_depth])
+        places = np.arange(len(by_depth))
+        axes[0].plot(places, coordinates, color="C0", alpha=0.12, lw=0.8)
+        axes[0].plot(
+            places, np.median(coordinates, axis=1), color="C0", marker="o",
+            label="each coordinate over the text (median)",
+        )  # fmt: skip
+        axes[0].plot(
+            places, [order["token"] for order in by_depth], color="C1", marker="s",
+            label="each token over its phases (mean)",
+        )  # fmt: skip
+        axes[0].set_xticks(places, ["embedding", *(str(i + 1) for i in depth)])
+        axes[0].set_ylabel("order parameter")
+        axes[0].set_ylim(0, 1)
+        axes[0].legend(frameon=False, fontsize=7)
+        entropy = np.array([layer["relative_entropy"] for layer in layers])
+        axes[1].plot(depth, entropy, marker="o", lw=1, label=page["heads"])
+        axes[1].set_ylabel("attention entropy / log of what is seen")
+        axes[1].set_ylim(0, 1)
+        repeat = np.array([layer["attention_to"]["repeat"] for layer in layers])
+        axes[2].plot(depth, repeat, marker="o", lw=1, label=page["heads"])
+        axes[2].set_ylabel("attention to repeats of two characters")
+        axes[2].set_ylim(0, max(0.1, 1.1 * repeat.max()))
+        length = np.array([layer["data_frustration"]["length"] for layer in layers])
+        axes[3].boxplot(length.T, positions=depth, widths=0.5)
+        axes[3].set_ylabel("constancy of the text's frustration")
+        axes[3].set_ylim(0, 1)
+        for axis in axes[1:3]:
+            axis.legend(frameon=False, fontsize=7)
+        for axis in axes[1:]:
+            axis.set_xticks(depth, [str(i + 1) for i in depth])
+        for axis in axes:
+            axis.set_xlabel("layer")
+        figure.savefig(target, dpi=150)
+        plt.close(figure)
+
+
+def program(argv: Sequence[str]) -> None:
+    """Parses and calls."""
+    p = Arguments(prog="python -m train readings", description=__doc__)
+    p.add_argument("run", help="the folder of an FSN's run with checkpoints")
+    p.add_argument("--output", type=Path, default=Path("readings.json"), help="a .json")
+    p.add_argument("--checkpoint", default="latest", help="best, latest or a step")
+    p.add_argument("--windows", type=int, default=16, help="of the validation split")
+    p.add_argument("--length", type=int, default=0, help="characters each; 0: context, at most 256")
+    options = p.parse_args(argv[1:])
+    check_json_output(options.output)
+    start_jax()
+    page = read(
+        options.run,
+        checkpoint=options.checkpoint,
+        num_windows=options.windows,
+        length=options.length,
+    )
+    write_json(options.output, page)
+    kernels = options.output.with_name(f"{options.output.stem}_kernels.png")
+    depth = options.output.with_name(f"{options.output.stem}_depth.png")
+    draw_kernels(page, kernels)
+    draw_depth(page, depth)
+    print(summary_text(page))
+    print(f"\n{options.output}\n{kernels}\n{depth}")
+
+
+def summary_text(page: dict[str, Any]) -> str:
+    """A line a layer: what the kernel and the states come to."""
+    lines = [
+        "layer  repulsive (delay 0; 1)  |angle|  entropy  to repeats  order  text's frustration"
+    ]
+    for number, layer in enumerate(page["layers"], 1):
+        repelling = "; ".join(
+            " ".join(f"{share:.2f}" for share in by_harmonic)
+            for by_harmonic in layer["repulsiveness"]
+        )
+        angles = np.concatenate([np.abs(c["angle"]) for c in layer["coefficients"]])
+        lines.append(
+            f"{number:5}  {repelling:23}  {angles.mean():7.3f}  "
+            f"{np.mean(layer['attention_entropy']):7.3f}  "
+            f"{np.max(layer['attention_to']['repeat']):10.3f}  "
+            f"{np.mean(layer['order']['after']['coordinates']):5.3f}  "
+            f"{np.mean(layer['data_frustration']['length']):18.3f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,341 @@
+"""Arms: runs that differ in nothing but their seed, read from run folders or from ``results/``.
+
+A run is named after its arm; seeds other than the first add ``_seed<n>``. What is read is what
+``python -m train record`` keeps, as plain values: a record outlives the code that made it.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.errors import UserError, unfinished
+from train.metrics import read_rows
+from train.run import flatten, open_run
+
+_SEED = re.compile(r"_seed\d+$")
+_MAY_DIFFER = {
+    "name",
+    "seed",
+    "run_dir",
+    "mirror_dir",
+    "data.cache_dir",
+    "data.path",
+    "data.placement",
+}
+"""Settings that do not tell the runs of an arm apart: where things lie, and the seed."""
+
+_EVALUATION: dict[str, type] = {
+    "step": int,
+    "bpc": float,
+    "context": int,
+    "stride": int,
+    "data_sha256": str,
+}
+_LOSS: dict[str, type] = {"step": int, "characters": int, "bpc": float}
+_CONTENTS: dict[str, dict[str, type]] = {
+    "config.json": {
+        "name": str,
+        "seed": int,
+        "model.architecture": str,
+        "data.name": str,
+        "data.context": int,
+    },
+    "summary.json": {
+        "steps": int,
+        "parameters": int,
+        "characters": int,
+        "characters_per_second": float,
+        "training_flops": float,
+        "seconds": float,
+        "validation.bpc": float,
+        "validation.bytes": int,
+        "validation.context": int,
+        "validation.stride": int,
+        "data_sha256": str,
+    },
+    "provenance.json": {
+        "command": list,
+        "git.commit": object,  # None, as the next, where the code was not under git
+        "git.modified": object,
+        "device": str,
+        "packages": dict,
+        "data.name": str,
+        "data.sha256": str,
+    },
+    "metrics.jsonl": {"kind": str},
+    "timing.jsonl": {"step": int, "seconds": float},
+    "evaluations.jsonl": _EVALUATION,
+    "test_reads.jsonl": _EVALUATION,
+}
+"""What each file of a record must say, by the dots that lead to it; a float may be written whole.
+
+Only what is read here and by those who read records through here.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """The evidence of one run.
+
+    Reading any of it raises UserError where a file is damaged.
+
+    Attributes:
+      path: its folder.
+    """
+
+    path: Path
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """Every setting, nested."""
+        (config,) = self._read("config.json")
+        return config
+
+    @functools.cached_property
+    def summary(self) -> dict[str, Any]:
+        """What the run came to; empty if it has not ended."""
+        return next(iter(self._read("summary.json", optional=True)), {})
+
+    @functools.cached_property
+    def provenance(self) -> list[dict[str, Any]]:
+        """One entry a start."""
+        return self._read("provenance.json")
+
+    @functools.cached_property
+    def losses(self) -> dict[str, dict[int, float]]:
+        """By kind, ``train`` and ``validation``: BPC by the characters seen, in their order."""
+        kinds: dict[str, dict[int, float]] = {"train": {}, "validation": {}}
+        for row in self._log:
+            if row["kind"] in kinds:
+                kinds[row["kind"]][row["characters"]] = row["bpc"]
+        return kinds
+
+    @functools.cached_property
+    def whole_validation(self) -> float | None:
+        """BPC of the last checkpoint on the whole validation split; None if it was not read."""
+        return self._of_the_end("evaluations.jsonl")
+
+    @functools.cached_property
+    def test(self) -> float | None:
+        """BPC of the last checkpoint on the test split; None if it was not read."""
+        return self._of_the_end("test_reads.jsonl")
+
+    @functools.cached_property
+    def clock(self) -> dict[int, float]:
+        """Seconds of training by the time each number of characters had been seen.
+
+        At the run's median speed: what else the machine did meanwhile does not count. Empty if the
+        speed was not logged.
+        """
+        timing = self._read("timing.jsonl", optional=True)
+        if not timing:
+            return {}
+        steps = [0, *(row["step"] for row in timing)]
+        by_step = statistics.median(
+            row["seconds"] / (after - before)
+            for row, before, after in zip(timing, steps, steps[1:], strict=False)
+        )
+        return {
+            row["characters"]: round(row["step"] * by_step, 3)
+            for row in self._log
+            if row["kind"] in self.losses
+        }
+
+    @property
+    def seed(self) -> int:
+        """Of parameters and data."""
+        return int(self.config["seed"])
+
+    @property
+    def arm(self) -> str:
+        """The run's name without its seed."""
+        return _SEED.sub("", self.config["name"])
+
+    @functools.cached_property
+    def _log(self) -> list[dict[str, Any]]:
+        return self._read("metrics.jsonl", optional=True)
+
+    def _of_the_end(self, name: str) -> float | None:
+        """The newest row of the run's own data, context and stride, and its last checkpoint."""
+        summary = self.summary
+        if not summary:
+            return None
+        wanted = {
+            "step": summary["steps"],
+            "context": summary["validation"]["context"],
+            "stride": summary["validation"]["stride"],
+            "data_sha256": summary["data_sha256"],
+        }
+        rows = [row for row in self._read(name, optional=True) if wanted.items() <= row.items()]
+        return float(rows[-1]["bpc"]) if rows else None
+
+    def _read(self, name: str, *, optional: bool = False) -> list[dict[str, Any]]:
+        """The rows of a file, or the one object that it is; none if it may be missing and is."""
+        file = self.path / name
+        if optional and not file.is_file():
+            return []
+        try:
+            if file.suffix == ".jsonl":
+                rows = read_rows(file)
+            else:
+                content = json.loads(file.read_text())
+                rows = content if name == "provenance.json" else [content]
+                if not isinstance(rows, list) or not rows:
+                    raise ValueError("no list of starts")
+            for row in rows:
+                _check(row, _CONTENTS[name])
+                if name == "metrics.jsonl" and row["kind"] in ("train", "validation"):
+                    _check(row, _LOSS)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{file} cannot be read ({error}); restore it or leave {self.path} out"
+            ) from None
+        return rows
+
+
+def _check(row: Any, fields: dict[str, type]) -> None:
+    """Raises ValueError where a field is missing or of another type."""
+    for place, kind in fields.items():
+        value = row
+        for key in place.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise ValueError(f"no {place} in {str(row)[:60]}")
+            value = value[key]
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f"{place} is {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """The runs of one setting.
+
+    Attributes:
+      name: of the arm.
+      runs: one a seed, in the order of the seeds.
+    """
+
+    name: str
+    runs: tuple[RunRecord, ...]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings that the runs share (and the first one's seed)."""
+        return self.runs[0].config
+
+    @property
+    def architecture(self) -> str:
+        """``fsn`` or ``transformer``."""
+        return str(self.config["model"]["architecture"])
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Where each of its finished runs came from."""
+        return [
+            {
+                "record": run.path.name,
+                "seed": run.seed,
+                "commit": run.provenance[0]["git"]["commit"],
+                "device": run.provenance[0]["device"],
+                "data": run.summary["data_sha256"],
+            }
+            for run in self.runs
+        ]
+
+    def curve(self, kind: str = "validation") -> list[tuple[int, list[float]]]:
+        """``(characters, BPC of each seed)`` wherever every seed has a row."""
+        by_seed = [run.losses[kind] for run in self.runs]
+        shared = set.intersection(*(set(rows) for rows in by_seed)) if by_seed else set()
+        return [(c, [rows[c] for rows in by_seed]) for c in sorted(shared)]
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation, which one value does not have."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return statistics.fmean(values), deviation
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """One run, of this machine or in a bucket.
+
+    Raises:
+      UserError: there is none.
+    """
+    return RunRecord(open_run(folder).path)
+
+
+def read_arms(folders: Iterable[str | Path], *, finished: bool = False) -> dict[str, Arm]:
+    """Runs by arm, in the order given.
+
+    Args:
+      folders: of runs.
+      finished: whether a run that has not ended is a mistake.
+
+    Raises:
+      UserError: a folder is no run, two runs of an arm have one seed, or they differ in more.
+    """
+    by_arm: dict[str, list[RunRecord]] = {}
+    for folder in folders:
+        run = read_run(folder)
+        if finished and not run.summary:
+            raise unfinished(run.path)
+        by_arm.setdefault(run.arm, []).append(run)
+    return {name: _arm(name, runs) for name, runs in by_arm.items()}
+
+
+def recorded_arms(results: Path) -> dict[str, Arm]:
+    """The arms under ``results/``."""
+    return read_arms(sorted(file.parent for file in results.glob("*/config.json")))
+
+
+def reference_arm(arms: Mapping[str, Arm], named: str = "") -> str:
+    """Name of the arm that the others are compared with: as named, else the only transformer's.
+
+    A single arm is its own.
+
+    Raises:
+      UserError: the named arm is not among them, or none is named and it is not clear.
+    """
+    candidates = [name for name, arm in arms.items() if arm.architecture == "transformer"]
+    if len(arms) == 1:
+        candidates = list(arms)
+    if not named and len(candidates) == 1:
+        return candidates[0]
+    if named not in arms:
+        raise UserError(f"--reference must be one of {', '.join(arms)}; got {named!r}")
+    return named
+
+
+def _arm(name: str, runs: list[RunRecord]) -> Arm:
+    first, *others = runs = sorted(runs, key=lambda run: run.seed)
+    settings = _settings(first)
+    for before, run in zip(runs, others, strict=False):
+        if run.seed == before.seed:
+            raise UserError(
+                f"{before.path} and {run.path} have one name and one seed; leave one out"
+            )
+        other = _settings(run)
+        # A setting that only one has is newer than the other's code.
+        differ = sorted(k for k in settings.keys() & other.keys() if settings[k] != other[k])
+        if differ:
+            raise UserError(
+                f"{first.path} and {run.path} have one name but differ in {', '.join(differ[:3])}; "
+                f"name them apart with --config.name"
+            )
+        if _data(first) != _data(run):
+            raise UserError(
+                f"{first.path} and {run.path} have one name but saw different data; leave one out"
+            )
+    return Arm(name, tuple(runs))
+
+
+def _data(run: RunRecord) -> str:
+    return str(run.provenance[0]["data"]["sha256"])
+
+
+def _settings(run: RunRecord) -> dict[str, Any]:
+    return {k: v for k, v in flatten(run.config).items() if k not in _MAY_DIFFER}

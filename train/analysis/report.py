@@ -1,0 +1,168 @@
+"""``python -m train report RUN ...``: one HTML page of runs, that needs no network.
+
+A RUN is a run's folder or its record under ``results/``; runs that differ in their seed alone are
+one arm. ``--add`` puts in what ``train copy_depth``, ``train final_losses`` (and with it
+``train ladder``) and ``train readings`` wrote.
+"""
+
+import html
+import importlib.resources
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train.analysis.records import Arm, RunRecord, mean_and_deviation, read_arms
+from train.errors import UserError
+from train.files import write_atomically
+from train.program import Arguments
+from train.run import flatten
+
+KINDS = ("copy_depth", "final_losses", "readings")
+MOST_POINTS = 400
+"""Of a training curve; more could not be told apart on a screen."""
+
+
+def arm_data(arm: Arm) -> dict[str, Any]:
+    """What the page shows of an arm."""
+    first = arm.runs[0]
+    finished = [run for run in arm.runs if run.summary]
+    curve = arm.curve()
+    mean, deviation = mean_and_deviation(curve[-1][1]) if curve else (None, None)
+    whole = [bpc for run in arm.runs if (bpc := run.whole_validation) is not None]
+    sample = first.path / "sample.txt"
+    return {
+        "name": arm.name,
+        "architecture": arm.architecture,
+        "seeds": [run.seed for run in arm.runs],
+        "parameters": finished[0].summary["parameters"] if finished else None,
+        "characters": finished[0].summary["characters"] if finished else None,
+        "speed": finished[0].summary["characters_per_second"] if finished else None,
+        "device": first.provenance[0]["device"],
+        "bpc": mean,
+        "deviation": deviation,
+        "whole_split": statistics.fmean(whole) if len(whole) == len(arm.runs) else None,
+        "validation": points(arm, "validation"),
+        "train": points(arm, "train"),
+        "config": {
+            k: v
+            for k, v in flatten(arm.config).items()
+            if k not in ("name", "run_dir", "mirror_dir")
+        },
+        "sample": sample.read_text(errors="replace") if sample.is_file() else "",
+    }
+
+
+def points(arm: Arm, kind: str) -> list[list[float | None]]:
+    """A loss curve over the seeds, thinned out.
+
+    Returns:
+      ``[characters, mean, lowest, highest, training FLOPs, seconds of training]``; FLOPs are None
+      before the run has ended, seconds (``RunRecord.clock``, the seeds' mean) where they were not
+      logged.
+    """
+    curve = arm.curve(kind)
+    every = -(-len(curve) // MOST_POINTS) or 1
+    thinned = curve[::-1][::every][::-1]  # the last point stays
+    summary = arm.runs[0].summary
+    flops = summary["training_flops"] / summary["characters"] if summary else None
+    clocks = [run.clock for run in arm.runs]
+    seconds = {
+        seen: statistics.fmean(times[seen] for times in clocks)
+        for seen, _ in thinned
+        if all(seen in times for times in clocks)
+    }
+    return [
+        [
+            seen,
+            *(round(v, 5) for v in (statistics.fmean(bpc), min(bpc), max(bpc))),
+            flops and seen * flops,
+            seconds.get(seen),
+        ]
+        for seen, bpc in thinned
+    ]
+
+
+def run_data(run: RunRecord) -> dict[str, Any]:
+    """Where a run came from."""
+    start = run.provenance[0]
+    packages = ("jax", "flax", "optax")
+    return {
+        "run": run.path.name,
+        "seed": run.seed,
+        "commit": str(start["git"]["commit"])[:12],
+        "modified": start["git"]["modified"],
+        "device": start["device"],
+        "data": f"{start['data']['name']} {start['data']['sha256'][:12]}",
+        "packages": ", ".join(f"{name} {start['packages'].get(name)}" for name in packages),
+        "command": " ".join(start["command"]),
+    }
+
+
+def page_data(folders: Sequence[str | Path], added: Sequence[Path]) -> dict[str, Any]:
+    """Everything that the page holds.
+
+    Raises:
+      UserError: a run or an added file cannot be read.
+    """
+    arms = list(read_arms(folders).values())
+    shown = [arm_data(arm) for arm in arms]
+    losses = [p[1] for arm in shown for p in arm["validation"]]
+    analyses: dict[str, list[Any]] = {kind: [] for kind in KINDS}
+    for file in added:
+        content = read_analysis(file)
+        analyses[content["kind"]].append(content)
+    runs = [run for arm in arms for run in arm.runs]
+    names = sorted({arm.config["data"]["name"] for arm in arms})
+    return {
+        "about": (
+            f"{len(runs)} run{'s' * (len(runs) > 1)} of {len(arms)} arm{'s' * (len(arms) > 1)} on "
+            f"{', '.join(names)}. Losses are in bits per character (BPC)."
+        ),
+        # As the loss falls fast at first, the axis leaves out what is far above any evaluation.
+        "range": [min(losses) - 0.05, max(losses) + 0.05] if losses else None,
+        "arms": shown,
+        "runs": [run_data(run) for run in runs],
+        **analyses,
+    }
+
+
+def read_analysis(file: Path) -> dict[str, Any]:
+    """A file that another program of this package wrote.
+
+    Raises:
+      UserError: it cannot be read, or is not of a known kind.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--add={file} cannot be read ({error})") from None
+    if not isinstance(content, dict) or content.get("kind") not in KINDS:
+        raise UserError(f"--add={file} was not written by train.{', train.'.join(KINDS)}")
+    return content
+
+
+def render(data: dict[str, Any], title: str) -> str:
+    """The page itself."""
+    template = importlib.resources.files("train.analysis").joinpath("report.html").read_text()
+    # Within a script element only "</" could end it, and in JSON a slash may be escaped.
+    content = (
+        json.dumps(data, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\u0021--")
+    )
+    return template.replace("{{TITLE}}", html.escape(title)).replace("{{DATA}}", content)
+
+
+def program(argv: Sequence[str]) -> None:
+    """Parses and calls."""
+    p = Arguments(prog="python -m train report", description=__doc__)
+    p.add_argument("runs", nargs="+", help="folders of runs or of their records")
+    p.add_argument("--add", nargs="+", type=Path, default=[], help="JSON of the other programs")
+    p.add_argument("--output", type=Path, default=Path("report.html"), help="an .html")
+    p.add_argument("--title", default="FSN: report of runs")
+    options = p.parse_args(argv[1:])
+    if options.output.suffix != ".html" or not options.output.parent.is_dir():
+        raise UserError(f"--output={options.output} must be an .html in a folder that exists")
+    page = render(page_data(options.runs, options.add), options.title)
+    write_atomically(options.output, page)
+    print(f"{options.output} ({len(page.encode()) / 1e6:.1f} MB)")

@@ -1,0 +1,232 @@
+"""A prepared corpus: three flat byte files and a manifest, in a folder of the cache.
+
+    <cache>/<name>[-<8 hex digits of the source's fingerprint>]/
+        manifest.json  train.bin  validation.bin  test.bin
+
+The folder stands for itself: it can be carried to a machine without tensorflow-datasets or Grain,
+into that machine's cache or anywhere else (`data.path` may name it). The manifest:
+
+    format        FORMAT, an int
+    name          enwik8, pycode, codeparrot or text
+    splits        {split: {"bytes": int, "sha256": hex}}, and "characters": int if that is the unit
+    unit          "characters", or left out for bytes: what a token stands for
+    vocabulary    the byte values that occur in any split, ascending, as hex; or the characters
+    source        {"description": str, "sha256": hex} of what the corpus was made from
+    rule          how the source became the splits, in words
+
+A token is the rank of its byte, or character, in the vocabulary.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from train.data.pinned import PINNED
+from train.data.vocabulary import Bytes, Tokens, Unit, Vocabulary
+from train.errors import UserError
+from train.files import file_sha256
+
+NAMES = ("enwik8", "pycode", "codeparrot", "text")
+SPLITS = ("train", "validation", "test")
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitInfo:
+    """Length and SHA-256 of a split's file.
+
+    Attributes:
+      num_bytes: of the file.
+      sha256: of the file, in hexadecimal.
+      num_characters: that its UTF-8 holds; 0 in a corpus of bytes, which need not be UTF-8.
+    """
+
+    num_bytes: int
+    sha256: str
+    num_characters: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+    """A prepared corpus, opened by `open_corpus`.
+
+    Attributes:
+      name: enwik8, pycode, codeparrot or text.
+      folder: where its files are.
+      vocabulary: uint8[V], the byte values that occur in it, ascending; or uint32[V], the code
+        points of its characters.
+      splits: length and hash of each of SPLITS.
+      source: what it was made from, in words.
+      unit: what a token stands for.
+    """
+
+    name: str
+    folder: Path
+    vocabulary: Tokens
+    splits: Mapping[str, SplitInfo]
+    source: str
+    unit: Unit = "bytes"
+
+    @property
+    def sha256(self) -> str:
+        """The identity of the corpus, equal wherever and however it was prepared.
+
+        SHA-256 of the ASCII lines "<split> <bytes> <sha256>" of train, validation and test, then
+        "vocabulary <hex of the byte values>", or "characters <hex of their UTF-8>", each ended
+        by a newline.
+        """
+        lines = [f"{name} {info.num_bytes} {info.sha256}" for name, info in self._ordered_splits()]
+        kind = "vocabulary" if self.unit == "bytes" else self.unit
+        lines.append(f"{kind} {self.decode(range(self.vocab_size)).hex()}")
+        return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of tokens."""
+        return int(self.vocabulary.size)
+
+    @property
+    def codec(self) -> Vocabulary:
+        """Between text and tokens."""
+        return Vocabulary(self.vocabulary, self.unit)
+
+    @property
+    def table(self) -> Bytes:
+        """See ``Vocabulary.table``."""
+        return self.codec.table
+
+    def num_tokens(self, name: str) -> int:
+        """Length of a split in tokens."""
+        info = self.splits[name]
+        return info.num_bytes if self.unit == "bytes" else info.num_characters
+
+    def split(self, name: str, *, allow_test: bool = False) -> Bytes:
+        """The raw bytes of a split, uint8[n], mapped from its file, read-only.
+
+        The test split is for the one command that records its use; it alone passes `allow_test`.
+        Its hash is checked here, since opening the corpus leaves its bytes unread.
+
+        Raises:
+          UserError: no such split, or the test split without `allow_test`, or a damaged one.
+        """
+        if name not in self.splits:
+            raise UserError(f"there is no split {name!r}: choose one of {', '.join(self.splits)}")
+        if name == "test":
+            if not allow_test:
+                raise UserError(
+                    "the test split is read by `python -m train test` only, which records "
+                    "each use: choose train or validation"
+                )
+            _check_hash(self, name)
+        return np.memmap(self.path(name), dtype=np.uint8, mode="r")
+
+    def tokens(self, name: str, *, allow_test: bool = False) -> Tokens:
+        """The tokens of a split, uint8[n] (wider from 257 characters on), in memory."""
+        return self.codec.tokens(self.split(name, allow_test=allow_test))
+
+    def encode(self, text: bytes) -> npt.NDArray[np.int32]:
+        """The tokens of some text, int32[n]; see ``Vocabulary.encode``."""
+        return self.codec.encode(text, source=self.name)
+
+    def decode(self, tokens: npt.ArrayLike) -> bytes:
+        """The text of some tokens, the inverse of `encode`; see ``Vocabulary.decode``."""
+        return self.codec.decode(tokens)
+
+    def path(self, name: str) -> Path:
+        """The file of a split."""
+        return self.folder / f"{name}.bin"
+
+    def _ordered_splits(self) -> list[tuple[str, SplitInfo]]:
+        return [(name, self.splits[name]) for name in SPLITS]
+
+
+def default_cache() -> Path:
+    """$FSN_JAX_CACHE, or ~/.cache/fsn_jax."""
+    return Path(os.environ.get("FSN_JAX_CACHE") or "~/.cache/fsn_jax").expanduser()
+
+
+def read_corpus(folder: Path, *, verify: bool = True) -> Corpus:
+    """Read a prepared corpus from its folder.
+
+    Raises:
+      UserError: a file is missing or is not what the manifest says, or the manifest of a pinned
+        corpus is not the known one.
+    """
+    manifest = folder / MANIFEST
+    try:
+        fields = json.loads(manifest.read_text())
+    except FileNotFoundError:
+        raise _damaged(manifest, "is missing", folder) from None
+    except (OSError, ValueError) as error:
+        raise _damaged(manifest, f"cannot be read ({error})", folder) from error
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise _damaged(manifest, f"is not of format {FORMAT}", folder)
+    try:
+        vocabulary = Vocabulary.from_text(fields["vocabulary"], fields.get("unit", "bytes"))
+        corpus = Corpus(
+            name=str(fields["name"]),
+            folder=folder,
+            vocabulary=vocabulary.values,
+            splits={
+                split: SplitInfo(
+                    int(info["bytes"]), str(info["sha256"]), int(info.get("characters", 0))
+                )
+                for split, info in ((split, fields["splits"][split]) for split in SPLITS)
+            },
+            source=str(fields["source"]["description"]),
+            unit=vocabulary.unit,
+        )
+    except (LookupError, TypeError, ValueError) as error:
+        raise _damaged(manifest, f"is not understood ({error!r})", folder) from error
+    pinned = PINNED.get(corpus.name)
+    if pinned and pinned.splits != {s: (i.num_bytes, i.sha256) for s, i in corpus.splits.items()}:
+        raise _damaged(manifest, "does not describe the known corpus", folder)
+    for split, info in corpus.splits.items():
+        file = corpus.path(split)
+        size = file.stat().st_size if file.is_file() else None
+        if size != info.num_bytes:
+            found = "is missing" if size is None else f"holds {size} bytes, not {info.num_bytes}"
+            raise _damaged(file, found, folder)
+        if verify and split != "test":
+            _check_hash(corpus, split)
+    return corpus
+
+
+def write_manifest(corpus: Corpus, source_sha256: str, rule: str) -> None:
+    """Write the manifest of a corpus into its folder."""
+    of_characters = corpus.unit == "characters"
+    fields: dict[str, Any] = {
+        "format": FORMAT,
+        "name": corpus.name,
+        "splits": {
+            split: {"bytes": info.num_bytes, "sha256": info.sha256}
+            | ({"characters": info.num_characters} if of_characters else {})
+            for split, info in corpus.splits.items()
+        },
+        **({"unit": corpus.unit} if of_characters else {}),
+        "vocabulary": corpus.codec.to_text(),
+        "source": {"description": corpus.source, "sha256": source_sha256},
+        "rule": rule,
+    }
+    (corpus.folder / MANIFEST).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _check_hash(corpus: Corpus, split: str) -> None:
+    digest = file_sha256(corpus.path(split))
+    if digest != corpus.splits[split].sha256:
+        raise _damaged(corpus.path(split), f"has SHA-256 {digest}", corpus.folder)
+
+
+def _damaged(file: Path, what: str, folder: Path) -> UserError:
+    return UserError(
+        f"the prepared corpus is damaged: {file} {what}; delete {folder} and start again, or "
+        "prepare it with `python -m train prepare`"
+    )

@@ -19,9 +19,9 @@ from fsn_jax.config import TransformerConfig
 from fsn_jax.dense import sum_in_float32
 from fsn_jax.feedforward import SwiGLU
 from fsn_jax.language_model import DETERMINISTIC_ARGUMENT, LanguageModel
+from fsn_jax.lookup import lookup
 from fsn_jax.torus import (
     Complex,
-    look_up,
     multiply,
     over_heads,
     rotary_frequencies,
@@ -218,7 +218,7 @@ class TokenEmbedding(nn.Module):
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The tokens' vectors, float32."""
-        return look_up(self.embedding, tokens)
+        return lookup(self.embedding, tokens)
 
 
 class Transformer(LanguageModel):

@@ -66,8 +66,8 @@ def train(mixer: bool, steps: int, seed: int = 0) -> Array:
     params: Any = model.init(init, jnp.zeros((1, 2 * HALF - 1), jnp.int32))
 
     def loss(params: Any, tokens: Array) -> tuple[Array, Array]:
-        logits = model.apply(params, tokens[:, :-1])[:, HALF - 1 :]
-        wanted = tokens[:, HALF:]
+        logits: Any = model.apply(params, tokens[:, :-1])
+        logits, wanted = logits[:, HALF - 1 :], tokens[:, HALF:]
         right = (logits.argmax(axis=-1) == wanted).mean()
         return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean(), right
 

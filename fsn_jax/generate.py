@@ -177,8 +177,9 @@ def stream(
       ConfigError: an argument is out of range, before anything is drawn.
     """
     text = _checked_prompt(prompt, model.config.vocab_size)
-    if not isinstance(context, (int, np.integer)) or context < 2:
-        raise ConfigError(f"context must be a whole number of at least 2; got {context!r}")
+    _check_whole(context=context)
+    if context < 2:
+        raise ConfigError(f"context must be at least 2; got {context}")
     check_sampling(num_tokens=num_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     settings = {
         "temperature": jnp.float32(temperature),
@@ -307,9 +308,7 @@ def generate(
 
 def check_sampling(*, num_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
     """Raises ConfigError if an argument of ``stream`` is of the wrong type or out of range."""
-    for name, value in (("num_tokens", num_tokens), ("top_k", top_k)):
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-            raise ConfigError(f"{name} must be a whole number; got {value!r}")
+    _check_whole(num_tokens=num_tokens, top_k=top_k)
     if top_k >= 2**31:
         raise ConfigError(f"top_k must be below 2**31; got {top_k}")
     if num_tokens < 1:
@@ -320,3 +319,9 @@ def check_sampling(*, num_tokens: int, temperature: float, top_k: int, top_p: fl
         raise ConfigError(f"top_k must not be negative; got {top_k}")
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p must be above 0 and at most 1; got {top_p}")
+
+
+def _check_whole(**numbers: object) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise ConfigError(f"{name} must be a whole number; got {value!r}")

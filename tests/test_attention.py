@@ -81,9 +81,7 @@ def test_phases_that_heads_do_not_divide_are_refused(layer):
 
 @pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 def test_no_tokens_are_no_update(implementation):
-    layer = FrustratedAttention(
-        cases.fsn_config(num_phases=8, num_heads=2, implementation=implementation)
-    )
+    layer = FrustratedAttention(num_heads=2, implementation=implementation)
     variables = cases.random_variables(layer, cases.angles(1, 3, 8))
     assert layer.apply(variables, jnp.zeros((2, 0, 8))).shape == (2, 0, 8)
 

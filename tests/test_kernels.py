@@ -106,7 +106,7 @@ def test_layer_against_oracle(switches):
     config = cases.fsn_config(
         **{"num_phases": 6, "num_heads": 2, "implementation": "pallas", **switches}
     )
-    layer = FrustratedAttention(config)
+    layer = cases.layer(FrustratedAttention, config)
     variables = cases.random_variables(layer, theta)
     weights = cases.angles(*theta.shape, seed=5)
 

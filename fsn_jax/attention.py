@@ -47,7 +47,7 @@ def initial_kernel(layer: CouplingFields, num_phases: int) -> np.ndarray:
 
 def initial_quadrature(layer: CouplingFields, num_phases: int) -> nn.initializers.Initializer:
     """Initializer of the kernel's imaginary part: ``-rho tan(alpha)`` for normal angles alpha."""
-    rho = initial_kernel(layer, num_phases)
+    rho = jnp.asarray(initial_kernel(layer, num_phases))
     if not layer.kernel_angle:
         return nn.initializers.zeros
 

@@ -84,8 +84,8 @@ class PhasorDense(DenseFields, nn.Module):
             shape = (2 * num_phases, self.outputs)
             kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         else:
-            shape = (2, self.groups, num_phases)
-            quadrature = self.param("quadrature", self._quadrature_init(num_phases), shape)
+            init = self._quadrature_init(num_phases)
+            quadrature = self.param("quadrature", init, (2, self.groups, num_phases))
             shape = (num_phases, self.outputs)
             kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
             if self.groups == 1:

@@ -41,7 +41,7 @@ def setting(
       above: a bound that the value must exceed.
     """
     metadata = {"doc": doc, "least": least, "above": above}
-    return typing.cast(_Value, dataclasses.field(default=default, metadata=metadata))
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_fields(config: object) -> None:

@@ -18,6 +18,7 @@ from fsn_jax.config import (
     check_at_least,
     check_fields,
     check_positive,
+    match_parameters,
     recorded_fields,
 )
 from fsn_jax.vocabulary import Unit
@@ -228,6 +229,9 @@ class ExperimentConfig:
       data, optimizer, training, evaluation, checkpoints: see their classes.
       mirror_dir: bucket (``gs://BUCKET/runs``) or folder that keeps a copy of the run's folder
         under the same name; empty for no copy.
+      match: a model; once the vocabulary is known, ``with_vocabulary`` gives ``model`` as many
+        parameters as this one has with it, by the width of its feed-forward. None: nothing is
+        matched.
     """
 
     name: str
@@ -242,6 +246,7 @@ class ExperimentConfig:
     evaluation: EvaluationConfig
     checkpoints: CheckpointConfig
     mirror_dir: str = ""
+    match: ModelConfig | None = None
 
     @classmethod
     def from_config_dict(cls, config: ConfigDict) -> "ExperimentConfig":
@@ -259,6 +264,9 @@ class ExperimentConfig:
                     f"config.model.architecture must be one of {', '.join(ARCHITECTURES)}; "
                     f"got {architecture!r}"
                 )
+            if match := fields.pop("match", None):
+                kind = ARCHITECTURES[match.pop("architecture")]
+                fields["match"] = _build(kind, match, "match")
             from_corpus = model_fields.get("vocab_size") == 0
             if from_corpus:
                 model_fields["vocab_size"] = LARGEST_BYTE_VOCABULARY
@@ -330,7 +338,13 @@ class ExperimentConfig:
                 f"{self.data.name!r} has {vocab_size} {kind}; set it to 0 to take the corpus's"
             )
         model = dataclasses.replace(self.model, vocab_size=vocab_size)
-        return dataclasses.replace(self, model=model, vocabulary_from_corpus=False)
+        if self.match:
+            wanted = dataclasses.replace(self.match, vocab_size=vocab_size).num_params()
+            try:
+                model = match_parameters(model, wanted)
+            except ConfigError as error:
+                raise UserError(f"config.match cannot be matched: {error}") from None
+        return dataclasses.replace(self, model=model, vocabulary_from_corpus=False, match=None)
 
     @property
     def evaluation_stride(self) -> int:
@@ -345,7 +359,8 @@ class ExperimentConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, as in the run folder's ``config.json``."""
         fields = dataclasses.asdict(self)
-        fields.pop("vocabulary_from_corpus")
+        for settled in ("vocabulary_from_corpus", "match"):
+            fields.pop(settled)
         fields["model"] = {"architecture": fields.pop("architecture"), **fields["model"]}
         return fields
 

@@ -7,6 +7,7 @@ again runs what is left. ``--config.FIELD=VALUE`` is passed to every arm. ``--at
 side by side on a CPU, each on half of its cores.
 """
 
+import functools
 import os
 import signal
 import subprocess
@@ -18,7 +19,13 @@ from typing import NamedTuple
 
 from train.analysis import final_losses
 from train.config import ExperimentConfig
-from train.errors import EXIT_INTERRUPTED, EXIT_TRY_AGAIN, TryAgain, UserError
+from train.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_TRY_AGAIN,
+    EXIT_USER_ERROR,
+    TryAgain,
+    UserError,
+)
 from train.files import check_json_output
 from train.flags import config_file, parse_config
 from train.interruption import interruptions
@@ -111,19 +118,28 @@ def begin(job: Job, cores: Set[int], log: Path | None) -> subprocess.Popen[bytes
       cores: cores that the process may use; empty for all.
       log: file for its output; None for the terminal.
     """
-    command = [sys.executable, "-m", "train", *job.arguments]
+    command = [sys.executable, "-m", "train", *job.arguments, "--end_with_stdin"]
     before = os.sched_getaffinity(0) if cores else None
     try:
         if cores:
             os.sched_setaffinity(0, cores)  # the process inherits it
         if log is None:
-            return subprocess.Popen(command)
+            return subprocess.Popen(command, stdin=_lifeline())
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
-            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            return subprocess.Popen(
+                command, stdin=_lifeline(), stdout=file, stderr=subprocess.STDOUT
+            )
     finally:
         if before is not None:
             os.sched_setaffinity(0, before)
+
+
+@functools.cache
+def _lifeline() -> int:
+    """The end to read of a pipe that closes when this process ends, however it does."""
+    readable, _ = os.pipe()
+    return readable
 
 
 def shares_of_cores(at_once: int) -> list[Set[int]]:
@@ -150,6 +166,16 @@ def told_to_stop(job: Job, status: int) -> KeyboardInterrupt | TryAgain | None:
     if status == EXIT_TRY_AGAIN:
         return TryAgain(f"{job.name} was stopped; the same command goes on", everywhere=False)
     return None
+
+
+def reason_of(status: int, log: Path | None) -> str:
+    """Why a run failed: its status, and the user's mistake that is the last line of its log."""
+    why = f"signal {-status}" if status < 0 else f"exit status {status}"
+    lines = log.read_text(errors="replace").split("\n") if log and log.is_file() else []
+    said = [line for line in lines if line.strip()][-1:]
+    if status == EXIT_USER_ERROR and said and said[0].startswith("error: "):
+        why += f": {said[0].removeprefix('error: ')}"
+    return why
 
 
 def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
@@ -190,7 +216,10 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
                 if stop := told_to_stop(job, status):
                     stopped = stop
                 elif status:
-                    why = f"signal {-status}" if status < 0 else f"exit status {status}"
+                    why = reason_of(
+                        status,
+                        default_folder(job.experiment).with_suffix(".log") if at_once > 1 else None,
+                    )
                     failed[job.name] = why
                     print(f"{head}: failed ({why}); going on", flush=True)
             if running:
@@ -213,7 +242,6 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--output", type=Path, default=Path("runs/ladder.json"), help="a .json")
     p.add_argument("--plan", action="store_true", help="print sizes and budgets, train nothing")
     options, changes = p.parse_known_args(argv[1:])
-    output = check_json_output(options.output)
     seeds = options.seeds.split(",")
     if not all(seed.isdigit() for seed in seeds):
         raise UserError(f"--seeds must be whole numbers with commas between; got {options.seeds!r}")
@@ -222,6 +250,7 @@ def program(argv: Sequence[str]) -> None:
     print(plan_text(jobs))
     if options.plan:
         return
+    output = check_json_output(options.output)
     interruptions.kept = lambda: "the same command goes on with what is left"
     failed = run_all(jobs, options.at_once)
     folders = [default_folder(job.experiment) for job in jobs if is_finished(job)]

@@ -115,6 +115,6 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
             steps_per_dispatch=steps_per_dispatch,
             log_every=steps_per_dispatch * 5,
         ),
-        evaluation=EvaluationConfig(every=every, num_bytes=250_000 if pocket else 1_000_000),
+        evaluation=EvaluationConfig(every=every, num_tokens=250_000 if pocket else 1_000_000),
         checkpoints=CheckpointConfig(every=every),
     )

@@ -156,6 +156,6 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
             steps_per_dispatch=per_dispatch,
             log_every=per_dispatch,
         ),
-        evaluation=EvaluationConfig(every=every, num_bytes=rung.validation),
+        evaluation=EvaluationConfig(every=every, num_tokens=rung.validation),
         checkpoints=CheckpointConfig(every=every),
     )

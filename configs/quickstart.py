@@ -28,6 +28,6 @@ def get_config(arm: str = "fsn") -> ConfigDict:
         data=DataConfig(name="enwik8", context=128),
         optimizer=OPTIMIZER,
         training=TrainingConfig(batch_size=16, num_steps=1000, log_every=20),
-        evaluation=EvaluationConfig(every=200, num_bytes=200_000),
+        evaluation=EvaluationConfig(every=200, num_tokens=200_000),
         checkpoints=CheckpointConfig(every=200),
     )

@@ -23,11 +23,14 @@ class LayerCache:
       value: ``[B H, C, G]``. For the frustrated coupling these are the powers of the h-th block of
         phases, real and imaginary parts side by side, which all heads and delays share.
       segment_ids: int32 ``[B, C]``, or None where all tokens of a row are in one segment.
+      state: float32 ``[B, C, D]``, what entered the layer, where a token also sees that of the
+        token before; else None.
     """
 
     key: Array
     value: Array
     segment_ids: Array | None = None
+    state: Array | None = None
 
     @property
     def capacity(self) -> int:
@@ -49,6 +52,33 @@ class LayerCache:
             return slots
         same = segment_ids[:, None, :, None] == self.segment_ids[:, None, None]
         return slots[None, None] & same
+
+    def before(
+        self, position: Int[Array, ""], num_tokens: int, segment_ids: Int[Array, "B S"] | None
+    ) -> Float[Array, "B S D"]:
+        """The states of the tokens before those at ``position`` and on, as ``shifted`` has them."""
+        if self.state is None:
+            raise ValueError("this cache holds no states")
+        rows = jnp.pad(self.state, ((0, 0), (1, 0), (0, 0)))
+        states = jax.lax.dynamic_slice_in_dim(rows, position, num_tokens, axis=1)
+        if segment_ids is None or self.segment_ids is None:
+            return states
+        ids = jnp.pad(self.segment_ids, ((0, 0), (1, 0)))
+        ids = jax.lax.dynamic_update_slice_in_dim(ids, segment_ids, position + 1, axis=1)
+        same = segment_ids == jax.lax.dynamic_slice_in_dim(ids, position, num_tokens, axis=1)
+        return jnp.where(same[..., None], states, 0.0)
+
+
+def shifted(
+    states: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None
+) -> Float[Array, "B L D"]:
+    """The state of the token before each token; zero for the first token of a segment."""
+    before = jnp.pad(states[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    if segment_ids is None:
+        return before
+    same = segment_ids[:, 1:] == segment_ids[:, :-1]
+    same = jnp.pad(same, ((0, 0), (1, 0)))
+    return jnp.where(same[..., None], before, 0.0)
 
 
 def empty_layer_cache(
@@ -104,10 +134,10 @@ def extend_weights(
     if segments is not None and segment_ids is not None:
         new = segment_ids.astype(segments.dtype)
         segments = jax.lax.dynamic_update_slice_in_dim(segments, new, position, axis=1)
-    cache = LayerCache(
-        _put(cache.key, key.swapaxes(2, 3), position, 2),
-        _put(cache.value, value, position, 1),
-        segments,
+    cache = cache.replace(
+        key=_put(cache.key, key.swapaxes(2, 3), position, 2),
+        value=_put(cache.value, value, position, 1),
+        segment_ids=segments,
     )
     visible = cache.visible(position + 1, query.shape[2], segment_ids)
     weights = attention_weights_cached(query, cache.key, visible)

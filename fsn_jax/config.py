@@ -46,6 +46,7 @@ __all__ = [
 Values = Literal["circular", "linear"]
 FeedForward = Literal["swiglu", "collective_modes", "none"]
 EmbeddingInit = Literal["normal", "uniform"]
+TokenShift = Literal["none", "keys", "queries_and_keys"]
 
 TRAINING_FLOPS_FACTOR = 3
 """Forward plus backward over forward: for each product the backward pass has two."""
@@ -201,6 +202,11 @@ class TransformerConfig(Frozen, ModelFields):
     feedforward_width: int = setting(176, "F, hidden width of the SwiGLU", least=1)
     tied_embedding: bool = setting(False, "whether the readout is the embedding transposed")
     rotary_base: float = setting(10_000.0, "base of RoPE", above=1)
+    token_shift: TokenShift = setting(
+        "none",
+        "what sees the token before: ``keys`` or ``queries_and_keys`` add those of the token "
+        "before, times a learned weight a channel, which lets one layer copy",
+    )
 
     def _check(self) -> None:
         super()._check()
@@ -213,7 +219,8 @@ class TransformerConfig(Frozen, ModelFields):
     def num_params(self) -> int:
         """Number of learned scalars, equal to the size of the parameter tree."""
         d = self.width
-        layer = 4 * d * d + 3 * d * self.feedforward_width + 2 * d
+        shifts = {"none": 0, "keys": 1, "queries_and_keys": 2}[self.token_shift]
+        layer = 4 * d * d + 3 * d * self.feedforward_width + (2 + shifts) * d
         ends = self.vocab_size * d * (1 if self.tied_embedding else 2) + d
         return self.num_layers * layer + ends
 

@@ -7,12 +7,13 @@ the mixer and the state differ.
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Array, Float, Int
 
-from fsn_jax.cache import LayerCache, empty_layer_cache, extend_sum
+from fsn_jax.cache import LayerCache, empty_layer_cache, extend_sum, shifted
 from fsn_jax.causal import causal_sum, merge_heads, split_heads
 from fsn_jax.config import TransformerConfig
 from fsn_jax.dense import sum_in_float32
@@ -35,6 +36,9 @@ RMS_EPSILON = 1e-6
 class RotaryAttention(nn.Module):
     """Multi-head softmax attention with rotary positions.
 
+    With ``config.token_shift`` keys (and queries) also see the token before: ``k[t] + w k[t - 1]``
+    with a learned weight w of each channel, zero at initialization.
+
     Attributes:
       config: of the model.
     """
@@ -50,6 +54,8 @@ class RotaryAttention(nn.Module):
         }
         self.query, self.key = nn.Dense(**dense), nn.Dense(**dense)
         self.value, self.output = nn.Dense(**dense), nn.Dense(**dense)
+        self.key_shift = self._shift("key_shift", c.token_shift != "none")
+        self.query_shift = self._shift("query_shift", c.token_shift == "queries_and_keys")
 
     def __call__(
         self,
@@ -63,7 +69,10 @@ class RotaryAttention(nn.Module):
             rotary = rotary_phasor(x.shape[1], frequencies)
         else:
             rotary = rotary_phasor_at(positions, frequencies)
-        query, key, value = self._project(x, rotary)
+        before = None
+        if self.config.token_shift != "none":
+            before = shifted(x, segment_ids)
+        query, key, value = self._project(x, before, rotary)
         implementation = self.config.implementation
         summed = causal_sum(
             query, key, value, segment_ids, include_self=True, implementation=implementation
@@ -84,7 +93,12 @@ class RotaryAttention(nn.Module):
             rotary = rotary_phasor_from(position, x.shape[1], cache.capacity, frequencies)
         else:
             rotary = rotary_phasor_at(positions, frequencies)
-        query, key, value = self._project(x, rotary)
+        before = None
+        if cache.state is not None:
+            state = jax.lax.dynamic_update_slice_in_dim(cache.state, x, position, axis=1)
+            cache = cache.replace(state=state)
+            before = cache.before(position, x.shape[1], segment_ids)
+        query, key, value = self._project(x, before, rotary)
         total, cache = extend_sum(query, key, value, cache, position, segment_ids)
         return self._output(total), cache
 
@@ -92,18 +106,34 @@ class RotaryAttention(nn.Module):
         """A cache for ``capacity`` tokens of each of ``batch`` sequences."""
         c = self.config
         widths = (c.width // c.num_heads,) * 2
-        return empty_layer_cache(batch, capacity, c.num_heads, widths, c.dtype, segments=segments)
+        cache = empty_layer_cache(batch, capacity, c.num_heads, widths, c.dtype, segments=segments)
+        if c.token_shift == "none":
+            return cache
+        return cache.replace(state=jnp.zeros((batch, capacity, c.width), jnp.float32))
+
+    def _shift(self, name: str, used: bool) -> Array | None:
+        if not used:
+            return None
+        return self.param(name, nn.initializers.zeros, (self.config.width,), jnp.float32)
 
     def _frequencies(self) -> npt.NDArray[np.float64]:
         c = self.config
         return rotary_frequencies(c.width // c.num_heads // 2, c.rotary_base)
 
-    def _project(self, x: Array, rotary: Complex) -> tuple[Array, Array, Array]:
+    def _project(
+        self, x: Array, before: Array | None, rotary: Complex
+    ) -> tuple[Array, Array, Array]:
         c = self.config
         scale = (c.width // c.num_heads) ** -0.5
-        query, key, value = (
-            split_heads(dense(x), c.num_heads) for dense in (self.query, self.key, self.value)
-        )
+
+        def project(dense: nn.Dense, shift: Array | None = None) -> Array:
+            y = dense(x)
+            if shift is not None:
+                y += shift.astype(y.dtype)[None, None] * dense(before)
+            return split_heads(y, c.num_heads)
+
+        query, key = project(self.query, self.query_shift), project(self.key, self.key_shift)
+        value = project(self.value)
         return self._rotate(query * scale, rotary), self._rotate(key, rotary), value
 
     def _rotate(self, x: Array, rotary: Complex) -> Array:

@@ -90,6 +90,8 @@ FSN_VARIANTS: dict[str, dict[str, Any]] = {
 TRANSFORMER_VARIANTS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tied_embedding": True},
+    "shifted_keys": {"token_shift": "keys"},
+    "shifted": {"token_shift": "queries_and_keys"},
 }
 IMPLEMENTATIONS = ("reference", "xla")
 

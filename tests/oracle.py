@@ -365,6 +365,9 @@ def transformer_attention(params: Params, x: Array, config: Any) -> Array:
     length, width = x.shape
     size = width // config.num_heads
     query, key, value = (x @ params[name]["kernel"] for name in ("query", "key", "value"))
+    for name, rows in (("query_shift", query), ("key_shift", key)):
+        for t in reversed(range(1, length if name in params else 1)):
+            rows[t] += params[name] * rows[t - 1]
     mixed = np.zeros((length, width))
     for h in range(config.num_heads):
         columns = slice(h * size, (h + 1) * size)

@@ -31,7 +31,7 @@ SETTINGS: Mapping[str, Any] = {
     "training.steps_per_dispatch": 5,
     "training.log_every": 15,
     "evaluation.every": 40,
-    "evaluation.num_bytes": 5_000,
+    "evaluation.num_tokens": 5_000,
     "evaluation.batch_size": 8,
     "checkpoints.every": 20,
 }

@@ -345,10 +345,10 @@ CASES = [
     ),
     Case(
         "an evaluation shorter than a context",
-        f"{FRESH} --config.evaluation.num_bytes=10",
+        f"{FRESH} --config.evaluation.num_tokens=10",
         "config.data.context=16 needs at least 17 bytes to evaluate on, and there are "
         "10: lower the context, or give more text or a larger "
-        "config.evaluation.num_bytes",
+        "config.evaluation.num_tokens",
     ),
     Case(
         "a stride longer than the context",

@@ -1,6 +1,7 @@
 """Every file under configs/: each of its arms is valid, knows its size, and takes a step."""
 
 import dataclasses
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from train.config import ExperimentConfig
 from train.flags import load_config
 from train.loop import check_devices, train_steps_of
 from train.optimizer import make_optimizer
+from train.recorded import read_experiment
 from train.step import abstract_state, build_model, init_state
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -73,7 +75,7 @@ def test_a_config_is_valid_and_knows_its_size(argument):
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     tree = jax.eval_shape(build_model(config.model).init, jax.random.key(0), tokens)
     assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == config.model.num_params()
-    assert ExperimentConfig.from_json(config_of(argument).to_json()) == config
+    assert read_experiment(config_of(argument).to_json()) == config
 
 
 def test_each_run_has_a_folder_of_its_own():
@@ -260,3 +262,18 @@ def test_a_config_with_one_of_its_layers_takes_a_step(arm):
 @each_arm
 def test_a_config_takes_a_step(argument):
     check_a_step(experiment_of(argument))
+
+
+RECORDED = sorted((FOLDER.parent / "results").glob("*/config.json"))
+
+
+@pytest.mark.parametrize("file", RECORDED, ids=lambda file: file.parent.name)
+def test_recorded_settings_still_load(file):
+    recorded = json.loads(file.read_text())
+    experiment = read_experiment(file.read_text())
+    assert experiment.name == recorded["name"]
+    assert experiment.evaluation.num_tokens == recorded["evaluation"]["num_bytes"]
+    assert experiment.training.layout == recorded["training"].get("parameters", "replicated")
+    summary = json.loads(file.with_name("summary.json").read_text())
+    assert experiment.model.num_params() == summary["parameters"]
+    assert read_experiment(json.dumps(experiment.to_dict())) == experiment

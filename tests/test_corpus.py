@@ -18,7 +18,7 @@ from train.data.corpus import SPLITS, Corpus, default_cache
 from train.data.pinned import ENWIK8, PINNED, Pinned, PinnedFile
 from train.data.prepare import open_corpus
 from train.data.python_files import is_test, split_of
-from train.data.user_files import contents, find_files, plan_splits
+from train.data.user_files import contents, find_files, split_by_file
 from train.errors import UserError
 from train.program import run_program
 
@@ -71,7 +71,7 @@ RAW_SPLITS = {"train": RAW[:90_000], "validation": RAW[90_000:95_000], "test": R
 def small_enwik8(tmp_path, monkeypatch) -> Path:
     pin(monkeypatch, "enwik8", {"enwik8": RAW}, RAW_SPLITS)
     # Many records, an odd number of bytes each: their order and their edges must not show.
-    monkeypatch.setattr("train.data.enwik8.RECORD_BYTES", 777)
+    monkeypatch.setattr("train.data.recipes.RECORD_BYTES", 777)
     file = tmp_path / "raw"
     file.write_bytes(RAW)
     return file
@@ -87,7 +87,20 @@ def test_enwik8_is_split_in_order_at_its_boundaries(small_enwik8, cache):
     }
     assert corpus.vocab_size == 205
     assert visible(cache) == ["enwik8"]
-    assert visible(corpus.folder) == ["manifest.json", "test.bin", "train.bin", "validation.bin"]
+    flat = ["manifest.json", "test.bin", "train.bin", "validation.bin"]
+    assert visible(corpus.folder) == ["dataset", *flat]
+
+
+def test_the_dataset_is_one_of_tensorflow_datasets(small_enwik8, cache):
+    import tensorflow_datasets as tfds
+
+    folder = opened("enwik8", small_enwik8, cache).folder / "dataset" / "enwik8" / "1.0.0"
+    builder = tfds.builder_from_directory(str(folder))
+    for split, text in RAW_SPLITS.items():
+        examples = list(builder.as_data_source(split))
+        assert [int(example["index"]) for example in examples] == list(range(len(examples)))
+        assert b"".join(example["text"] for example in examples) == text
+    assert examples[1]["name"] == f"enwik8:{95_000 + 777}".encode()
 
 
 def test_the_pinned_boundaries_of_enwik8():
@@ -304,7 +317,7 @@ def test_a_manifest_cannot_pass_for_a_pinned_corpus(small_enwik8, cache, monkeyp
 
 
 def test_a_file_is_split_by_position(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr("train.data.text.RECORD_BYTES", 999)
+    monkeypatch.setattr("train.data.recipes.RECORD_BYTES", 999)
     text = bytes(range(256)) * 200 + b"\0\0end"  # binary is fine
     (tmp_path / "own.bin").write_bytes(text)
     corpus = opened("text", tmp_path / "own.bin", cache)
@@ -409,18 +422,14 @@ def test_splits_by_file_keep_to_their_shares(seed):
     rng = random.Random(seed)
     sizes = [rng.randrange(1, 5000) for _ in range(rng.randrange(1, 200))]
     digests = [f"{rng.random()}" for _ in sizes]
-    rule, spans = plan_splits(sizes, digests, floor=100)
-    total = sum(sizes)
-    held = {split: sum(span.stop - span.start for span in parts) for split, parts in spans.items()}
-    assert sum(held.values()) == total
-    if rule == "by file":
-        whole = [span for parts in spans.values() for span in parts]
-        assert sorted(span.file for span in whole) == list(range(len(sizes)))
-        assert all((span.start, span.stop) == (0, sizes[span.file]) for span in whole)
-        for split in ("validation", "test"):
-            assert total / 40 <= held[split] <= 3 * total / 40
-    else:
-        assert held["validation"] == held["test"] == total // 20
+    splits = split_by_file(sizes, digests, floor=100)
+    if splits is None:
+        assert len(sizes) < 60
+        return
+    assert sorted(sum(splits.values(), [])) == list(range(len(sizes)))
+    for split in ("validation", "test"):
+        held = sum(sizes[index] for index in splits[split])
+        assert sum(sizes) / 40 <= held <= 3 * sum(sizes) / 40
 
 
 # Code
@@ -587,17 +596,6 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
 def test_a_prepared_folder_of_another_corpus_is_refused(corpus):
     with pytest.raises(UserError, match="holds the corpus text, not config.data.name=enwik8"):
         open_corpus(name="enwik8", path=str(corpus.folder))
-
-
-def test_without_tensorflow_datasets_the_remedies_are_named(tmp_path, cache, monkeypatch):
-    own = write(tmp_path / "own.txt", text_of(50_000))
-    for module in [name for name in sys.modules if name.startswith("train.data.")]:
-        if module.endswith((".builder", ".text")):
-            monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(UserError, match="pip install tensorflow-datasets .* carry a prepared"):
-        opened("text", own, cache)
-    assert visible(cache) == []
 
 
 # The command

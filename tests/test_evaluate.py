@@ -5,7 +5,7 @@ import os
 import pytest
 import small_runs
 
-from train import evaluate, final_test, sample
+from train import evaluate, final_evaluation, sample
 from train.metrics import read_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -37,20 +37,20 @@ def test_evaluation_covers_the_split_and_is_logged(finished, capsys):
 
 def test_the_test_split_is_read_once_and_the_use_recorded(finished, capsys, monkeypatch):
     run, corpus, _ = finished
-    final_test.program(["final_test", str(run)])
+    final_evaluation.program(["test", str(run)])
     (row,) = read_rows(run / "test_reads.jsonl")
     assert row["num_bytes"] == corpus.splits["test"].num_bytes - 1
     first = capsys.readouterr().out
     assert f"{row['bpc']:.4f} BPC" in first
 
     with monkeypatch.context() as patched:
-        patched.setattr(final_test, "evaluate", None)  # to read again would fail
-        final_test.program(["final_test", str(run)])
+        patched.setattr(final_evaluation, "evaluate", None)  # to read again would fail
+        final_evaluation.program(["test", str(run)])
     again = capsys.readouterr().out
     assert f"{row['bpc']:.4f} BPC, read on {row['time']}" in again
     assert len(read_rows(run / "test_reads.jsonl")) == 1
 
-    final_test.program(["final_test", str(run), "--stride=4"])
+    final_evaluation.program(["test", str(run), "--stride=4"])
     assert "has been read 1 time(s) before" in capsys.readouterr().out
     assert len(read_rows(run / "test_reads.jsonl")) == 2
 

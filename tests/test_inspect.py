@@ -43,35 +43,35 @@ def seen(here, capsys, *options, arm="resident"):
 
 @pytest.mark.parametrize("placement", ["resident", "host"])
 def test_the_first_batch_is_the_one_that_training_reads(here, capsys, placement):
-    told = seen(here, capsys, "--no_compile", arm=placement)["batch"]
+    found = seen(here, capsys, "--no_compile", arm=placement)["batch"]
     experiment = parse_config(["", f"--config={here / 'config.py'}"])
     text = small_runs.text_of(4000)
     tokens = bytes(small_runs.ALPHABET.index(byte) for byte in text)
     tokens = jax.numpy.frombuffer(tokens, jax.numpy.uint8)
     order = WindowOrder(len(text), small_runs.CONTEXT, small_runs.BATCH, experiment.seed)
     (batch,) = host_batches(jax.device_get(tokens), order, start_step=0, num_steps=1)
-    assert told["sha256"] == hashlib.sha256(batch.tobytes()).hexdigest()
-    assert tuple(told["shape"]) == batch.shape
-    start = told["start"]
-    assert told["text"].encode() == text[start : start + len(told["text"])]
-    assert told["rows_per_device"] * jax.device_count() == small_runs.BATCH
-    assert told["sharding"] == "axis 1: data"
+    assert found["sha256"] == hashlib.sha256(batch.tobytes()).hexdigest()
+    assert tuple(found["shape"]) == batch.shape
+    start = found["start"]
+    assert found["text"].encode() == text[start : start + len(found["text"])]
+    assert found["rows_per_device"] * jax.device_count() == small_runs.BATCH
+    assert found["sharding"] == "axis 1: data"
 
 
 def test_the_parameters_are_the_models(here, capsys):
-    told = seen(here, capsys, "--no_compile")
+    found = seen(here, capsys, "--no_compile")
     experiment = parse_config(["", f"--config={here / 'config.py'}"])
     tokens = jax.numpy.zeros((1, 2), jax.numpy.int32)
     params = jax.eval_shape(build_model(experiment.model).init, jax.random.key(0), tokens)["params"]
     leaves = flatten_dict(params, sep="/")
-    assert {p["path"]: tuple(p["shape"]) for p in told["parameters"]} == {
+    assert {p["path"]: tuple(p["shape"]) for p in found["parameters"]} == {
         name: leaf.shape for name, leaf in leaves.items()
     }
     total = sum(leaf.size for leaf in leaves.values())
-    assert told["num_params"] == total == sum(group["size"] for group in told["groups"])
-    assert told["memory"]["parameters"] == 4 * total
-    assert told["memory"]["scratch"] is None
-    assert told["flops"]["step"] == pytest.approx(
+    assert found["num_params"] == total == sum(group["size"] for group in found["groups"])
+    assert found["memory"]["parameters"] == 4 * total
+    assert found["memory"]["scratch"] is None
+    assert found["flops"]["step"] == pytest.approx(
         experiment.model.flops_per_token(small_runs.CONTEXT)
         * math.prod((small_runs.BATCH, small_runs.CONTEXT))
     )
@@ -90,7 +90,7 @@ def test_memory_is_that_of_the_compiled_step_and_no_run_is_begun(here, capsys):
 
 def test_divided_parameters_are_told_by_axis_and_size(here, capsys):
     whole = seen(here, capsys, "--no_compile")
-    divided = seen(here, capsys, "--no_compile", "--config.training.parameters=sharded")
+    divided = seen(here, capsys, "--no_compile", "--config.training.layout=sharded")
     assert {p["sharding"] for p in whole["parameters"]} == {"replicated"}
     shares = {
         p["path"]: 8 if p["sharding"].endswith(": data") else 1 for p in divided["parameters"]
@@ -101,13 +101,17 @@ def test_divided_parameters_are_told_by_axis_and_size(here, capsys):
 
 
 def test_the_text_says_the_same(here, capsys):
-    told = seen(here, capsys, "--no_compile")
+    found = seen(here, capsys, "--no_compile")
     inspect.program(["inspect", f"--config={here / 'config.py'}", "--no_compile"])
     page = capsys.readouterr().out
-    for parameter in told["parameters"]:
+    for parameter in found["parameters"]:
         assert parameter["path"] in page
-    for told_once in (f"{told['num_params']:,}", repr(told["batch"]["text"]), "was not compiled"):
-        assert told_once in page
+    for part in (
+        f"{found['num_params']:,}",
+        repr(found["batch"]["text"]),
+        "was not compiled",
+    ):
+        assert part in page
 
 
 def test_a_slice_that_cannot_be_described_is_refused(monkeypatch):

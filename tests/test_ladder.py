@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,16 +46,6 @@ def arms(tmp_path, monkeypatch):
     return file
 
 
-class Ended:
-    """A process that has."""
-
-    def __init__(self, status):
-        self.status = status
-
-    def poll(self):
-        return self.status
-
-
 @pytest.fixture
 def in_process(monkeypatch):
     """Trains in this process, without drawing a sample; counts the runs."""
@@ -63,9 +54,9 @@ def in_process(monkeypatch):
     def train(job, cores, log):
         assert not cores and log is None
         trained.append(job.name)
-        return Ended(run_program(train_main.program, ["train", *job.arguments]))
+        return run_program(train_main.program, ["train", *job.arguments])
 
-    monkeypatch.setattr(ladder, "begin", train)
+    monkeypatch.setattr(ladder, "train_one", train)
     monkeypatch.setattr(finish, "_sample", lambda *_: b"a sample")
     return trained
 
@@ -106,7 +97,7 @@ def test_a_failed_arm_is_reported_the_rest_run_on_and_a_finished_one_is_skipped(
 def test_a_run_that_was_told_to_stop_stops_the_ladder(arms, monkeypatch, status, error):
     """Not a failure of the arm: the others must not begin on a machine that is wanted back."""
     begun = []
-    monkeypatch.setattr(ladder, "begin", lambda job, *_: begun.append(job.name) or Ended(status))
+    monkeypatch.setattr(ladder, "train_one", lambda job, *_: begun.append(job.name) or status)
     with pytest.raises(error):
         ladder.program(["ladder", f"--config={arms}", "--output=out.json"])
     assert begun == ["tiny_fsn"]
@@ -253,11 +244,13 @@ def test_the_ladder_tells_its_runs_to_end_with_it(arms, monkeypatch):
     (job, *_) = ladder.plan(str(arms), ["fsn"], [0], [])
     readable, writable = os.pipe()
     monkeypatch.setattr(ladder, "_lifeline", lambda: readable)
-    process = ladder.begin(job, frozenset(), None)
+    with ThreadPoolExecutor() as pool:
+        status = pool.submit(ladder.train_one, job, "", None)
+        with pytest.raises(TimeoutError):
+            status.result(timeout=0.3)
+        os.close(writable)
+        assert status.result(timeout=20) == 7
     os.close(readable)
-    assert process.poll() is None
-    os.close(writable)
-    assert process.wait(timeout=20) == 7
 
 
 @pytest.mark.slow

@@ -28,13 +28,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fsn_jax import FSN
 from train import loop
-from train.config import ExperimentConfig
 from train.data.corpus import Corpus
 from train.data.windows import WindowOrder
 from train.evaluate import Evaluator
 from train.loop import DivergedError, cpu_devices, parts_of_batch
 from train.mesh import replicated
 from train.metrics import RowLog, read_rows
+from train.recorded import read_experiment
 from train.run import open_run
 from train.step import build_model, make_evaluate_rows
 
@@ -193,7 +193,7 @@ def test_the_learning_rate_of_a_row_is_that_of_its_last_step(whole):
 def test_the_config_comes_back_from_its_file(corpus, whole):
     folder, _ = whole
     text = (folder / "config.json").read_text()
-    assert ExperimentConfig.from_json(text) == tiny_experiment(corpus.folder, folder)
+    assert read_experiment(text) == tiny_experiment(corpus.folder, folder)
 
 
 def test_the_provenance_tells_what_ran_on_what(corpus, whole):

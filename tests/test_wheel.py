@@ -44,7 +44,7 @@ def test_a_wheel_installs_and_runs_from_an_empty_folder(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         names = packed.namelist()
-    assert {"fsn_jax/py.typed", "train/data/text.py", "train/standalone_sample.py"} <= {*names}
+    assert {"fsn_jax/py.typed", "train/data/recipes.py", "train/standalone_sample.py"} <= {*names}
     data = [p.relative_to(ROOT).as_posix() for p in (ROOT / "train").rglob("*.html")]
     assert {*data} <= {*names}
     assert not [name for name in names if name.startswith(("tests", "configs", "benchmarks"))]

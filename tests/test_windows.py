@@ -1,23 +1,22 @@
 """The order of the windows, the two places they are read from, and the windows of evaluation."""
 
-import sys
-
 import jax
 import numpy as np
 import pytest
 
 from train.data.windows import (
     WindowOrder,
-    evaluation_batches,
+    check_evaluation,
+    check_placement,
     evaluation_windows,
     gather_windows,
     host_batches,
     place_tokens,
-    process_rows,
 )
 from train.errors import UserError
 
 RNG = np.random.default_rng(0)
+DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def tokens_of(n: int) -> np.ndarray:
@@ -35,7 +34,7 @@ GOLDEN = {
 
 def test_the_order_is_the_pinned_one():
     """Changes only if the order of every run changes: then say so in the changelog."""
-    order = WindowOrder(num_bytes=10_000, context=64, batch_size=6, seed=1)
+    order = WindowOrder(num_tokens=10_000, context=64, batch_size=6, seed=1)
     assert order.windows_per_epoch == 155
     assert order.starts(0).tolist() == GOLDEN[0]
     assert order.starts(1).tolist() == GOLDEN[1]
@@ -43,20 +42,20 @@ def test_the_order_is_the_pinned_one():
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "context", "batch_size"),
+    ("num_tokens", "context", "batch_size"),
     [(10, 5, 1), (11, 5, 3), (100, 7, 4), (101, 7, 50), (1000, 10, 7), (999, 1, 8)],
 )
-def test_an_epoch_reads_each_window_once_and_nothing_outside(num_bytes, context, batch_size):
-    order = WindowOrder(num_bytes, context, batch_size, seed=3)
+def test_an_epoch_reads_each_window_once_and_nothing_outside(num_tokens, context, batch_size):
+    order = WindowOrder(num_tokens, context, batch_size, seed=3)
     windows = order.windows_per_epoch
-    assert windows == (num_bytes - context) // context
+    assert windows == (num_tokens - context) // context
     starts = order.starts_of_steps(0, -(-3 * windows // batch_size)).ravel()
     shifts = set()
     for epoch in range(3):
         part = np.sort(starts[epoch * windows : (epoch + 1) * windows])
         assert part[0] < context
         assert (np.diff(part) == context).all()
-        assert part[-1] + context + 1 <= num_bytes
+        assert part[-1] + context + 1 <= num_tokens
         shifts.add(int(part[0]))
     assert shifts <= set(range(context))
 
@@ -112,7 +111,7 @@ def resident_batch(tokens, order: WindowOrder, step: int) -> np.ndarray:
 def test_both_placements_give_the_same_bits():
     tokens = tokens_of(20_011)
     order = WindowOrder(tokens.size, 48, 16, seed=5)
-    placed = place_tokens(tokens)
+    placed = place_tokens(tokens, DEVICE)
     batches = list(host_batches(tokens, order, start_step=20, num_steps=40))  # over an epoch's end
     assert len(batches) == 40
     assert order.epoch(20) < 1 < order.epoch(60)
@@ -128,13 +127,13 @@ def test_both_placements_give_the_same_bits():
 def test_the_last_window_reaches_the_last_byte_and_no_further():
     tokens = tokens_of(100)
     starts = np.array([0, 100 - 11], np.int32)
-    batch = np.asarray(gather_windows(place_tokens(tokens), starts, 10))
+    batch = np.asarray(gather_windows(place_tokens(tokens, DEVICE), starts, 10))
     np.testing.assert_array_equal(batch, [tokens[:11], tokens[-11:]])
 
 
 def test_gathering_reads_the_windows_and_copies_no_corpus():
     order = WindowOrder(1_000_000, 64, 32, seed=0)
-    placed = place_tokens(tokens_of(1_000_000))
+    placed = place_tokens(tokens_of(1_000_000), DEVICE)
     gather = jax.jit(gather_windows, static_argnums=2)
     memory = gather.lower(placed, order.starts(0), 64).compile().memory_analysis()
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 10_000
@@ -188,20 +187,19 @@ def test_the_processes_shares_make_up_the_batch(process_count):
 # Evaluation
 
 
-@pytest.mark.parametrize("num_bytes", [11, 12, 19, 20, 21, 97, 100, 101, 128, 250])
+@pytest.mark.parametrize("num_tokens", [11, 12, 19, 20, 21, 97, 100, 101, 128, 250])
 @pytest.mark.parametrize("stride", [1, 3, 5, 9, 10])
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
-def test_evaluation_scores_every_byte_but_the_first_exactly_once(num_bytes, stride, batch_size):
+def test_evaluation_scores_every_byte_but_the_first_exactly_once(num_tokens, stride, batch_size):
     context = 10
-    hits = np.zeros(num_bytes, int)
+    hits = np.zeros(num_tokens, int)
     settings = {"context": context, "stride": stride, "batch_size": batch_size}
-    batches = list(evaluation_windows(num_bytes, **settings))
-    assert len(batches) == evaluation_batches(num_bytes, **settings)
+    batches = list(evaluation_windows(num_tokens, **settings))
     for batch in batches:
         assert batch.starts.shape == (batch_size,)
         assert batch.scored.shape == (batch_size, context)
         assert batch.starts.min() >= 0
-        assert batch.starts.max() + context + 1 <= num_bytes
+        assert batch.starts.max() + context + 1 <= num_tokens
         rows, columns = np.nonzero(batch.scored)
         targets = batch.starts[rows] + 1 + columns
         np.add.at(hits, targets, 1)
@@ -211,65 +209,25 @@ def test_evaluation_scores_every_byte_but_the_first_exactly_once(num_bytes, stri
     assert (hits[1:] == 1).all()
 
 
-def test_evaluation_of_a_prefix_looks_at_nothing_beyond_it():
-    settings = {"context": 10, "stride": 5, "batch_size": 4}
-    prefix = list(evaluation_windows(1000, **settings, max_bytes=123))
-    whole = list(evaluation_windows(123, **settings))
-    for one, other in zip(prefix, whole, strict=True):
-        np.testing.assert_array_equal(one.starts, other.starts)
-        np.testing.assert_array_equal(one.scored, other.scored)
-    assert sum(batch.scored.sum() for batch in prefix) == 122
-    assert evaluation_batches(1000, **settings, max_bytes=123) == len(prefix)
-
-
 # Refusals
-
-
-EVALUATION = {"num_bytes": 100, "context": 10, "stride": 5, "batch_size": 4}
 
 
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: WindowOrder(100, 0, 4, 0), "config.data.context=0"),
-        (lambda: WindowOrder(100, 10, 0, 0), "config.training.batch_size=0"),
-        (lambda: WindowOrder(100, 10, 4, -1), "config.seed=-1"),
-        (lambda: WindowOrder(100, 10, 4, 2**64), "config.seed="),
         (lambda: WindowOrder(100, 51, 4, 0), "config.data.context=51"),
-        (lambda: process_rows(10, 0, 4), "config.training.batch_size=10"),
-        (lambda: evaluation_windows(**EVALUATION | {"stride": 0}), "config.evaluation.stride=0"),
-        (lambda: evaluation_windows(**EVALUATION | {"stride": 11}), "config.evaluation.stride=11"),
-        (lambda: evaluation_windows(**EVALUATION | {"context": 0}), "config.data.context=0"),
-        (lambda: evaluation_windows(**EVALUATION | {"num_bytes": 10}), "config.data.context=10"),
-        (lambda: evaluation_windows(**EVALUATION, max_bytes=10), "config.data.context=10"),
-        (lambda: evaluation_windows(**EVALUATION, max_bytes=-1), "max_bytes=-1"),
-        (
-            lambda: evaluation_windows(**EVALUATION | {"batch_size": 0}),
-            "config.evaluation.batch_size=0",
-        ),
+        (lambda: check_evaluation(10, 10), "config.data.context=10"),
+        (lambda: check_placement("resident", 2**31), "config.data.placement=resident"),
     ],
 )
-def test_settings_out_of_range_are_refused_in_one_line(call, named):
+def test_a_corpus_that_does_not_fit_is_refused_in_one_line(call, named):
     with pytest.raises(UserError) as caught:
         call()
     assert str(caught.value).startswith(named)
     assert "\n" not in str(caught.value)
 
 
-def test_a_corpus_beyond_32_bit_offsets_is_refused_as_resident():
-    huge = np.broadcast_to(np.zeros(1, np.uint8), (2**31,))  # takes no memory
-    with pytest.raises(UserError, match="resident .* choose config.data.placement=host"):
-        place_tokens(huge)
-
-
-def test_without_grain_the_other_placement_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "grain", None)
-    order = WindowOrder(100, 10, 4, 0)
-    with pytest.raises(UserError, match=r"needs Grain .* pip install grain, or .*=resident"):
-        host_batches(np.zeros(100, np.uint8), order, start_step=0, num_steps=1)
-
-
 def test_an_order_for_another_length_is_refused():
     order = WindowOrder(100, 10, 4, 0)
-    with pytest.raises(ValueError, match="100 bytes, the data has 99"):
+    with pytest.raises(ValueError, match="100 tokens, the data has 99"):
         host_batches(np.zeros(99, np.uint8), order, start_step=0, num_steps=1)

@@ -37,7 +37,7 @@ SETTINGS = {
     "training.num_steps": 10_000_000,
     "training.log_every": 50,
     "evaluation.every": 500,
-    "evaluation.num_bytes": 5_000,
+    "evaluation.num_tokens": 5_000,
     "checkpoints.every": 2000,
 }
 

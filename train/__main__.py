@@ -34,7 +34,7 @@ PROGRAMS = {
     "inspect": Entry("train.inspect", "parameters, FLOPs, memory and first batch, untrained"),
     "ladder": Entry("train.ladder", "trains every arm of a config file, one by one"),
     "evaluate": Entry("train.evaluate", "loss over the whole validation split"),
-    "test": Entry("train.final_test", "loss on the test split, read once and recorded"),
+    "test": Entry("train.final_evaluation", "loss on the test split, read once and recorded"),
     "sample": Entry("train.sample", "text from a trained model"),
     "export": Entry("train.export", "a trained model in the Hugging Face hub's layout"),
     "record": Entry("train.record", "copies the evidence of finished runs to results/"),

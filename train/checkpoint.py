@@ -103,10 +103,10 @@ class Checkpoints:
             self._closing.close()
 
     def save(self, state: TrainState, step: int, validation_loss: float | None) -> None:
-        """Starts a save; the values are copied before this returns, so ``state`` may be donated.
+        """Starts a save. The values are copied first, so ``state`` may be donated afterwards.
 
-        The first save is waited for and read back: a place that does not keep what is written is
-        better known before more is trained.
+        The first save is waited for and read back, so that storage that does not keep what is
+        written is noticed before more is trained.
 
         Raises:
           UserError: what was read back is not what was saved.

@@ -6,7 +6,6 @@ all of them and is what the programs use. Each default stands here, once.
 """
 
 import dataclasses
-import json
 import re
 from typing import Any, Literal
 
@@ -19,7 +18,6 @@ from fsn_jax.config import (
     check_fields,
     check_positive,
     match_parameters,
-    recorded_fields,
 )
 from fsn_jax.vocabulary import Unit
 from train.bucket import is_remote
@@ -130,7 +128,7 @@ class TrainingConfig:
       log_every: number of steps between rows of metrics.
       skipped_limit: number of steps with a NaN or infinite loss or gradient that may be skipped
         before the run stops.
-      parameters: layout of the parameters: ``replicated`` on every device, or ``sharded`` over the
+      layout: layout of the parameters: ``replicated`` on every device, or ``sharded`` over the
         devices with Adam's moments, to fit a larger model. The losses agree up to rounding.
     """
 
@@ -140,7 +138,7 @@ class TrainingConfig:
     accumulation_steps: int = 0
     log_every: int = 50
     skipped_limit: int = 0
-    parameters: Literal["replicated", "sharded"] = "replicated"
+    layout: Literal["replicated", "sharded"] = "replicated"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -160,16 +158,16 @@ class EvaluationConfig:
 
     Attributes:
       every: number of steps between evaluations.
-      num_bytes: number of tokens at the start of the validation split; 0 means all.
+      num_tokens: number of tokens at the start of the validation split; 0 means all.
       batch_size: number of windows in a batch.
       stride: number of new tokens that a window predicts; 0 means the context, so that no window
         sees what came before it.
-      copy_depth: if not 0, the loss on copy events is recorded too, i.e. on characters that go on
-        a repetition of at least this many in their window (``train/data/suffix_match.py``).
+      copy_depth: if not 0, the loss on copy events is recorded too: on characters that continue a
+        repetition of at least this many characters in their window (see ``suffix_match.py``).
     """
 
     every: int = 500
-    num_bytes: int = 0
+    num_tokens: int = 0
     batch_size: int = 64
     stride: int = 0
     copy_depth: int = 0
@@ -177,7 +175,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_at_least(self, 1, "every", "batch_size")
-        check_at_least(self, 0, "num_bytes", "stride", "copy_depth")
+        check_at_least(self, 0, "num_tokens", "stride", "copy_depth")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,18 +361,6 @@ class ExperimentConfig:
             fields.pop(settled)
         fields["model"] = {"architecture": fields.pop("architecture"), **fields["model"]}
         return fields
-
-    @classmethod
-    def from_json(cls, text: str) -> "ExperimentConfig":
-        """Inverts ``to_dict`` followed by ``json.dumps``, for what any version wrote."""
-        return cls.from_config_dict(ConfigDict(in_todays_names(json.loads(text))))
-
-
-def in_todays_names(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns a run's recorded settings, nested, with the model's as this version names them."""
-    model = fields.get("model")
-    kind = ARCHITECTURES.get(model.get("architecture", "")) if isinstance(model, dict) else None
-    return {**fields, "model": recorded_fields(kind, model)} if kind and model else fields
 
 
 def _build(kind: type[Any], fields: dict[str, Any], where: str) -> Any:

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from train.config import ExperimentConfig
 from train.data.suffix_match import match_suffixes
-from train.data.windows import evaluation_windows
+from train.data.windows import check_evaluation, evaluation_windows
 from train.errors import UserError
 from train.load import TrainedModel, load
 from train.mesh import DATA_AXIS, placed
@@ -29,7 +29,7 @@ from train.step import make_evaluate_rows
 
 
 class Evaluator:
-    """Cross entropy over a split, each character after the first predicted once.
+    """Computes the cross entropy of a split; each token but the first is predicted once.
 
     The windows, and which of their predictions count, are made once and serve every call.
     """
@@ -44,13 +44,14 @@ class Evaluator:
         """Prepares the windows of a split.
 
         Args:
-          experiment: context, stride, batch size, and from which depth on copy events are told
-            apart (``config.evaluation.copy_depth``).
-          rows: the compiled ``make_evaluate_rows`` of the model on the mesh.
-          mesh: of the devices to evaluate on.
+          experiment: context, stride, batch size, and the depth from which copy events count
+            (``config.evaluation.copy_depth``).
+          rows: the compiled function that ``make_evaluate_rows`` returns.
+          mesh: mesh of the devices to evaluate on.
           tokens: unsigned[n], the split.
         """
         context, settings = experiment.data.context, experiment.evaluation
+        check_evaluation(len(tokens), context)
         batches = evaluation_windows(
             len(tokens), context, experiment.evaluation_stride, settings.batch_size
         )

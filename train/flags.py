@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from train.config import ExperimentConfig
@@ -17,7 +18,6 @@ from train.files import user_path
 from train.preemption import end_with_stdin
 from train.processes import Joining
 from train.program import Arguments
-from train.run import flatten
 
 _KINDS: dict[type, tuple[Callable[..., Any], str]] = {
     bool: (flags.DEFINE_boolean, "True or False"),
@@ -41,7 +41,7 @@ def parse_config(argv: Sequence[str]) -> ExperimentConfig:
         if not file.value:
             raise UserError("--config=FILE is needed, for instance --config=configs/quickstart.py")
         config = load_config(file.value)
-        for name, value in flatten({"config": config.to_dict()}).items():
+        for name, value in flatten_dict({"config": config.to_dict()}, sep=".").items():
             if type(value) not in _KINDS:
                 raise UserError(
                     f"--config={file.value}: {name} is {value!r}; a setting is a switch, a number "

@@ -9,11 +9,12 @@ side by side on a CPU, each on half of its cores.
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +32,7 @@ from train.flags import config_file, parse_config
 from train.interruption import interruptions
 from train.program import Arguments
 from train.run import default_folder, open_run
-
-PAUSE = 0.2
-"""Seconds between two checks of the running processes."""
+from train.tables import text_table
 
 
 class Job(NamedTuple):
@@ -86,17 +85,15 @@ def plan(file: str, arms: Sequence[str], seeds: Sequence[int], changes: Sequence
 
 def plan_text(jobs: Sequence[Job]) -> str:
     """Formats a table of the runs with sizes and budgets."""
-    width = max(len(job.name) for job in jobs)
-    lines = [f"{'run':{width}}  parameters       steps     characters   training FLOPs"]
+    rows: list[Sequence[str]] = [("run", "parameters", "steps", "characters", "training FLOPs")]
     for job in jobs:
         model, data = job.experiment.model, job.experiment.data
         steps = job.experiment.training.num_steps
         characters = steps * job.experiment.characters_per_step
-        lines.append(
-            f"{job.name:{width}}  {model.num_params():>10,}  {steps:>10,}  {characters:>13,}  "
-            f"{characters * model.flops_per_token(data.context):>15.2e}"
-        )
-    return "\n".join(lines)
+        flops = characters * model.flops_per_token(data.context)
+        counts = (f"{count:,}" for count in (model.num_params(), steps, characters))
+        rows.append((job.name, *counts, f"{flops:.2e}"))
+    return text_table(rows)
 
 
 def is_finished(job: Job) -> bool:
@@ -110,62 +107,48 @@ def is_finished(job: Job) -> bool:
     return trained.to_dict() == wanted.to_dict()
 
 
-def begin(job: Job, cores: Set[int], log: Path | None) -> subprocess.Popen[bytes]:
-    """Starts one run in a process of its own.
+def train_one(job: Job, cores: str, log: Path | None) -> int:
+    """Trains one run in a process of its own and returns its exit status.
 
     Args:
       job: the run.
-      cores: cores that the process may use; empty for all.
+      cores: list of the cores that it may use, as ``taskset`` takes it; empty for all.
       log: file for its output; None for the terminal.
     """
     command = [sys.executable, "-m", "train", *job.arguments, "--end_with_stdin"]
-    before = os.sched_getaffinity(0) if cores else None
-    try:
-        if cores:
-            os.sched_setaffinity(0, cores)  # the process inherits it
-        if log is None:
-            return subprocess.Popen(command, stdin=_lifeline())
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            return subprocess.Popen(
-                command, stdin=_lifeline(), stdout=file, stderr=subprocess.STDOUT
-            )
-    finally:
-        if before is not None:
-            os.sched_setaffinity(0, before)
+    if cores:
+        command = ["taskset", "--cpu-list", cores, *command]
+    if log is None:
+        return subprocess.run(command, stdin=_lifeline()).returncode
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        return subprocess.run(
+            command, stdin=_lifeline(), stdout=file, stderr=subprocess.STDOUT
+        ).returncode
 
 
 @functools.cache
 def _lifeline() -> int:
-    """The end to read of a pipe that closes when this process ends, however it does."""
+    """The read end of a pipe that closes when this process ends, however it does."""
     readable, _ = os.pipe()
     return readable
 
 
-def shares_of_cores(at_once: int) -> list[Set[int]]:
+def shares_of_cores(at_once: int) -> list[str]:
     """Divides the cores equally among the runs side by side; empty for a single run.
 
     Raises:
       UserError: there are too few cores, or the system cannot bind a process to cores.
     """
     if at_once == 1:
-        return [frozenset()]
-    if not hasattr(os, "sched_setaffinity"):
-        raise UserError("--at_once needs Linux, which can keep each run to cores of its own")
+        return [""]
+    if shutil.which("taskset") is None:
+        raise UserError("--at_once needs Linux's taskset, which keeps each run to its own cores")
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= at_once <= len(cores):
         raise UserError(f"--at_once must be from 1 to the {len(cores)} cores here; got {at_once}")
     each = len(cores) // at_once
-    return [frozenset(cores[i * each : (i + 1) * each]) for i in range(at_once)]
-
-
-def told_to_stop(job: Job, status: int) -> KeyboardInterrupt | TryAgain | None:
-    """Returns the exception for a run that was stopped from outside; None for other statuses."""
-    if status in (EXIT_INTERRUPTED, -signal.SIGINT):
-        return KeyboardInterrupt()
-    if status == EXIT_TRY_AGAIN:
-        return TryAgain(f"{job.name} was stopped; the same command goes on", everywhere=False)
-    return None
+    return [",".join(map(str, cores[i * each : (i + 1) * each])) for i in range(at_once)]
 
 
 def reason_of(status: int, log: Path | None) -> str:
@@ -190,45 +173,39 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
       TryAgain: a run received SIGTERM, as when the machine is preempted.
       UserError: see ``shares_of_cores``.
     """
+    shares = shares_of_cores(at_once)
     failed: dict[str, str] = {}
-    free, waiting = shares_of_cores(at_once), list(enumerate(jobs, 1))
-    running: dict[Job, tuple[str, Set[int], subprocess.Popen[bytes]]] = {}
-    stopped: KeyboardInterrupt | TryAgain | None = None
-    try:
-        while running or (waiting and stopped is None):
-            while waiting and free and stopped is None:
-                number, job = waiting.pop(0)
-                head = f"[{number} of {len(jobs)}] {job.name}"
-                if is_finished(job):
-                    print(f"{head}: finished before", flush=True)
-                    continue
-                log = None if at_once == 1 else default_folder(job.experiment).with_suffix(".log")
-                told = f" > {log}" if log else ""
-                print(f"{head}: python -m train {' '.join(job.arguments)}{told}", flush=True)
-                cores = free.pop()
-                running[job] = head, cores, begin(job, cores, log)
-            for job, (head, cores, process) in list(running.items()):
-                status = process.poll()
-                if status is None:
-                    continue
-                del running[job]
-                free.append(cores)
-                if stop := told_to_stop(job, status):
-                    stopped = stop
-                elif status:
-                    why = reason_of(
-                        status,
-                        default_folder(job.experiment).with_suffix(".log") if at_once > 1 else None,
-                    )
-                    failed[job.name] = why
-                    print(f"{head}: failed ({why}); going on", flush=True)
-            if running:
-                time.sleep(PAUSE)
-    finally:
-        for _, _, process in running.values():  # an interruption reaches them too: they save
-            process.wait()
-    if stopped is not None:
-        raise stopped
+    stopped: list[BaseException] = []
+
+    def train(number: int, job: Job) -> None:
+        head = f"[{number} of {len(jobs)}] {job.name}"
+        if stopped:
+            return
+        if is_finished(job):
+            print(f"{head}: finished before", flush=True)
+            return
+        log = None if at_once == 1 else default_folder(job.experiment).with_suffix(".log")
+        output = f" > {log}" if log else ""
+        print(f"{head}: python -m train {' '.join(job.arguments)}{output}", flush=True)
+        cores = shares.pop()
+        status = train_one(job, cores, log)
+        shares.append(cores)
+        if status in (EXIT_INTERRUPTED, -signal.SIGINT):
+            stopped.append(KeyboardInterrupt())
+        elif status == EXIT_TRY_AGAIN:
+            line = f"{job.name} was stopped; the same command goes on"
+            stopped.append(TryAgain(line, everywhere=False))
+        elif status:
+            failed[job.name] = reason_of(status, log)
+            print(f"{head}: failed ({failed[job.name]}); going on", flush=True)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            list(pool.map(train, range(1, len(jobs) + 1), jobs))
+        except KeyboardInterrupt as interrupt:  # it reaches the runs too: they save
+            stopped.append(interrupt)
+    if stopped:
+        raise stopped[0]
     return failed
 
 

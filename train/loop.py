@@ -20,8 +20,8 @@ from train.config import ExperimentConfig
 from train.data.corpus import Corpus
 from train.data.windows import (
     WindowOrder,
+    check_evaluation,
     check_placement,
-    evaluation_windows,
     host_batches,
     place_tokens,
 )
@@ -32,11 +32,11 @@ from train.metrics import Metrics, Unwritten
 from train.optimizer import learning_rate, make_optimizer
 from train.preemption import Preemption
 from train.processes import first_does
-from train.profiling import Profiler, Span
+from train.profiling import Profiler, TracedSteps
 from train.provenance import write_provenance
 from train.run import RunFolder, cannot_write, refuse_lost_checkpoints, write_parameter_table
 from train.step import (
-    Report,
+    DispatchMetrics,
     TrainState,
     abstract_state,
     build_model,
@@ -122,17 +122,21 @@ def check_experiment(experiment: ExperimentConfig, corpus: Corpus, num_devices: 
         fit ``data.placement``.
     """
     check_devices(experiment, num_devices)
-    context, evaluation = experiment.data.context, experiment.evaluation
-    check_placement(experiment.data.placement, corpus.splits["train"].num_bytes)
-    WindowOrder(
-        corpus.num_tokens("train"), context, experiment.training.batch_size, experiment.seed
+    check_placement(experiment.data.placement, corpus.num_tokens("train"))
+    window_order(experiment, corpus)
+    held_out = corpus.num_tokens("validation")
+    check_evaluation(
+        min(held_out, experiment.evaluation.num_tokens or held_out), experiment.data.context
     )
-    evaluation_windows(
-        corpus.num_tokens("validation"),
-        context,
-        experiment.evaluation_stride,
-        evaluation.batch_size,
-        max_bytes=evaluation.num_bytes,
+
+
+def window_order(experiment: ExperimentConfig, corpus: Corpus) -> WindowOrder:
+    """Returns the order of the training windows."""
+    return WindowOrder(
+        corpus.num_tokens("train"),
+        experiment.data.context,
+        experiment.training.batch_size,
+        experiment.seed,
     )
 
 
@@ -151,7 +155,7 @@ def train_steps_of(
         placement=experiment.data.placement,
         accumulation_steps=parts_of_batch(experiment, mesh),
         log_every=experiment.training.log_every,
-        layout=experiment.training.parameters,
+        layout=experiment.training.layout,
     )
 
 
@@ -162,7 +166,7 @@ def train(
     *,
     show_progress: bool = True,
     mesh: jax.sharding.Mesh | None = None,
-    profile: Span | None = None,
+    profile: TracedSteps | None = None,
 ) -> Outcome:
     """Trains or resumes a run.
 
@@ -199,17 +203,12 @@ def _train(
     preemption: Preemption,
     mesh: jax.sharding.Mesh,
     show_progress: bool,
-    profile: Span | None,
+    profile: TracedSteps | None,
 ) -> Outcome:
     training = experiment.training
     check_experiment(experiment, corpus, mesh.size)
     validation = _validation_slice(experiment, corpus)
-    order = WindowOrder(
-        corpus.num_tokens("train"),
-        experiment.data.context,
-        training.batch_size,
-        experiment.seed,
-    )
+    order = window_order(experiment, corpus)
     model = build_model(experiment.model)
     optimizer = make_optimizer(experiment.optimizer, training.num_steps, mesh=mesh)
     rate = learning_rate(experiment.optimizer, training.num_steps)
@@ -219,7 +218,7 @@ def _train(
 
     first_does(lambda: refuse_lost_checkpoints(run, experiment))
     with Checkpoints(run.checkpoints, experiment.checkpoints) as checkpoints:
-        placed: dict[str, Any] = {"mesh": mesh, "layout": training.parameters}
+        placed: dict[str, Any] = {"mesh": mesh, "layout": training.layout}
         restored = checkpoints.restore_latest(abstract_state(model, optimizer, **placed))
         if restored:
             start, state = restored
@@ -237,7 +236,7 @@ def _train(
             )
         begun_before = run.has_begun
         write_provenance(run, corpus, resume_step=start)
-        metrics: Metrics = Unwritten()
+        metrics: Metrics | Unwritten = Unwritten()
         if run.writes:
             metrics = Metrics(
                 run.path,
@@ -251,7 +250,7 @@ def _train(
         elif begun_before:
             metrics.say("no checkpoint of the run was saved before: it begins again at step 0")
         profiler = Profiler(run.path, profile)
-        pending: tuple[int, Report] | None = None
+        pending: tuple[int, DispatchMetrics] | None = None
         validation_loss = None
         began = time.perf_counter()
 
@@ -307,7 +306,7 @@ def _train(
 
 def _validation_slice(experiment: ExperimentConfig, corpus: Corpus) -> np.ndarray:
     tokens = corpus.tokens("validation")
-    limit = experiment.evaluation.num_bytes
+    limit = experiment.evaluation.num_tokens
     return tokens[:limit] if limit else tokens
 
 
@@ -347,13 +346,13 @@ def _batches(
 
 
 def _record(
-    metrics: Metrics,
+    metrics: Metrics | Unwritten,
     experiment: ExperimentConfig,
     order: WindowOrder,
     rate: Callable[[int], Any],
     checkpoints: Checkpoints,
     step: int,
-    tally: Report,
+    tally: DispatchMetrics,
 ) -> None:
     skipped = int(tally.skipped)
     if skipped > experiment.training.skipped_limit:

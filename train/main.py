@@ -12,7 +12,7 @@ from train.interruption import interruptions
 from train.load import open_experiment_corpus
 from train.loop import check_experiment, cpu_devices, train
 from train.processes import agree, first_does, loss_of_a_process, together
-from train.profiling import Span
+from train.profiling import TracedSteps
 from train.program import num_cores, start_jax
 from train.run import RunFolder, create_or_resume, default_folder
 
@@ -21,10 +21,10 @@ def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     joining, profile, argv = parse_options(argv)
     experiment = parse_config(argv)
-    span = Span.parse(profile, experiment.training.num_steps) if profile else None
+    traced = TracedSteps.parse(profile, experiment.training.num_steps) if profile else None
     start_jax(joining, cpu_devices=cpu_devices(experiment, num_cores()))
     try:
-        _train(experiment, span)
+        _train(experiment, traced)
     except Exception as error:
         lost = loss_of_a_process(error)
         if lost is None:
@@ -32,7 +32,7 @@ def program(argv: Sequence[str]) -> None:
         raise lost from error
 
 
-def _train(experiment: ExperimentConfig, profile: Span | None) -> None:
+def _train(experiment: ExperimentConfig, profile: TracedSteps | None) -> None:
     # Process 0 first, so that not all of them prepare the same corpus in the same cache.
     first = first_does(lambda: open_experiment_corpus(experiment))
     corpus = together(lambda: first or open_experiment_corpus(experiment))

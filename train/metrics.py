@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -203,26 +204,9 @@ class Metrics:
         self._bar.update(step - self._bar.n)
 
 
-class Unwritten(Metrics):
+class Unwritten:
     """The metrics of a process that does not write: every method does nothing."""
 
-    def __init__(self) -> None:
-        """Opens nothing."""
-
-    def train(self, step: int, **row: float) -> None:
-        """Nothing."""
-
-    def losses(self, before: int, losses: np.ndarray) -> None:
-        """Nothing."""
-
-    def validation(self, step: int, evaluated: SplitLoss, *, num_bytes: int) -> None:
-        """Nothing."""
-
-    def say(self, message: str) -> None:
-        """Nothing."""
-
-    def leave_out(self, seconds: float) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Returns a function that does nothing."""
+        return lambda *_, **__: None

@@ -40,6 +40,8 @@ _GROUP_OF_LEAF = {
     "modes_real": MATRICES,
     "modes_imag": MATRICES,
     "embedding": TABLES,
+    "key_shift": VECTORS,
+    "query_shift": VECTORS,
     "bias": VECTORS,
     "scale": VECTORS,
 }

@@ -1,83 +1,71 @@
 """``--profile=FIRST:LAST``: a trace of some steps of a run, for TensorBoard and for Perfetto."""
 
 import contextlib
-import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from train.errors import UserError
 
-FOLDER = "profile"
 
-
-@dataclasses.dataclass(frozen=True)
-class Span:
+class TracedSteps(NamedTuple):
     """The steps after ``first`` up to ``last``, widened to whole dispatches."""
 
     first: int
     last: int
 
     @classmethod
-    def parse(cls, text: str, num_steps: int) -> "Span":
-        """From ``FIRST:LAST``.
+    def parse(cls, text: str, num_steps: int) -> "TracedSteps":
+        """Reads ``FIRST:LAST``.
 
         Raises:
-          UserError: it is not of that form, or not within a run of ``num_steps``.
+          UserError: the text is not of that form, or not within a run of ``num_steps``.
         """
         match = re.fullmatch(r"(\d+):(\d+)", text)
-        if not match:
-            raise UserError(f"--profile takes FIRST:LAST, two steps such as 20:40; got {text!r}")
-        first, last = int(match[1]), int(match[2])
-        if not first < last <= num_steps:
+        if not match or not int(match[1]) < int(match[2]) <= num_steps:
             raise UserError(
-                f"--profile={text}: the first step must be before the last, and the last at most "
-                f"config.training.num_steps ({num_steps})"
+                f"--profile takes FIRST:LAST, two steps such as 20:40, the last at most "
+                f"config.training.num_steps ({num_steps}); got {text!r}"
             )
-        return cls(first, last)
+        return cls(int(match[1]), int(match[2]))
 
 
-class Profiler:
-    """Traces the dispatches of a span while a run goes by; does nothing without a span."""
+class Profiler(contextlib.ExitStack):
+    """Writes a trace of some steps to ``<run folder>/profile`` while a run goes by."""
 
-    def __init__(self, run_folder: Path, span: Span | None):
-        """The trace is written under ``<run folder>/profile``."""
-        self.folder = run_folder / FOLDER
-        self._span = span
-        self._running = False
+    def __init__(self, run_folder: Path, traced: TracedSteps | None):
+        """Traces nothing if ``traced`` is None."""
+        super().__init__()
+        self._folder, self._traced, self._running = run_folder / "profile", traced, False
 
     @contextlib.contextmanager
     def dispatch(self, step: int) -> Iterator[None]:
-        """Around the dispatch that ends at ``step``."""
-        if self._span and not self._running and step > self._span.first:
+        """Marks the dispatch that ends at ``step``."""
+        if self._traced and not self._running and self._traced.first < step:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # each Python call: slow, and drowns the rest
-            jax.profiler.start_trace(
-                str(self.folder), create_perfetto_trace=True, profiler_options=options
+            self.enter_context(
+                jax.profiler.trace(
+                    str(self._folder), create_perfetto_trace=True, profiler_options=options
+                )
             )
             self._running = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
     def after(self, step: int, result: Any) -> Path | None:
-        """Ends the trace once the last step of the span has been computed, and tells where it is.
+        """Ends the trace if the dispatch that ended at ``step`` is its last; returns its folder.
 
         Args:
-          step: that the newest dispatch ended at.
-          result: of that dispatch; waited for if the trace ends here.
+          step: last step of the newest dispatch.
+          result: result of that dispatch, which is waited for.
         """
-        if not self._span or not self._running or step < self._span.last:
+        if not self._traced or step < self._traced.last:
             return None
         jax.block_until_ready(result)
         self.close()
-        return self.folder
-
-    def close(self) -> None:
-        """Ends a trace that is under way; there is no second one."""
-        if self._running:
-            jax.profiler.stop_trace()
-            self._running = False
-        self._span = None
+        self._traced = None
+        return self._folder

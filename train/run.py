@@ -22,8 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-import jax
-import numpy as np
 from flax.traverse_util import flatten_dict
 
 from fsn_jax.hub import is_exported
@@ -36,20 +34,10 @@ from train.files import user_path, write_atomically
 from train.metrics import read_rows
 from train.mirror import Mirror, fetched_run
 from train.processes import first_does, together
+from train.recorded import WITHOUT_EFFECT, read_experiment
+from train.tables import parameter_table
 
 VOCABULARY = "vocabulary.json"
-
-_FREE = {
-    "run_dir",
-    "mirror_dir",
-    "data.cache_dir",
-    "data.path",
-    "data.placement",
-    "training.parameters",
-    "training.skipped_limit",
-    "checkpoints.keep",
-}
-"""Settings that may change when a run resumes, since they do not affect its numbers."""
 
 
 class RunFolder:
@@ -114,7 +102,7 @@ class RunFolder:
         Raises:
           UserError: the file is damaged.
         """
-        return self._read("config.json", ExperimentConfig.from_json)
+        return self._read("config.json", read_experiment)
 
     def read_vocabulary(self) -> Vocabulary | None:
         """Returns the vocabulary; None if the run began with an earlier version.
@@ -261,23 +249,12 @@ def _take_lock(lock: IO[str], path: Path) -> None:
     lock.flush()
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested settings to ``{"model.num_layers": 4, ...}``."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 def _refuse_other_settings(run: RunFolder, experiment: ExperimentConfig) -> None:
-    before, now = flatten(run.read_config().to_dict()), flatten(experiment.to_dict())
+    before, now = (flatten_dict(e.to_dict(), sep=".") for e in (run.read_config(), experiment))
     differ = [
         name
         for name in sorted(before.keys() | now.keys())
-        if name not in _FREE and before.get(name) != now.get(name)
+        if name not in WITHOUT_EFFECT and before.get(name) != now.get(name)
     ]
     if differ:
         changes = ", ".join(f"{n} {before.get(n)!r} -> {now.get(n)!r}" for n in differ[:3])
@@ -348,15 +325,3 @@ def write_parameter_table(run: RunFolder, params: Any) -> None:
     """Writes path, shape and size of every parameter, and the total."""
     if run.writes:
         write_atomically(run.path / "parameters.txt", parameter_table(params))
-
-
-def parameter_table(params: Any) -> str:
-    """Formats one line a parameter: path, shape, number of scalars."""
-    rows = [
-        (name, str(tuple(leaf.shape)), f"{int(np.prod(leaf.shape)):,}")
-        for name, leaf in flatten_dict(params, sep="/").items()
-    ]
-    total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-    rows.append(("total", "", f"{total:,}"))
-    name, shape, size = (max(len(row[i]) for row in rows) for i in range(3))
-    return "".join(f"{r[0]:<{name}}  {r[1]:<{shape}}  {r[2]:>{size}}\n" for r in rows)

@@ -56,7 +56,7 @@ class Tally:
 
 
 @flax.struct.dataclass
-class Report(Tally):
+class DispatchMetrics(Tally):
     """The metrics of a dispatch: the tally after it and the losses of its steps.
 
     Attributes:
@@ -182,7 +182,7 @@ def make_train_steps(
     Returns:
       For ``resident``: ``(state, corpus unsigned[n], starts int32[K, B]) -> (state, report)``;
       windows are gathered inside. For ``host``: ``(state, windows unsigned[K, B, L + 1]) -> (state,
-      report)``. The ``Report`` is a copy, so it stays valid when the state is donated.
+      report)``. The ``DispatchMetrics`` is a copy, so it stays valid when the state is donated.
     """
 
     def divided(leaf: Array) -> int | None:
@@ -228,8 +228,8 @@ def make_train_steps(
         )
         return TrainState(state.step + 1, params, opt_state, tally), loss
 
-    def report(state: TrainState, losses: Array) -> tuple[TrainState, Report]:
-        return state, Report(**vars(state.tally), losses=losses)
+    def report(state: TrainState, losses: Array) -> tuple[TrainState, DispatchMetrics]:
+        return state, DispatchMetrics(**vars(state.tally), losses=losses)
 
     everywhere, by_rows = replicated(mesh), by_step_and_row(mesh)
     options = compiler_options(mesh)
@@ -314,7 +314,7 @@ def make_window_losses(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
 def make_evaluate_rows(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
     """Compiles ``(params, windows unsigned[B, L + 1], masks bool[B, C, L]) -> float32[B, C]``.
 
-    The result is each window's cross entropy in nats, summed over the characters of each mask.
+    The result is each window's cross entropy in nats, summed over the tokens of each mask.
     """
 
     def local(params: Any, windows: Array, masks: Array) -> Array:

@@ -13,22 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.config import in_todays_names
+from flax.traverse_util import flatten_dict
+
 from train.errors import UserError, unfinished
 from train.metrics import read_rows
-from train.run import flatten, open_run
+from train.recorded import WITHOUT_EFFECT, in_todays_names
+from train.run import open_run
 
 _SEED = re.compile(r"_seed\d+$")
-_MAY_DIFFER = {
-    "name",
-    "seed",
-    "run_dir",
-    "mirror_dir",
-    "data.cache_dir",
-    "data.path",
-    "data.placement",
-}
-"""Settings in which the runs of an arm may differ: paths and the seed."""
+_MAY_DIFFER = WITHOUT_EFFECT | {"name", "seed"}
+"""Settings in which the runs of an arm may differ."""
 
 _EVALUATION: dict[str, type] = {
     "step": int,
@@ -346,4 +340,4 @@ def _data(run: RunRecord) -> str:
 
 
 def _settings(run: RunRecord) -> dict[str, Any]:
-    return {k: v for k, v in flatten(run.config).items() if k not in _MAY_DIFFER}
+    return {k: v for k, v in flatten_dict(run.config, sep=".").items() if k not in _MAY_DIFFER}

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from train.analysis.records import Arm, RunRecord, mean_and_deviation, read_arms
 from train.errors import UserError
 from train.files import default_output, user_path, write_atomically
 from train.program import Arguments
-from train.run import flatten
 
 KINDS = ("copy_depth", "final_losses", "readings")
 MOST_POINTS = 400
@@ -47,7 +48,7 @@ def arm_data(arm: Arm) -> dict[str, Any]:
         "train": points(arm, "train"),
         "config": {
             k: v
-            for k, v in flatten(arm.config).items()
+            for k, v in flatten_dict(arm.config, sep=".").items()
             if k not in ("name", "run_dir", "mirror_dir")
         },
         "sample": sample.read_text(errors="replace") if sample.is_file() else "",

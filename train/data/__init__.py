@@ -1,14 +1,10 @@
 """Bytes to batches: corpora, their vocabularies, and the windows that a step trains on.
 
-The corpora are tensorflow-datasets builders, stored as ArrayRecord, with no TensorFlow:
-
-    enwik8.py       Enwik8        100,000,000 bytes of Wikipedia, split in order
-    pycode.py       Pycode        Python source of five pinned wheels, split by file
-    codeparrot.py   Codeparrot    local shards of codeparrot-clean, split by file
-    text.py         Text          the user's own file or folder
-
-Every builder yields records {"text": bytes, "name": str, "index": int64}; the texts of a split, in
-the order of their index and with nothing between them, are the split, byte for byte. The builders
-are imported only to prepare a corpus: what needs no tensorflow-datasets (where the pinned corpora
-come from, which files a user's path names) stands in `pinned.py` and `user_files.py`.
+* fetch, pinned: files whose every byte is known, and where to get them
+* user_files: the files that a path of the user's names
+* python_files: rules for corpora of Python source
+* recipes: how the files of each corpus become its splits
+* builder, prepare: the tensorflow-datasets dataset of a corpus, and its flat files
+* corpus, vocabulary: a prepared corpus and its tokens
+* windows, suffix_match: which windows a step reads and from where; repetitions in a window
 """

@@ -1,17 +1,16 @@
-"""Prepare a corpus: python -m train prepare --name=pycode [--path=...] [--cache_dir=...].
+"""``python -m train prepare --name=NAME``: prepares a corpus in the cache.
 
-A corpus is made in a scratch folder of the cache: its files are fetched or found, a
-tensorflow-datasets builder turns them into ordered ArrayRecord files, and the records are written
-out as one flat file a split. Only the complete folder is moved into place; the rest is removed.
+A corpus is made in a scratch folder of the cache: its files are fetched or found, stored as a
+tensorflow-datasets dataset, and from that as one flat file a split, which a run maps into memory.
+Only the complete folder is moved into place.
 """
 
-import hashlib
+import functools
 import sys
 import tempfile
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
@@ -21,20 +20,22 @@ from train.data.corpus import (
     DEFAULT_CACHE,
     MANIFEST,
     NAMES,
-    SPLITS,
     Corpus,
     SplitInfo,
     default_cache,
     read_corpus,
     write_manifest,
 )
-from train.data.fetch import Progress, SourceFailure
+from train.data.fetch import Progress
 from train.data.pinned import PINNED
 from train.data.recipes import SHARD_SUFFIX, Recipe, recipe_of
-from train.data.user_files import find_files, fingerprint
+from train.data.user_files import CHUNK_BYTES, find_files, fingerprint
 from train.errors import UserError
-from train.files import user_path
+from train.files import file_sha256, user_path
 from train.program import Arguments
+
+DATASET = "dataset"
+"""Folder, in that of a corpus, of its tensorflow-datasets dataset."""
 
 
 def open_corpus(
@@ -120,7 +121,7 @@ def prepare_corpus(
 
     Raises:
       UserError: the files cannot be had, are not the expected ones, or hold too little; the cache
-        cannot be written; tensorflow-datasets is not installed.
+        cannot be written.
     """
     folder = corpus_folder(name, path, cache, unit)
     progress(f"preparing {name} in {folder}")
@@ -131,17 +132,10 @@ def prepare_corpus(
             recipe = recipe_of(name, path, scratch, unit, progress)
             made = scratch / "corpus"
             made.mkdir()
-            corpus = _write_splits(name, recipe, scratch / "records", made, unit)
+            corpus = _write_splits(name, recipe, made, unit)
             _check_pins(corpus)
             write_manifest(corpus, recipe.sha256, recipe.rule)
             _move_into_place(made, folder)
-    except ImportError as error:
-        raise UserError(
-            f"preparing a corpus needs tensorflow-datasets ({error}): pip install "
-            "tensorflow-datasets importlib_resources, or carry a prepared cache to this machine"
-        ) from error
-    except SourceFailure as error:
-        raise UserError(f"cannot prepare {name}: {error}; get its files anew") from error
     except OSError as error:
         raise UserError(
             f"cannot prepare {name} in {cache} ({error.strerror or error}): choose another folder "
@@ -150,35 +144,28 @@ def prepare_corpus(
     return folder
 
 
-def _write_splits(name: str, recipe: Recipe, records: Path, folder: Path, unit: Unit) -> Corpus:
-    """Build the records and write them out flat, noting what is in them."""
-    from train.data.builder import build, read_texts
+def _write_splits(name: str, recipe: Recipe, folder: Path, unit: Unit) -> Corpus:
+    """Stores the dataset and writes it flat; collects sizes, hashes and the vocabulary."""
+    from train.data.builder import store  # here: a prepared corpus opens without the library
 
-    builder = recipe.builder(records)
-    build(builder)
     of_characters = unit == "characters"
     splits, seen = {}, np.zeros(sys.maxunicode + 1 if of_characters else 256, bool)
-
-    def written(split: str, out: IO[bytes], digest: Any) -> Iterator[bytes]:
-        for text in read_texts(builder, split):
-            out.write(text)
-            digest.update(text)
-            yield text
-
-    for split in SPLITS:
-        digest, count = hashlib.sha256(), 0
-        with (folder / f"{split}.bin").open("wb") as out:
-            texts = written(split, out, digest)
-            for values in code_points(texts) if of_characters else map(_bytes_of, texts):
+    for split, texts in store(name, recipe.records, folder / DATASET).items():
+        file, count = folder / f"{split}.bin", 0
+        with file.open("wb") as out:
+            out.writelines(texts)
+        with file.open("rb") as stream:
+            pieces = iter(lambda: stream.read(CHUNK_BYTES), b"")  # noqa: B023
+            for values in code_points(pieces) if of_characters else map(_bytes, pieces):
                 seen[values] = True
                 count += values.size
-            size = out.tell()
-        splits[split] = SplitInfo(size, digest.hexdigest(), count if of_characters else 0)
+        size = file.stat().st_size
+        splits[split] = SplitInfo(size, file_sha256(file), count if of_characters else 0)
     vocabulary: Tokens = np.flatnonzero(seen).astype(np.uint32 if of_characters else np.uint8)
     return Corpus(name, folder, vocabulary, splits, recipe.source, unit)
 
 
-def _bytes_of(text: bytes) -> Any:
+def _bytes(text: bytes) -> Tokens:
     return np.frombuffer(text, np.uint8)
 
 
@@ -198,8 +185,7 @@ def _move_into_place(made: Path, folder: Path) -> None:
             raise
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+_say = functools.partial(print, flush=True)
 
 
 def program(argv: Sequence[str]) -> None:

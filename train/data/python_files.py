@@ -1,6 +1,4 @@
-"""Which Python files a code corpus takes, and into which split each goes: a matter of its content.
-
-Rules, the same for `pycode` and `codeparrot`:
+"""Rules for corpora of Python source (`pycode`, `codeparrot`), and the files they apply to.
 
 * A file is left out if it tests: a folder on its path is named `test` or `tests`, or the file is
   named `test.py`, `tests.py`, `conftest.py`, `test_*.py` or `*_test.py`.
@@ -14,10 +12,11 @@ Rules, the same for `pycode` and `codeparrot`:
 
 import fnmatch
 import hashlib
-from collections.abc import Iterable, Iterator
-from pathlib import PurePosixPath
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 
-SEPARATOR = b"\0"
+from train.data.user_files import SEPARATOR, json_text, unpacked
 
 TEST_FOLDERS = frozenset({"test", "tests"})
 TEST_NAMES = ("test.py", "tests.py", "conftest.py", "test_*.py", "*_test.py")
@@ -32,13 +31,13 @@ def is_test(path: str) -> bool:
 
 
 def split_of(digest: bytes) -> str:
-    """The split of a file whose content has this SHA-256."""
+    """Returns the split of a file whose content has this SHA-256."""
     percent = int.from_bytes(digest[:8], "big") % 100
     return "train" if percent < 90 else "validation" if percent < 95 else "test"
 
 
 def select(files: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes, bytes]]:
-    """Apply the rules to (path, content) pairs; yield (path, content, SHA-256 digest)."""
+    """Applies the rules to (path, content) pairs; yields (path, content, SHA-256 digest)."""
     seen: set[bytes] = set()
     for path, content in files:
         if is_test(path) or not content or SEPARATOR in content:
@@ -47,3 +46,25 @@ def select(files: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes, byt
         if digest not in seen:
             seen.add(digest)
             yield path, content, digest
+
+
+def wheel_sources(wheels: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    """Yields (path in the wheel, content) of every `.py` file, wheel by wheel, paths sorted."""
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as pack:
+            for path in sorted(set(pack.namelist())):
+                if path.endswith(".py"):
+                    yield path, pack.read(path)
+
+
+def shard_sources(shards: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    """Yields (path, content) of every line, shard by shard.
+
+    Raises:
+      UserError: a shard is no gzip file, or a line of it no object with a text "content".
+    """
+    for shard in shards:
+        with unpacked(shard) as lines:
+            for number, line in enumerate(lines, start=1):
+                fields, text = json_text(line, f"{shard}, line {number}", ("content",))
+                yield str(fields.get("path") or ""), text

@@ -6,23 +6,23 @@ import errno
 import glob
 import gzip
 import hashlib
-import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-from train.data.fetch import CHUNK_BYTES, Capped, SourceFailure
 from train.errors import UserError
 from train.files import file_sha256, user_path
 
 SEPARATOR = b"\0"  # after each document of a JSON-lines file, and after each of several files
 JSON_FIELDS = ("text", "content")
-_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_UNREADABLE = (
+    ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration
+)  # fmt: skip
 GLOB_CHARACTERS = "*?["
-SMALL_BYTES = 16 << 20
+CHUNK_BYTES = 1 << 20
 HEAD_BYTES = 1 << 16
 MOST_CONTROLS = 0.05
 _CONTROLS = bytes({*range(32), 127} - {*b"\t\n\r\f\b\x1b"})
@@ -41,7 +41,6 @@ SIGNATURES = {
     b"\xfe\xff": "UTF-16, to be converted to UTF-8",
 }
 """What some files begin with that are no text, and what to call them."""
-MAX_EXPANSION = 250  # of a gzip file: text comes to some 3 to 20 times, the worst logs to 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +56,6 @@ class UserFile:
     path: Path
     name: str
     sha256: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """The bytes start to stop of what the file with this index holds."""
-
-    file: int
-    start: int
-    stop: int
 
 
 def find_files(
@@ -192,9 +182,9 @@ def fingerprint(files: Sequence[UserFile]) -> str:
 
 
 def contents(path: Path) -> Iterator[bytes]:
-    """Yield what a file holds, in pieces: its bytes, unpacked if `.gz`.
+    """Yields the content of a file in pieces: its bytes, unpacked if `.gz`.
 
-    A file of JSON lines (`.jsonl`, `.jsonl.gz`) holds the "text" or "content" of every line as
+    Of a file of JSON lines (`.jsonl`, `.jsonl.gz`) it is the "text" or "content" of every line as
     UTF-8, each followed by SEPARATOR.
 
     Raises:
@@ -205,31 +195,51 @@ def contents(path: Path) -> Iterator[bytes]:
         if name.removesuffix(".gz").endswith(".jsonl"):
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    yield _document(line, f"{path}, line {number}") + SEPARATOR
+                    yield json_text(line, f"{path}, line {number}", JSON_FIELDS)[1] + SEPARATOR
         else:
             while chunk := stream.read(CHUNK_BYTES):
                 yield chunk
 
 
+def joined(files: Sequence[UserFile], *, separated: bool) -> Iterator[tuple[str, bytes]]:
+    """Yields (name, piece) of the contents of files; ``separated`` ones each end in SEPARATOR."""
+    for file in files:
+        last = SEPARATOR
+        for piece in contents(file.path):
+            last = piece[-1:] or last
+            yield file.name, piece
+        if separated and last != SEPARATOR:
+            yield file.name, SEPARATOR
+
+
 @contextlib.contextmanager
-def unpacked(path: Path) -> Iterator[BinaryIO]:
-    """What a gzip file holds, as a stream.
+def unpacked(path: Path) -> Iterator[gzip.GzipFile]:
+    """Opens a gzip file.
 
     Raises:
-      UserError: it is damaged, or holds more than MAX_EXPANSION times its size (or SMALL_BYTES,
-        which do no harm).
+      UserError: it is damaged.
     """
-    limit = max(SMALL_BYTES, MAX_EXPANSION * path.stat().st_size)
     try:
-        with gzip.open(path, "rb") as inside, io.BufferedReader(Capped(inside, limit)) as stream:
+        with gzip.open(path, "rb") as stream:
             yield stream
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path} is not a sound gzip file: {error}") from error
-    except SourceFailure as error:
-        raise UserError(
-            f"{path} expands to more than {MAX_EXPANSION} times its size, as no text does: unpack "
-            f"it yourself if it is sound"
-        ) from error
+
+
+def json_text(line: bytes, place: str, names: Sequence[str]) -> tuple[dict[str, Any], bytes]:
+    """Returns the object of a JSON line, and as UTF-8 the text under the first name it has.
+
+    Raises:
+      UserError: the line holds no such object.
+    """
+    try:
+        fields = json.loads(line)
+        text = next(fields[name] for name in names if name in fields)
+        # A lone surrogate is legal in JSON and has no UTF-8; it is kept as three bytes.
+        return fields, text.encode("utf-8", "surrogatepass")
+    except _UNREADABLE as error:
+        wanted = " or ".join(f'"{name}"' for name in names)
+        raise UserError(f"{place}: expected a JSON object with a text field {wanted}") from error
 
 
 def without_duplicates(files: Sequence[UserFile]) -> list[UserFile]:
@@ -240,56 +250,48 @@ def without_duplicates(files: Sequence[UserFile]) -> list[UserFile]:
     return list(first.values())
 
 
-def plan_splits(
+def split_by_file(
     sizes: Sequence[int], digests: Sequence[str], floor: int
-) -> tuple[str, Mapping[str, list[Span]]]:
-    """Split what some files hold, 90 / 5 / 5.
+) -> dict[str, list[int]] | None:
+    """Assigns whole files to the splits, about 90 / 5 / 5 by bytes.
 
-    Several files are split by file, so that no file is in two splits: in the order of their
-    digests each goes to validation while that has less than 5 % and would stay below 7.5 %, else to
-    test on the same terms, else to train. One file, or files too few or too large for that, are
-    split by position in the order given.
+    In the order of their digests each file goes to validation while that has less than 5 % and
+    would stay below 7.5 %, else to test on the same terms, else to train.
 
     Args:
-      sizes: bytes that each file holds.
-      digests: a digest of each, for an order that is as good as random.
-      floor: bytes that validation and test must have at least.
+      sizes: number of bytes of each file.
+      digests: a digest of each file, for an order that is as good as random.
+      floor: least number of bytes of validation and test.
 
     Returns:
-      "by file" or "by position", and the spans of each split, in the order of the files.
+      The indices of the files of each split, ascending; None if the files are too few or too large.
     """
     total = sum(sizes)
     target, most = total / 20, 3 * total / 40
     held = {"validation": 0, "test": 0}
-    chosen = ["train"] * len(sizes)
+    chosen: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for index in sorted(range(len(sizes)), key=lambda index: digests[index]):
-        for split in held:
-            if held[split] < target and held[split] + sizes[index] <= most:
-                held[split] += sizes[index]
-                chosen[index] = split
-                break
-    if min(held.values()) >= max(floor, total / 40):
-        spans: dict[str, list[Span]] = {"train": [], "validation": [], "test": []}
-        for index, split in enumerate(chosen):
-            spans[split].append(Span(index, 0, sizes[index]))
-        return "by file", spans
-    part = total // 20
-    return "by position", {
-        "train": _cut(sizes, 0, total - 2 * part),
-        "validation": _cut(sizes, total - 2 * part, total - part),
-        "test": _cut(sizes, total - part, total),
-    }
+        fitting = (s for s in held if held[s] < target and held[s] + sizes[index] <= most)
+        split = next(fitting, "train")
+        chosen[split].append(index)
+        if split in held:
+            held[split] += sizes[index]
+    if min(held.values()) < max(floor, total / 40):
+        return None
+    return {split: sorted(files) for split, files in chosen.items()}
 
 
-def _cut(sizes: Sequence[int], start: int, stop: int) -> list[Span]:
-    """The spans that make up the bytes start to stop of the files' contents put end to end."""
-    spans, before = [], 0
-    for index, size in enumerate(sizes):
-        first, last = max(start - before, 0), min(stop - before, size)
-        if first < last:
-            spans.append(Span(index, first, last))
-        before += size
-    return spans
+def between(
+    pieces: Iterable[tuple[str, bytes]], start: int, stop: int
+) -> Iterator[tuple[str, bytes]]:
+    """Yields the parts of named pieces that are the bytes ``start`` to ``stop`` of all of them."""
+    before = 0
+    for name, piece in pieces:
+        if part := piece[max(start - before, 0) : max(stop - before, 0)]:
+            yield name, part
+        before += len(piece)
+        if before >= stop:
+            return
 
 
 def _walk(folder: Path, hidden: list[str]) -> tuple[Found, list[str]]:
@@ -325,16 +327,3 @@ def _check_link(folder: Path, link: Path) -> None:
             f"config.data.path={folder} holds {link.relative_to(folder)}, a link to {target} "
             f"{where}: remove it, or put what is meant in its place"
         )
-
-
-def _document(line: bytes, place: str) -> bytes:
-    try:
-        fields = json.loads(line)
-        document = next(fields[name] for name in JSON_FIELDS if name in fields)
-        # A lone surrogate is legal in JSON and has no UTF-8; it is kept as three bytes.
-        encoded: bytes = document.encode("utf-8", "surrogatepass")
-    except (*_UNREADABLE, StopIteration) as error:
-        raise UserError(
-            f'{place}: expected a JSON object with a text field "text" or "content"'
-        ) from error
-    return encoded

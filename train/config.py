@@ -227,9 +227,8 @@ class ExperimentConfig:
       data, optimizer, training, evaluation, checkpoints: see their classes.
       mirror_dir: bucket (``gs://BUCKET/runs``) or folder that keeps a copy of the run's folder
         under the same name; empty for no copy.
-      match: a model; once the vocabulary is known, ``with_vocabulary`` gives ``model`` as many
-        parameters as this one has with it, by the width of its feed-forward. None: nothing is
-        matched.
+      match: model whose number of parameters ``with_vocabulary`` gives to ``model``, by the width of
+        its feed-forward; None to leave that as it is.
     """
 
     name: str
@@ -263,10 +262,8 @@ class ExperimentConfig:
                     f"got {architecture!r}"
                 )
             if match := fields.pop("match", None):
-                kind = ARCHITECTURES[match.pop("architecture")]
-                fields["match"] = _build(kind, match, "match")
-            from_corpus = model_fields.get("vocab_size") == 0
-            if from_corpus:
+                fields["match"] = _build(ARCHITECTURES[match.pop("architecture")], match, "match")
+            if from_corpus := model_fields.get("vocab_size") == 0:
                 model_fields["vocab_size"] = LARGEST_BYTE_VOCABULARY
             experiment = cls(
                 architecture=architecture,
@@ -278,9 +275,7 @@ class ExperimentConfig:
         except KeyError as error:
             raise UserError(f"config.{error.args[0]} is missing") from None
         except TypeError as error:
-            raise UserError(
-                f"the config does not have the form of an experiment: {error}"
-            ) from None
+            raise UserError(f"the config has not the form of an experiment: {error}") from None
         experiment._check()
         return experiment
 
@@ -308,13 +303,10 @@ class ExperimentConfig:
                 f"got {self.name!r}"
             )
         steps = self.training.steps_per_dispatch
-        for setting, every in (
-            ("evaluation.every", self.evaluation.every),
-            ("checkpoints.every", self.checkpoints.every),
-        ):
-            if every % steps:
+        for part in ("evaluation", "checkpoints"):
+            if (every := getattr(self, part).every) % steps:
                 raise UserError(
-                    f"config.{setting} must be a multiple of config.training.steps_per_dispatch "
+                    f"config.{part}.every must be a multiple of config.training.steps_per_dispatch "
                     f"({steps}); got {every}"
                 )
         if self.evaluation.stride > self.data.context:
@@ -335,7 +327,7 @@ class ExperimentConfig:
                 f"config.model.vocab_size is {self.model.vocab_size}, but the corpus "
                 f"{self.data.name!r} has {vocab_size} {kind}; set it to 0 to take the corpus's"
             )
-        model = dataclasses.replace(self.model, vocab_size=vocab_size)
+        model: Any = dataclasses.replace(self.model, vocab_size=vocab_size)
         if self.match:
             wanted = dataclasses.replace(self.match, vocab_size=vocab_size).num_params()
             try:
@@ -357,8 +349,7 @@ class ExperimentConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, as in the run folder's ``config.json``."""
         fields = dataclasses.asdict(self)
-        for settled in ("vocabulary_from_corpus", "match"):
-            fields.pop(settled)
+        del fields["vocabulary_from_corpus"], fields["match"]
         fields["model"] = {"architecture": fields.pop("architecture"), **fields["model"]}
         return fields
 

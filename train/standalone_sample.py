@@ -62,7 +62,7 @@ def main() -> None:
     except BrokenPipeError:  # whoever read has gone; Python would write what is left once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        sys.stdout = None  # type: ignore[assignment]  # not to be flushed again
+        sys.stdout = None  # not to be flushed again
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

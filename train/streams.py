@@ -21,7 +21,7 @@ class _Lenient(io.FileIO):
         except BrokenPipeError:
             raise
         except OSError as error:
-            self.lost = error.strerror
+            self.lost = error.strerror or str(error)
             return memoryview(data).nbytes  # type: ignore[arg-type]
 
 

@@ -125,12 +125,12 @@ def test_a_trained_model(first, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FSN_JAX_CACHE", str(tmp_path / "cache"))
     Path("text.txt").write_bytes(b"The quick brown fox jumps over the lazy dog.\n\n" * 1000)
     corpus = open_corpus(name="text", path="text.txt", progress=lambda line: None)
-    model = dataclasses.replace(small_runs.TINY_FSN, vocab_size=corpus.vocab_size)
+    model = dataclasses.replace(small_runs.TINY_FSN, vocab_size=len(corpus.vocabulary))
     small_runs.run_to_the_end(
         small_runs.tiny_experiment(Path("text.txt"), Path("runs/quickstart"), model=model), corpus
     )
     (loaded, text) = run("A trained model", first[-1])
-    assert loaded["logits"].shape == (1, 4, corpus.vocab_size)
-    printed = corpus.decode(text["text"][0])
+    assert loaded["logits"].shape == (1, 4, len(corpus.vocabulary))
+    printed = corpus.vocabulary.decode(text["text"][0])
     assert capsys.readouterr().out == f"{printed}\n"
     assert len(printed) == 80 or printed.endswith(b"\n\n")

@@ -193,7 +193,6 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--output", type=Path, default=Path("runs/ladder.json"), help="a .json")
     p.add_argument("--plan", action="store_true", help="print sizes and budgets, train nothing")
     options, changes = p.parse_known_args(argv[1:])
-    output = check_json_output(options.output)
     seeds = options.seeds.split(",")
     if not all(seed.isdigit() for seed in seeds):
         raise UserError(f"--seeds must be whole numbers with commas between; got {options.seeds!r}")
@@ -202,6 +201,7 @@ def program(argv: Sequence[str]) -> None:
     print(plan_text(jobs))
     if options.plan:
         return
+    output = check_json_output(options.output)
     interruptions.kept = lambda: "the same command goes on with what is left"
     failed = run_all(jobs, options.at_once)
     folders = [default_folder(job.experiment) for job in jobs if is_finished(job)]

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fsn_jax import FSN, FSNConfig
-from fsn_jax.attention import attention_entropy
+from fsn_jax.base_layer import attention_entropy
 from fsn_jax.coupling import coupling_function
 from fsn_jax.readings import (
     LayerState,

@@ -106,14 +106,14 @@ def test_a_trained_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FSN_JAX_CACHE", str(tmp_path / "cache"))
     Path("text.txt").write_bytes(b"The quick brown fox jumps over the lazy dog.\n\n" * 1000)
     corpus = open_corpus(name="text", path="text.txt", progress=lambda line: None)
-    model = dataclasses.replace(small_runs.TINY_FSN, vocab_size=corpus.vocab_size)
+    model = dataclasses.replace(small_runs.TINY_FSN, vocab_size=len(corpus.vocabulary))
     small_runs.run_to_the_end(
         small_runs.tiny_experiment(Path("text.txt"), Path("runs/quickstart"), model=model), corpus
     )
     export.program(["export", "runs/quickstart", "shared/quickstart", "--no_sampler"])
     capsys.readouterr()
     (names,) = run("A trained model")
-    assert names["logits"].shape == (1, 4, corpus.vocab_size)
+    assert names["logits"].shape == (1, 4, len(corpus.vocabulary))
     assert names["theta"].shape == (1, 4, model.num_phases)
     printed = capsys.readouterr().out[:-1]
     assert len(printed) == 80 or printed.endswith("\n\n")

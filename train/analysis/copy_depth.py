@@ -8,6 +8,7 @@ are paired. Prints a table; writes JSON and, beside it, a figure.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from train.metrics import bits_per_character
 from train.program import Arguments, start_jax
 from train.provenance import provenance
 from train.step import make_window_losses
+from train.tables import text_table
 
 Floats = npt.NDArray[np.float64]
 
@@ -35,6 +37,8 @@ LEAST_DEPTH = (0, 1, 2, 3, 4, 8, 16)
 BUCKETS = ("0", "1", "2", "3", "4-7", "8-15", "16+")
 EVENTS = ("all", "copy", "other")
 DISTANCES = ("any", "near", "far")
+MOST_WINDOWS = 2000
+"""Scored if no number is given."""
 LEAST_RESAMPLES = 100
 """Least number of resamples: fewer give no 95% interval and may miss a rare cell."""
 FAR = 64
@@ -208,9 +212,10 @@ def measure(
     *,
     reference: str = "",
     checkpoint: str = "latest",
-    num_windows: int = 2000,
+    num_windows: int = 0,
     length: int = 0,
     num_resamples: int = 1000,
+    data_path: str = "",
 ) -> dict[str, Any]:
     """Scores the runs and returns the content of the JSON file.
 
@@ -221,7 +226,8 @@ def measure(
     arms = read_arms(folders)
     reference = reference_arm(arms, reference)
     loaded = {
-        name: [load(run.path, which=checkpoint) for run in arm.runs] for name, arm in arms.items()
+        name: [load(run.path, which=checkpoint, data_path=data_path) for run in arm.runs]
+        for name, arm in arms.items()
     }
     every = [trained for group in loaded.values() for trained in group]
     corpus = every[0].corpus
@@ -236,6 +242,7 @@ def measure(
     if not 1 <= length <= shortest:
         raise UserError(f"--length must be from 1 to the shortest context, {shortest}")
     tokens = corpus.tokens("validation")
+    num_windows = num_windows or min(MOST_WINDOWS, (len(tokens) - 1) // length)
     starts = spread_windows(len(tokens), length, num_windows)
     windows = tokens[starts[:, None] + np.arange(length + 1)]
     losses = {
@@ -275,28 +282,19 @@ def table_text(result: dict[str, Any]) -> str:
     """Formats the table: loss of the reference, differences of the others."""
     reference = result["reference"]
     others = [arm for arm in result["arms"] if arm != reference]
-    width = max(16, *(len(arm) + 2 for arm in result["arms"]))
-    lines = [
+    rows = [("events", "source", "depth", "n", reference, *others)]
+    for key in itertools.product(EVENTS, DISTANCES, (*BUCKETS, "all")):
+        base = find_cell(result["arms"][reference]["loss"], *key)
+        if not base["n"]:
+            continue
+        cells = (find_cell(result["arms"][arm]["difference"], *key) for arm in others)
+        apart = (f"{c['mean']:+.3f} ±{(c['high'] - c['low']) / 2:.3f}" for c in cells)
+        rows.append((*key, f"{base['n']:,}", f"{base['mean']:.3f}", *apart))
+    return (
         f"{result['windows']} windows of {result['length']} characters of validation; loss in "
-        f"bits, then differences to it, with {result['level']:.0%} intervals over windows",
-        "",
-        f"{'events':7}{'source':8}{'depth':6}{'n':>9}"
-        + "".join(f"{arm:>{width}}" for arm in (reference, *others)),
-    ]
-    for events in EVENTS:
-        for distance in DISTANCES:
-            for bucket in (*BUCKETS, "all"):
-                key = (events, distance, bucket)
-                base = find_cell(result["arms"][reference]["loss"], *key)
-                if not base["n"]:
-                    continue
-                row = f"{events:7}{distance:8}{bucket:6}{base['n']:>9,}{base['mean']:>{width}.3f}"
-                for arm in others:
-                    cell = find_cell(result["arms"][arm]["difference"], *key)
-                    half = (cell["high"] - cell["low"]) / 2
-                    row += f"{cell['mean']:+.3f} ±{half:.3f}".rjust(width)
-                lines.append(row)
-    return "\n".join(lines)
+        f"bits, then differences to it, with {result['level']:.0%} intervals over windows\n\n"
+        + text_table(rows)
+    )
 
 
 def draw(result: dict[str, Any], target: Path) -> None:
@@ -341,7 +339,13 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--output", type=Path, help="a .json; else copy_depth.json with the runs")
     p.add_argument("--reference", default="", help="the arm to compare with; else the transformer")
     p.add_argument("--checkpoint", default="latest", help="best, latest or a step")
-    p.add_argument("--windows", type=int, default=2000, help="of the validation split")
+    p.add_argument("--data_path", default="", help="where the run's data is, if it was moved")
+    p.add_argument(
+        "--windows",
+        type=int,
+        default=0,
+        help=f"of the validation split; 0: {MOST_WINDOWS}, or as many as it holds",
+    )
     p.add_argument("--length", type=int, default=0, help="characters each; 0: shortest context")
     p.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     options = p.parse_args(argv[1:])
@@ -354,6 +358,7 @@ def program(argv: Sequence[str]) -> None:
         reference=options.reference,
         checkpoint=options.checkpoint,
         num_windows=options.windows,
+        data_path=options.data_path,
         length=options.length,
         num_resamples=options.resamples,
     )

@@ -36,6 +36,7 @@ from train.files import check_json_output, default_output, write_json
 from train.load import load
 from train.program import Arguments, start_jax
 from train.provenance import provenance
+from train.tables import text_table
 
 POINTS = 65
 """Number of points of a coupling curve, from -pi to pi."""
@@ -130,14 +131,19 @@ def _round(values: Any) -> Any:
 
 
 def read(
-    folder: str, *, checkpoint: str = "latest", num_windows: int = 16, length: int = 0
+    folder: str,
+    *,
+    checkpoint: str = "latest",
+    num_windows: int = 16,
+    length: int = 0,
+    data_path: str = "",
 ) -> dict[str, Any]:
     """Reads a run and returns the content of the JSON file.
 
     Raises:
       UserError: the run cannot be loaded, or is not of an FSN with a coupling kernel.
     """
-    trained = load(folder, which=checkpoint)
+    trained = load(folder, which=checkpoint, data_path=data_path)
     config = trained.experiment.model
     if not isinstance(config, FSNConfig) or not isinstance(trained.model, FSN):
         raise UserError(f"the run {folder} is of a transformer, which has no coupling to be read")
@@ -284,6 +290,7 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("run", help="the folder of an FSN's run with checkpoints")
     p.add_argument("--output", type=Path, help="a .json; else readings.json with the run")
     p.add_argument("--checkpoint", default="latest", help="best, latest or a step")
+    p.add_argument("--data_path", default="", help="where the run's data is, if it was moved")
     p.add_argument("--windows", type=int, default=16, help="of the validation split")
     p.add_argument("--length", type=int, default=0, help="characters each; 0: context, at most 256")
     options = p.parse_args(argv[1:])
@@ -294,6 +301,7 @@ def program(argv: Sequence[str]) -> None:
         checkpoint=options.checkpoint,
         num_windows=options.windows,
         length=options.length,
+        data_path=options.data_path,
     )
     write_json(output, page)
     kernels = output.with_name(f"{output.stem}_kernels.png")
@@ -306,20 +314,21 @@ def program(argv: Sequence[str]) -> None:
 
 def summary_text(page: dict[str, Any]) -> str:
     """Formats one line a layer: a summary of its kernel and states."""
-    lines = [
-        "layer  repulsive (delay 0; 1)  |angle|  entropy  to repeats  order  text's frustration"
-    ]
+    rows: list[tuple[str, ...]] = [
+        ("layer", "repulsive (delay 0; 1)", "|angle|", "entropy", "to repeats", "order",
+         "text's frustration")
+    ]  # fmt: skip
     for number, layer in enumerate(page["layers"], 1):
         repelling = "; ".join(
             " ".join(f"{share:.2f}" for share in by_harmonic)
             for by_harmonic in layer["repulsiveness"]
         )
-        angles = np.concatenate([np.abs(c["angle"]) for c in layer["coefficients"]])
-        lines.append(
-            f"{number:5}  {repelling:23}  {angles.mean():7.3f}  "
-            f"{np.mean(layer['attention_entropy']):7.3f}  "
-            f"{np.max(layer['attention_to']['repeat']):10.3f}  "
-            f"{np.mean(layer['order']['after']['coordinates']):5.3f}  "
-            f"{np.mean(layer['data_frustration']['length']):18.3f}"
+        means = (
+            np.mean(np.abs(np.concatenate([c["angle"] for c in layer["coefficients"]]))),
+            np.mean(layer["attention_entropy"]),
+            np.max(layer["attention_to"]["repeat"]),
+            np.mean(layer["order"]["after"]["coordinates"]),
+            np.mean(layer["data_frustration"]["length"]),
         )
-    return "\n".join(lines)
+        rows.append((str(number), repelling, *(f"{mean:.3f}" for mean in means)))
+    return text_table(rows)

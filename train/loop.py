@@ -156,6 +156,7 @@ def train_steps_of(
         accumulation_steps=parts_of_batch(experiment, mesh),
         log_every=experiment.training.log_every,
         layout=experiment.training.layout,
+        dropout_seed=experiment.seed if experiment.model.dropout else None,
     )
 
 

@@ -96,6 +96,7 @@ LOAD = "import sys; from train.flags import load_config; load_config(sys.argv[1]
 def test_a_config_may_import_what_lies_beside_it_from_anywhere(tmp_path):
     """In a process of its own, since here ``configs`` is imported."""
     (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").touch()
     (tmp_path / "configs" / "base.py").write_text("NAME = 'beside'")
     (tmp_path / "configs" / "own.py").write_text(
         "from configs.base import NAME\n\ndef get_config():\n    raise ValueError(NAME)\n"

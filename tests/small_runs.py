@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
+from fsn_jax.vocabulary import Vocabulary
 from train import finish, loop
 from train.config import (
     CheckpointConfig,
@@ -67,7 +68,7 @@ def write_corpus(
         file = folder / f"{split}.bin"
         file.write_bytes(texts[split])
         splits[split] = SplitInfo(len(texts[split]), file_sha256(file))
-    vocabulary = np.frombuffer(ALPHABET, np.uint8)
+    vocabulary = Vocabulary(np.frombuffer(ALPHABET, np.uint8))
     corpus = Corpus("text", folder, vocabulary, splits, "made up")
     write_manifest(corpus, source_sha256="0" * 64, rule="made up")
     return corpus

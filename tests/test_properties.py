@@ -143,7 +143,7 @@ def trains_or_is_refused(
     mesh = mesh_of(num_devices)
     try:
         experiment = ExperimentConfig.from_config_dict(config)
-        experiment = experiment.with_vocabulary(corpus.vocab_size)
+        experiment = experiment.with_vocabulary(len(corpus.vocabulary))
         check_experiment(experiment, corpus, num_devices)
     except UserError as refused:
         assert "config." in str(refused) and len(str(refused)) < 300

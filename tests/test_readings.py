@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fsn_jax import FSN
-from fsn_jax.attention import attention_entropy
+from fsn_jax.base_layer import attention_entropy
 from fsn_jax.coupling import coupling_update
 from fsn_jax.readings import (
     attention_targets,

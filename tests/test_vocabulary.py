@@ -95,9 +95,9 @@ def test_no_character_is_cut_and_none_is_lost(text, tmp_path):
     splits = [bytes(corpus.split(name, allow_test=True)) for name in corpus.splits]
     assert b"".join(splits) == written.encode()
     assert [corpus.num_tokens(name) for name in corpus.splits] == [len(s.decode()) for s in splits]
-    assert "".join(map(chr, corpus.vocabulary)) == "".join(sorted(set(LETTERS)))
+    assert "".join(map(chr, corpus.vocabulary.values)) == "".join(sorted(set(LETTERS)))
     for name, split in zip(corpus.splits, splits, strict=True):
-        assert corpus.decode(corpus.tokens(name, allow_test=True)) == split
+        assert corpus.vocabulary.decode(corpus.tokens(name, allow_test=True)) == split
     assert json.loads((corpus.folder / "manifest.json").read_text())["unit"] == "characters"
     assert read_corpus(corpus.folder).sha256 == corpus.sha256
 
@@ -166,7 +166,7 @@ def test_the_same_commands_train_resume_evaluate_and_sample_characters(
 
     (row,) = [r for r in read_rows(once / "metrics.jsonl") if r["kind"] == "validation"][:1]
     corpus = prepared(file, tmp_path / "cache")
-    assert row["bytes"] == len(corpus.decode(corpus.tokens("validation")[1:500]))
+    assert row["bytes"] == len(corpus.vocabulary.decode(corpus.tokens("validation")[1:500]))
     assert json.loads((once / "config.json").read_text())["model"]["vocab_size"] == len(
         set(LETTERS)
     )
@@ -186,7 +186,7 @@ def test_the_same_commands_train_resume_evaluate_and_sample_characters(
         log = {"validation": "evaluations.jsonl", "test": "test_reads.jsonl"}[split]
         (result,) = read_rows(once / log)
         tokens = corpus.tokens(split, allow_test=True)
-        size = len(corpus.decode(tokens[1:]))
+        size = len(corpus.vocabulary.decode(tokens[1:]))
         assert result["num_bytes"] == size
         assert result["bits_per_byte"] == pytest.approx(result["bpc"] * (len(tokens) - 1) / size)
 

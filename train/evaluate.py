@@ -144,7 +144,7 @@ def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> E
     rows = make_evaluate_rows(trained.model, mesh=trained.mesh)
     began = time.perf_counter()
     loss = Evaluator(experiment, rows, trained.mesh, tokens)(trained.params)
-    num_bytes = trained.corpus.codec.num_bytes(tokens[1:])
+    num_bytes = trained.corpus.vocabulary.num_bytes(tokens[1:])
     bpc = bits_per_character(loss.mean)
     return Evaluation(
         step=trained.step,

@@ -80,7 +80,7 @@ def _sample(
         step=step,
         mesh=data_mesh(),
     )
-    prompt = corpus.decode(corpus.tokens("validation")[:64])
+    prompt = corpus.vocabulary.decode(corpus.tokens("validation")[:64])
     chunks = trained.language_model.stream(
         prompt, num_tokens=SAMPLE_LENGTH, seed=experiment.seed, temperature=0.8
     )

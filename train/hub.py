@@ -108,7 +108,7 @@ def model_card(trained: TrainedModel) -> str:
         if experiment.architecture == "fsn"
         else ("RoPE-SwiGLU transformer")
     )
-    unit = "byte values" if corpus.unit == "bytes" else "Unicode characters"
+    unit = "byte values" if corpus.vocabulary.unit == "bytes" else "Unicode characters"
     measured = (
         "".join(
             f"{row['bpc']:.4f} bits per character on {row['num_bytes']:,} bytes of validation "

@@ -111,10 +111,10 @@ def _abstract_inputs(
     rows = (training.steps_per_dispatch, training.batch_size)
     if experiment.data.placement == "host":
         windows = (*rows, context + 1)
-        return (jax.ShapeDtypeStruct(windows, corpus.codec.dtype, sharding=by_rows),)
+        return (jax.ShapeDtypeStruct(windows, corpus.vocabulary.dtype, sharding=by_rows),)
     tokens = (corpus.num_tokens("train"),)
     return (
-        jax.ShapeDtypeStruct(tokens, corpus.codec.dtype, sharding=replicated(mesh)),
+        jax.ShapeDtypeStruct(tokens, corpus.vocabulary.dtype, sharding=replicated(mesh)),
         jax.ShapeDtypeStruct(rows, jnp.int32, sharding=by_rows),
     )
 
@@ -177,7 +177,7 @@ def _first_batch(
         "sharding": _sharding(rows),
         "sha256": hashlib.sha256(np.ascontiguousarray(windows).tobytes()).hexdigest(),
         "start": int(starts[0]),
-        "text": corpus.decode(windows[0, :SHOWN_CHARACTERS]).decode(errors="replace"),
+        "text": corpus.vocabulary.decode(windows[0, :SHOWN_CHARACTERS]).decode(errors="replace"),
     }
 
 

@@ -47,7 +47,7 @@ class TrainedModel:
         return Pretrained(
             model=self.model,
             params=self.params,
-            vocabulary=self.corpus.codec,
+            vocabulary=self.corpus.vocabulary,
             context=self.experiment.data.context,
             corpus_name=self.corpus.name,
         )

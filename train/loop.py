@@ -213,7 +213,7 @@ def _train(
     optimizer = make_optimizer(experiment.optimizer, training.num_steps, mesh=mesh)
     rate = learning_rate(experiment.optimizer, training.num_steps)
     train_steps = train_steps_of(experiment, model, optimizer, mesh)
-    validation_bytes = corpus.codec.num_bytes(validation[1:])
+    validation_bytes = corpus.vocabulary.num_bytes(validation[1:])
     evaluate = Evaluator(experiment, make_evaluate_rows(model, mesh=mesh), mesh, validation)
 
     first_does(lambda: refuse_lost_checkpoints(run, experiment))
@@ -329,13 +329,13 @@ def _batches(
             yield end, (tokens, placed(starts, by_rows))
         return
     # Bytes from the file: this process reads its own rows of each batch and nothing else.
-    of_bytes = corpus.unit == "bytes"
+    of_bytes = corpus.vocabulary.unit == "bytes"
     batches = host_batches(
         corpus.split("train") if of_bytes else corpus.tokens("train"),
         order,
         start_step=start,
         num_steps=training.num_steps - start,
-        table=corpus.table if of_bytes else None,
+        table=corpus.vocabulary.table if of_bytes else None,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

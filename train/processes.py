@@ -154,25 +154,25 @@ def first_does(work: Callable[[], T]) -> T | None:
 
 
 def agree(**facts: str) -> None:
-    """Compares what every process believes.
+    """Checks that every process has the facts of process 0.
 
     Raises:
-      UserError: they differ; the message names what in.
+      UserError: a process has others; the message names what differs.
     """
-    if jax.process_count() == 1:
-        return
-    digests = [hashlib.sha256(fact.encode()).digest() for fact in facts.values()]
-    mine = np.frombuffer(b"".join(digests), np.uint8).reshape(len(facts), -1)
-    every = multihost_utils.process_allgather(mine)
-    for name, column in zip(facts, every.swapaxes(0, 1), strict=True):
-        other = [i for i, row in enumerate(column) if (row != column[0]).any()]
-        if other:
-            error = UserError(
-                f"the processes of a run must have the same {name.replace('_', ' ')}; process "
-                f"{other[0]} has another than process 0: start all of them by the same command"
+
+    def check() -> None:
+        for name, fact in facts.items():
+            digest = np.frombuffer(hashlib.sha256(fact.encode()).digest(), np.uint8)
+            if (multihost_utils.broadcast_one_to_all(digest) != digest).any():
+                differing.append(name)
+        if differing:
+            raise UserError(
+                f"the processes of a run must have the same {differing[0].replace('_', ' ')}, and "
+                f"this one has another than process 0: start all of them by the same command"
             )
-            error.everywhere = True
-            raise error
+
+    differing: list[str] = []
+    together(check)
 
 
 def loss_of_a_process(error: BaseException) -> TryAgain | None:

@@ -14,7 +14,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     """
     columns = list(zip(*rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    numeric = [all(not c or c.lstrip("-+?")[:1] in "0123456789" for c in x[1:]) for x in columns]
+    numeric = [all(map(_is_number, column[1:])) for column in columns]
     return "\n".join(
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width)
@@ -22,6 +22,10 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def _is_number(cell: str) -> bool:
+    return " " not in cell and (cell.lstrip("-+?")[:1] or "0").isdigit()
 
 
 def parameter_table(params: Any) -> str:

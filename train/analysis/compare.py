@@ -21,6 +21,7 @@ from train.analysis.verdicts import STANDARD_ERRORS, Loss
 from train.errors import UserError
 from train.files import check_json_output, default_output, write_atomically, write_json
 from train.program import Arguments
+from train.tables import text_table
 
 FIRST_MILLION = 1_000_000
 
@@ -131,14 +132,12 @@ def _by_time(run: RunRecord) -> list[tuple[float, float]]:
 def table_text(result: Mapping[str, Any]) -> str:
     """Formats the table and the summary."""
     names = result["arm"], result["reference"]
-    width = max(20, *map(len, names))
-    lines = [f"{'characters':>10}  " + "  ".join(f"{n:>{width}}" for n in names) + "  difference"]
-    for point in result["points"]:
-        lines.append(f"{point['characters'] / 1e6:>9.2f}M  " + _row_text(point, names, width))
-    for split in ("whole_validation", "test"):
+    rows = {f"{point['characters'] / 1e6:.2f}M": point for point in result["points"]}
+    for split, label in (("whole_validation", "validation"), ("test", "test")):
         if split in result:
-            name = {"whole_validation": "validation", "test": "test"}[split]
-            lines.append(f"{name:>10}  " + _row_text(result[split], names, width))
+            rows[label] = result[split]
+    head = ("characters", *names, "difference", "")
+    lines = [text_table([head, *((label, *_cells(row, names)) for label, row in rows.items())])]
     arm = result["arm"]
     crossing = result["crossing"]
     part = "whole validation split" if "whole_validation" in result else "last evaluation"
@@ -156,16 +155,14 @@ def table_text(result: Mapping[str, Any]) -> str:
         lines += [
             f"training, at the median speed of each run: {spent}",
             f"after {time['seconds']:.0f} s of training, when the faster arm has ended:",
-            " " * 12 + _row_text(time, names, width),
+            "  ".join(_cells(time, names)),
         ]
     return "\n".join(lines)
 
 
-def _row_text(row: Mapping[str, Any], names: Sequence[str], width: int) -> str:
-    losses = (Loss(name, tuple(row[name]["bpc"])) for name in names)
-    cells = "  ".join(f"{loss.text:>{width}}" for loss in losses)
-    apart = verdicts.signed(row["difference"], row["standard_error"])
-    return f"{cells}  {apart}  {row['verdict']}"
+def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    losses = [Loss(name, tuple(row[name]["bpc"])).text for name in names]
+    return [*losses, verdicts.signed(row["difference"], row["standard_error"]), row["verdict"]]
 
 
 def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:

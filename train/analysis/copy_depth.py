@@ -8,6 +8,7 @@ are paired. Prints a table; writes JSON and, beside it, a figure.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from train.metrics import bits_per_character
 from train.program import Arguments, start_jax
 from train.provenance import provenance
 from train.step import make_window_losses
+from train.tables import text_table
 
 Floats = npt.NDArray[np.float64]
 
@@ -280,28 +282,19 @@ def table_text(result: dict[str, Any]) -> str:
     """Formats the table: loss of the reference, differences of the others."""
     reference = result["reference"]
     others = [arm for arm in result["arms"] if arm != reference]
-    width = max(16, *(len(arm) + 2 for arm in result["arms"]))
-    lines = [
+    rows = [("events", "source", "depth", "n", reference, *others)]
+    for key in itertools.product(EVENTS, DISTANCES, (*BUCKETS, "all")):
+        base = find_cell(result["arms"][reference]["loss"], *key)
+        if not base["n"]:
+            continue
+        cells = (find_cell(result["arms"][arm]["difference"], *key) for arm in others)
+        apart = (f"{c['mean']:+.3f} ±{(c['high'] - c['low']) / 2:.3f}" for c in cells)
+        rows.append((*key, f"{base['n']:,}", f"{base['mean']:.3f}", *apart))
+    return (
         f"{result['windows']} windows of {result['length']} characters of validation; loss in "
-        f"bits, then differences to it, with {result['level']:.0%} intervals over windows",
-        "",
-        f"{'events':7}{'source':8}{'depth':6}{'n':>9}"
-        + "".join(f"{arm:>{width}}" for arm in (reference, *others)),
-    ]
-    for events in EVENTS:
-        for distance in DISTANCES:
-            for bucket in (*BUCKETS, "all"):
-                key = (events, distance, bucket)
-                base = find_cell(result["arms"][reference]["loss"], *key)
-                if not base["n"]:
-                    continue
-                row = f"{events:7}{distance:8}{bucket:6}{base['n']:>9,}{base['mean']:>{width}.3f}"
-                for arm in others:
-                    cell = find_cell(result["arms"][arm]["difference"], *key)
-                    half = (cell["high"] - cell["low"]) / 2
-                    row += f"{cell['mean']:+.3f} ±{half:.3f}".rjust(width)
-                lines.append(row)
-    return "\n".join(lines)
+        f"bits, then differences to it, with {result['level']:.0%} intervals over windows\n\n"
+        + text_table(rows)
+    )
 
 
 def draw(result: dict[str, Any], target: Path) -> None:

@@ -25,6 +25,7 @@ from train.analysis.figures import style
 from train.analysis.records import read_arms, reference_arm
 from train.files import check_json_output, default_output, write_atomically, write_json
 from train.program import Arguments
+from train.tables import text_table
 
 LEAST_RUNGS = 3
 """Least number of rungs of one architecture for a fit."""
@@ -129,19 +130,22 @@ def fit(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, float] | None
 def result_text(found: Mapping[str, Any]) -> str:
     """Formats the table."""
     rows = found["arms"]
-    width = max([len(row["arm"]) for row in rows] + [3])
-    head = f"{'arm':{width}}   parameters     characters   training FLOPs  n  BPC"
-    lines = [f"{head}{'difference to ' + found['reference']:>40}" if found["variants"] else head]
+    table = [["arm", "parameters", "characters", "training FLOPs", "n", "BPC"]]
+    if found["variants"]:
+        table[0].append(f"difference to {found['reference']}")
     for row in rows:
         spread = "" if row["deviation"] is None else f" ± {row['deviation']:.4f}"
-        apart = ""
-        if found["variants"] and row["arm"] != found["reference"]:
-            apart = verdicts.signed(row["difference"], row["standard_error"])
-        lines.append(
-            f"{row['arm']:{width}}  {row['parameters']:>11,}  {row['characters']:>13,}  "
-            f"{row['training_flops']:>15.2e}  {len(row['seeds'])}  "
-            f"{row['bpc']:.4f}{spread:9}  {apart}".rstrip()
+        counts = (
+            f"{row['parameters']:,}",
+            f"{row['characters']:,}",
+            f"{row['training_flops']:.2e}",
         )
+        cells = [row["arm"], *counts, str(len(row["seeds"])), f"{row['bpc']:.4f}{spread}"]
+        if found["variants"]:
+            apart = verdicts.signed(row["difference"], row["standard_error"])
+            cells.append("" if row["arm"] == found["reference"] else apart)
+        table.append(cells)
+    lines = [text_table(table)]
     judged = {str(row["evaluated"]) for row in rows}
     for part in sorted(judged):
         names = [row["arm"] for row in rows if str(row["evaluated"]) == part]

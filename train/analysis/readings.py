@@ -36,6 +36,7 @@ from train.files import check_json_output, default_output, write_json
 from train.load import load
 from train.program import Arguments, start_jax
 from train.provenance import provenance
+from train.tables import text_table
 
 POINTS = 65
 """Number of points of a coupling curve, from -pi to pi."""
@@ -313,20 +314,21 @@ def program(argv: Sequence[str]) -> None:
 
 def summary_text(page: dict[str, Any]) -> str:
     """Formats one line a layer: a summary of its kernel and states."""
-    lines = [
-        "layer  repulsive (delay 0; 1)  |angle|  entropy  to repeats  order  text's frustration"
-    ]
+    rows: list[tuple[str, ...]] = [
+        ("layer", "repulsive (delay 0; 1)", "|angle|", "entropy", "to repeats", "order",
+         "text's frustration")
+    ]  # fmt: skip
     for number, layer in enumerate(page["layers"], 1):
         repelling = "; ".join(
             " ".join(f"{share:.2f}" for share in by_harmonic)
             for by_harmonic in layer["repulsiveness"]
         )
-        angles = np.concatenate([np.abs(c["angle"]) for c in layer["coefficients"]])
-        lines.append(
-            f"{number:5}  {repelling:23}  {angles.mean():7.3f}  "
-            f"{np.mean(layer['attention_entropy']):7.3f}  "
-            f"{np.max(layer['attention_to']['repeat']):10.3f}  "
-            f"{np.mean(layer['order']['after']['coordinates']):5.3f}  "
-            f"{np.mean(layer['data_frustration']['length']):18.3f}"
+        means = (
+            np.mean(np.abs(np.concatenate([c["angle"] for c in layer["coefficients"]]))),
+            np.mean(layer["attention_entropy"]),
+            np.max(layer["attention_to"]["repeat"]),
+            np.mean(layer["order"]["after"]["coordinates"]),
+            np.mean(layer["data_frustration"]["length"]),
         )
-    return "\n".join(lines)
+        rows.append((str(number), repelling, *(f"{mean:.3f}" for mean in means)))
+    return text_table(rows)

@@ -38,7 +38,9 @@ def store(
 
     def examples(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, (source, text) in enumerate(records(split)):
-            yield index, {"text": text, "name": source, "index": index}
+            # A file name need not be UTF-8.
+            name = source.encode("utf-8", "surrogateescape")
+            yield index, {"text": text, "name": name, "index": index}
 
     text = tfds.features.Tensor(shape=(), dtype=np.object_)
     builder = _Builder(

@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fsn_jax.vocabulary import Bytes, Tokens, Unit, Vocabulary
+from fsn_jax.vocabulary import Bytes, Tokens, Vocabulary
 from train.data.pinned import PINNED
 from train.errors import UserError
 from train.files import file_sha256, user_path
@@ -62,19 +61,16 @@ class Corpus:
     Attributes:
       name: enwik8, pycode, codeparrot or text.
       folder: where its files are.
-      vocabulary: uint8[V], the byte values that occur in it, ascending; or uint32[V], the code
-        points of its characters.
+      vocabulary: the byte values, or the characters, that occur in it.
       splits: length and hash of each of SPLITS.
       source: what it was made from, in words.
-      unit: what a token stands for.
     """
 
     name: str
     folder: Path
-    vocabulary: Tokens
+    vocabulary: Vocabulary
     splits: Mapping[str, SplitInfo]
     source: str
-    unit: Unit = "bytes"
 
     @property
     def sha256(self) -> str:
@@ -85,29 +81,15 @@ class Corpus:
         by a newline.
         """
         lines = [f"{name} {info.num_bytes} {info.sha256}" for name, info in self._ordered_splits()]
-        kind = "vocabulary" if self.unit == "bytes" else self.unit
-        lines.append(f"{kind} {self.decode(range(self.vocab_size)).hex()}")
+        values, unit = self.vocabulary, self.vocabulary.unit
+        kind = "vocabulary" if unit == "bytes" else unit
+        lines.append(f"{kind} {values.decode(range(len(values))).hex()}")
         return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of tokens."""
-        return int(self.vocabulary.size)
-
-    @property
-    def codec(self) -> Vocabulary:
-        """Between text and tokens."""
-        return Vocabulary(self.vocabulary, self.unit)
-
-    @property
-    def table(self) -> Bytes:
-        """See ``Vocabulary.table``."""
-        return self.codec.table
 
     def num_tokens(self, name: str) -> int:
         """Length of a split in tokens."""
         info = self.splits[name]
-        return info.num_bytes if self.unit == "bytes" else info.num_characters
+        return info.num_bytes if self.vocabulary.unit == "bytes" else info.num_characters
 
     def split(self, name: str, *, allow_test: bool = False) -> Bytes:
         """The raw bytes of a split, uint8[n], mapped from its file, read-only.
@@ -131,15 +113,7 @@ class Corpus:
 
     def tokens(self, name: str, *, allow_test: bool = False) -> Tokens:
         """The tokens of a split, uint8[n] (wider from 257 characters on), in memory."""
-        return self.codec.tokens(self.split(name, allow_test=allow_test))
-
-    def encode(self, text: bytes) -> npt.NDArray[np.int32]:
-        """The tokens of some text, int32[n]; see ``Vocabulary.encode``."""
-        return self.codec.encode(text, source=self.name)
-
-    def decode(self, tokens: npt.ArrayLike) -> bytes:
-        """The text of some tokens, the inverse of `encode`; see ``Vocabulary.decode``."""
-        return self.codec.decode(tokens)
+        return self.vocabulary.tokens(self.split(name, allow_test=allow_test))
 
     def path(self, name: str) -> Path:
         """The file of a split."""
@@ -183,11 +157,10 @@ def read_corpus(folder: Path, *, verify: bool = True) -> Corpus:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise _damaged(manifest, f"is not of format {FORMAT}", folder)
     try:
-        vocabulary = Vocabulary.from_text(fields["vocabulary"], fields.get("unit", "bytes"))
         corpus = Corpus(
             name=str(fields["name"]),
             folder=folder,
-            vocabulary=vocabulary.values,
+            vocabulary=Vocabulary.from_text(fields["vocabulary"], fields.get("unit", "bytes")),
             splits={
                 split: SplitInfo(
                     int(info["bytes"]), str(info["sha256"]), int(info.get("characters", 0))
@@ -195,7 +168,6 @@ def read_corpus(folder: Path, *, verify: bool = True) -> Corpus:
                 for split, info in ((split, fields["splits"][split]) for split in SPLITS)
             },
             source=str(fields["source"]["description"]),
-            unit=vocabulary.unit,
         )
     except (LookupError, TypeError, ValueError) as error:
         raise _damaged(manifest, f"is not understood ({error!r})", folder) from error
@@ -215,7 +187,7 @@ def read_corpus(folder: Path, *, verify: bool = True) -> Corpus:
 
 def write_manifest(corpus: Corpus, source_sha256: str, rule: str) -> None:
     """Write the manifest of a corpus into its folder."""
-    of_characters = corpus.unit == "characters"
+    of_characters = corpus.vocabulary.unit == "characters"
     fields: dict[str, Any] = {
         "format": FORMAT,
         "name": corpus.name,
@@ -224,8 +196,8 @@ def write_manifest(corpus: Corpus, source_sha256: str, rule: str) -> None:
             | ({"characters": info.num_characters} if of_characters else {})
             for split, info in corpus.splits.items()
         },
-        **({"unit": corpus.unit} if of_characters else {}),
-        "vocabulary": corpus.codec.to_text(),
+        **({"unit": corpus.vocabulary.unit} if of_characters else {}),
+        "vocabulary": corpus.vocabulary.to_text(),
         "source": {"description": corpus.source, "sha256": source_sha256},
         "rule": rule,
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fsn_jax.vocabulary import Tokens, Unit, code_points
+from fsn_jax.vocabulary import Tokens, Unit, Vocabulary, code_points
 from train.bucket import fetched, is_remote
 from train.data.corpus import (
     DEFAULT_CACHE,
@@ -79,10 +79,10 @@ def open_corpus(
         raise UserError(
             f"config.data.path={path} holds the corpus {corpus.name}, not config.data.name={name}"
         )
-    if corpus.unit != unit:
+    if (prepared := corpus.vocabulary.unit) != unit:
         raise UserError(
-            f"config.data.path={path} was prepared as {corpus.unit}, not {unit}: say "
-            f"config.data.vocabulary={corpus.unit}, or name the text itself"
+            f"config.data.path={path} was prepared as {prepared}, not {unit}: say "
+            f"config.data.vocabulary={prepared}, or name the text itself"
         )
     return corpus
 
@@ -156,13 +156,13 @@ def _write_splits(name: str, recipe: Recipe, folder: Path, unit: Unit) -> Corpus
             out.writelines(texts)
         with file.open("rb") as stream:
             pieces = iter(lambda: stream.read(CHUNK_BYTES), b"")  # noqa: B023
-            for values in code_points(pieces) if of_characters else map(_bytes, pieces):
-                seen[values] = True
-                count += values.size
+            for part in code_points(pieces) if of_characters else map(_bytes, pieces):
+                seen[part] = True
+                count += part.size
         size = file.stat().st_size
         splits[split] = SplitInfo(size, file_sha256(file), count if of_characters else 0)
-    vocabulary: Tokens = np.flatnonzero(seen).astype(np.uint32 if of_characters else np.uint8)
-    return Corpus(name, folder, vocabulary, splits, recipe.source, unit)
+    values: Tokens = np.flatnonzero(seen).astype(np.uint32 if of_characters else np.uint8)
+    return Corpus(name, folder, Vocabulary(values, unit), splits, recipe.source)
 
 
 def _bytes(text: bytes) -> Tokens:
@@ -217,6 +217,6 @@ def program(argv: Sequence[str]) -> None:
     _say(f"{corpus.name}: {corpus.source}")
     for split, info in corpus.splits.items():
         _say(f"  {split:10} {info.num_bytes:>12,} bytes  sha256 {info.sha256}")
-    kind = "byte values" if corpus.unit == "bytes" else "characters"
-    _say(f"  vocabulary {corpus.vocab_size} {kind}; identity {corpus.sha256}")
+    kind = "byte values" if corpus.vocabulary.unit == "bytes" else "characters"
+    _say(f"  vocabulary {len(corpus.vocabulary)} {kind}; identity {corpus.sha256}")
     _say(f"  in {corpus.folder}")

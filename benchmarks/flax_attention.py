@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from fsn_jax import Transformer, TransformerConfig
 from fsn_jax.feedforward import SwiGLU
-from fsn_jax.transformer import RMS_EPSILON
+from fsn_jax.transformer import RMS_EPSILON, TokenEmbedding
 
 
 class FlaxBlock(nn.Module):
@@ -19,8 +19,8 @@ class FlaxBlock(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """Applies the block."""
+    def __call__(self, x: Float[Array, "B L D"], *_: object) -> Float[Array, "B L D"]:
+        """Applies the block; segments, positions and dropout are not for it."""
         c = self.config
         attention = nn.MultiHeadDotProductAttention(
             c.num_heads, qkv_features=c.width, use_bias=False, dtype=jnp.dtype(c.dtype)
@@ -37,8 +37,7 @@ class FlaxTransformer(Transformer):
     def setup(self) -> None:
         """Builds the layers of ``Transformer`` with another block."""
         c = self.config
-        start = nn.initializers.normal(c.width**-0.5 if c.tied_embedding else 1.0)
-        self.embedding = nn.Embed(c.vocab_size, c.width, embedding_init=start)
+        self.embedding = TokenEmbedding(c)
         self.blocks = [
             FlaxBlock(c, name=f"block_{i}")  # type: ignore[misc]
             for i in range(c.num_layers)

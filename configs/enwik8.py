@@ -53,6 +53,7 @@ FSN_POCKET = FSNConfig(
     score_phases=8,
     similarity_heads=1,
     features="quadrature",
+    feature_scale=1.0,
     field_features=True,
     feedforward_width=224,
 )

@@ -1,12 +1,16 @@
 """Your own text or code: ``--config=configs/text.py --config.data.path=FILE_OR_FOLDER``.
 
-The quickstart's model and budget on another corpus; the vocabulary is the byte values of the text,
-or its Unicode characters with ``--config.data.vocabulary=characters``.
+The quickstart's models and budget on another corpus; the vocabulary is the byte values of the text,
+or its Unicode characters with ``--config.data.vocabulary=characters``. Whatever its size, the
+transformer has as many parameters as the FSN: ``config.match`` is the FSN that it is matched to.
 """
+
+import dataclasses
 
 from ml_collections import ConfigDict
 
 from configs import quickstart
+from configs.enwik8 import POCKET
 
 ARMS = quickstart.ARMS
 
@@ -17,4 +21,7 @@ def get_config(arm: str = "fsn") -> ConfigDict:
     config.name = f"text_{arm}"
     config.data.name = "text"
     config.model.vocab_size = 0
+    if arm == "transformer":
+        with config.unlocked():
+            config.match = {"architecture": "fsn", **dataclasses.asdict(POCKET["fsn_pocket"])}
     return config

@@ -37,6 +37,8 @@ _FSN: dict[str, Any] = {
     "num_heads": 2,
     "heads_per_phase": 2,
     "num_harmonics": 1,
+    "kernel_angle": 0.0,
+    "score": "projected",
     "feedforward_width": 32,
 }
 ARMS: dict[str, FSN | Transformer] = {

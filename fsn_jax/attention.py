@@ -47,7 +47,7 @@ def initial_kernel(layer: CouplingFields, num_phases: int) -> np.ndarray:
 
 def initial_quadrature(layer: CouplingFields, num_phases: int) -> nn.initializers.Initializer:
     """Initializer of the kernel's imaginary part: ``-rho tan(alpha)`` for normal angles alpha."""
-    rho = initial_kernel(layer, num_phases)
+    rho = jnp.asarray(initial_kernel(layer, num_phases))
     if not layer.kernel_angle:
         return nn.initializers.zeros
 
@@ -77,11 +77,12 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         e^{-i m \theta_{t,n}} \sum_{u : u + \tau \le t} A_{h(n),t,u} \, e^{i m \theta_{u+\tau,n}}
 
         A_{h,t,u} = \operatorname{softmax}_{u \le t} \Bigl( \beta_h \sum_n g_{h,n}
-        \cos\bigl(\theta_{t,n} - \theta_{u,n} + (t - u)\,\omega_n\bigr) \Bigr)
+        \cos\bigl(\theta_{t,n} - \theta_{u,n} + (t - u)\,\omega_n - a_{h,n}\bigr) \Bigr)
 
     Phases are angles in radians, ``theta[B, L, N]``; N is read from the input. Parameters:
-    ``kernel_real`` and ``kernel_imag``, the kernel ``kappa`` ``[T, M, N]``; ``score/gate``, ``g``
-    ``[H, N]``; ``score/log_beta`` ``[H]``. There is no query, key, value or output matrix.
+    ``kernel_real`` and ``kernel_imag``, the kernel ``kappa`` ``[T, M, N]``; ``score/gate`` and
+    ``score/gate_angle``, ``g`` and ``a`` ``[H, N]``; ``score/log_beta`` ``[H]``. There is no query,
+    key, value or output matrix.
 
     Cost of a token, beside multi-head attention of width N and equal L: no dense layers (there
     ``8 N**2`` FLOPs), scores of ``2 N`` reals a head (there ``N / H``) and values of ``2 M N / H``

@@ -1,5 +1,6 @@
 """Caches of generation, and attention over them: what layers keep of the tokens they have seen."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import flax.struct
@@ -134,7 +135,8 @@ def extend_weights(
     if segments is not None and segment_ids is not None:
         new = segment_ids.astype(segments.dtype)
         segments = jax.lax.dynamic_update_slice_in_dim(segments, new, position, axis=1)
-    cache = cache.replace(
+    cache = dataclasses.replace(
+        cache,
         key=_put(cache.key, key.swapaxes(2, 3), position, 2),
         value=_put(cache.value, value, position, 1),
         segment_ids=segments,

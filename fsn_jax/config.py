@@ -130,7 +130,7 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
         n, h, v = self.num_phases, self.num_heads, self.vocab_size
         gates = self.num_score_pairs(n) * h
         score = {
-            "gated": gates + h,
+            "gated": (2 if self.score_angles else 1) * gates + h,
             "content_gated": 2 * (self._phasor_dense(gates) + gates) + h,
             "projected": sum(
                 self._phasor_dense(2 * groups * self.score_pairs, groups)
@@ -239,13 +239,16 @@ def recorded_fields(
     """All fields of a config that this or an earlier version wrote, in today's names.
 
     Before ``score_scope`` was a field, ``gated`` meant gates that depend on content, ``static`` was
-    one gate a phase, and kernels began without frustration angles.
+    one gate a phase, and kernels began without frustration angles. Before ``feature_scale`` was,
+    features were not scaled, and scores had no frustration angles.
 
     Args:
       kind: the class of the config.
       fields: what ``dataclasses.asdict`` gave; what it lacks gets its default.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    if kind is FSNConfig and "feature_scale" not in fields:
+        defaults |= {"feature_scale": 1.0, "score_angles": False}
     if kind is FSNConfig and "score_scope" not in fields:
         defaults |= {"score": "projected", "kernel_angle": 0.0}
         renamed = {"gated": "content_gated", "static": "gated"}

@@ -251,7 +251,8 @@ def _scaled_sum_backward(
     # the CPU first writes out every broadcast factor.
     waves, factors = residuals
     num_heads = gradient.shape[1]
-    d_waves, d_factors = [], []
+    d_waves: list[Array] = []
+    d_factors: list[Array] = []
     for wave, factor in zip(waves, factors, strict=True):
         if wave.shape[1] == num_heads:
             d_waves.append(factor[None, :, None] * gradient)
@@ -262,13 +263,19 @@ def _scaled_sum_backward(
         d_factors.append(
             jnp.stack([(gradient[:, h] * heard[h]).sum(axis=(0, 1)) for h in range(num_heads)])
         )
-    return d_waves, d_factors
+
+    def cast(cotangents: list[Array], primals: list[Array]) -> list[Array]:
+        return [d.astype(x.dtype) for d, x in zip(cotangents, primals, strict=True)]
+
+    return cast(d_waves, waves), cast(d_factors, factors)
 
 
 _scaled_sum.defvjp(_scaled_sum_forward, _scaled_sum_backward)
 
 
 def _shift(z: Complex) -> Complex:
+    if not z.re.shape[2]:
+        return z
     one_step = ((0, 0), (0, 0), (0, 1), (0, 0))
     return Complex(*(jnp.pad(part[:, :, 1:], one_step) for part in z))
 

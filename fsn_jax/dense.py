@@ -55,8 +55,9 @@ class PhasorDense(DenseFields, nn.Module):
     as a detector with a local oscillator does: ``a = r cos phi, b = r sin phi`` gives
     ``r cos(theta - phi)``. Half as many weights; what one group cannot see another can.
 
-    Given the local field of the phases it reads ``cos theta + g[0] coherence`` for the cosine and
-    ``sin theta + g[1] torque`` for the sine, with gains g of each phase that are zero initially.
+    What is read is scaled by ``feature_scale``. Given the local field of the phases it reads
+    ``cos theta + g[0] coherence`` for the cosine and ``sin theta + g[1] torque`` for the sine, with
+    gains g of each phase that are zero initially.
     """
 
     outputs: int = setting(1, "O, width of the result", least=1)
@@ -83,8 +84,8 @@ class PhasorDense(DenseFields, nn.Module):
             shape = (2 * num_phases, self.outputs)
             kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         else:
-            shape = (2, self.groups, num_phases)
-            quadrature = self.param("quadrature", self._quadrature_init(num_phases), shape)
+            init = self._quadrature_init(num_phases)
+            quadrature = self.param("quadrature", init, (2, self.groups, num_phases))
             shape = (num_phases, self.outputs)
             kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
             if self.groups == 1:
@@ -95,6 +96,8 @@ class PhasorDense(DenseFields, nn.Module):
                 by_phase = quadrature.swapaxes(1, 2)[..., None]
                 kernel = (by_phase * grouped).reshape(2 * num_phases, self.outputs)
         inputs = recomputed(_read, self.implementation)(z, field, gains, read)
+        if self.feature_scale != 1:
+            inputs *= self.feature_scale
         y = inputs.astype(dtype) @ kernel.astype(dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.outputs,), jnp.float32)

@@ -41,7 +41,7 @@ def setting(
       above: a bound that the value must exceed.
     """
     metadata = {"doc": doc, "least": least, "above": above}
-    return typing.cast(_Value, dataclasses.field(default=default, metadata=metadata))
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_fields(config: object) -> None:
@@ -174,6 +174,11 @@ class DenseFields(ComputeFields):
         "what dense layers read of a phase: ``phasor`` (cosine and sine) or ``quadrature`` (one "
         "learned combination of the two, for queries and keys one a head), with half the weights",
     )
+    feature_scale: float = setting(
+        0.5,
+        "factor of what dense layers read: below 1, their updates in training are gentler",
+        above=0,
+    )
 
 
 @typing.no_type_check
@@ -193,6 +198,14 @@ class ScoreFields(DenseFields):
     )
     score_harmonics: int = setting(
         1, "harmonics of the phases that a gated head compares, each with gates of its own", least=1
+    )
+    score_angles: bool = setting(
+        True,
+        "whether a gated score has frustration angles too, one a head and phase: its gates are "
+        "complex; other scores have none",
+    )
+    score_angle: float = setting(
+        1.5, "standard deviation of the initial angles of a gated score, in radians", least=0
     )
     score_phases: int = setting(
         0, "R, phase pairs a head of a projected score; 0 stands for N / H", least=0

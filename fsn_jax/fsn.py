@@ -22,7 +22,8 @@ from fsn_jax.dense import sum_in_float32
 from fsn_jax.feedforward import CollectiveModes, PhasorSwiGLU
 from fsn_jax.fields import shared_settings
 from fsn_jax.language_model import DETERMINISTIC_ARGUMENT, LanguageModel
-from fsn_jax.torus import Complex, features, look_up, order_parameter, phasor
+from fsn_jax.lookup import lookup
+from fsn_jax.torus import Complex, features, order_parameter, phasor
 
 
 class PhaseEmbedding(nn.Module):
@@ -44,7 +45,7 @@ class PhaseEmbedding(nn.Module):
         """
         c = self.config
         shape = (c.vocab_size, c.num_phases)
-        theta = look_up(self.param("angles", initial_angles(c), shape, jnp.float32), tokens)
+        theta = lookup(self.param("angles", initial_angles(c), shape, jnp.float32), tokens)
         if deterministic or not c.dropout:
             return theta
         drop, angle = jax.random.split(self.make_rng("dropout"))

@@ -145,7 +145,7 @@ def _sample_chunk(
 def stream(
     model: FSN | Transformer,
     variables: Variables,
-    prompt: Int[Array, "B S"],
+    prompt: npt.ArrayLike,
     *,
     num_tokens: int,
     key: Array,
@@ -163,7 +163,7 @@ def stream(
     Args:
       model: an ``FSN`` or a ``Transformer``.
       variables: its variables, ``{"params": ...}``.
-      prompt: token ids; at least one a row.
+      prompt: token ids ``[B, S]``, as an array or lists of numbers; at least one a row.
       num_tokens: how many to draw.
       key: PRNG key; token i is drawn with ``fold_in(key, i)``.
       context: how far the model may look back.
@@ -176,14 +176,8 @@ def stream(
     Raises:
       ConfigError: an argument is out of range, before anything is drawn.
     """
-    if prompt.shape[1] < 1:
-        raise ConfigError("prompt must hold at least one token")
-    known = model.config.vocab_size
-    if not 0 <= np.min(prompt) <= np.max(prompt) < known:
-        raise ConfigError(
-            f"prompt must hold tokens from 0 to {known - 1}, the model's vocabulary; got "
-            f"{np.min(prompt)} to {np.max(prompt)}"
-        )
+    text = _checked_prompt(prompt, model.config.vocab_size)
+    _check_whole(context=context)
     if context < 2:
         raise ConfigError(f"context must be at least 2; got {context}")
     check_sampling(num_tokens=num_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -192,8 +186,28 @@ def stream(
         "top_k": jnp.int32(top_k),
         "top_p": jnp.float32(top_p),
     }
-    ending = _Ending(stop, prompt.shape[0]) if stop else None
-    return _drawn(model, variables, np.asarray(prompt), num_tokens, key, context, settings, ending)
+    ending = _Ending(stop, text.shape[0]) if stop else None
+    return _drawn(model, variables, text, num_tokens, key, context, settings, ending)
+
+
+def _checked_prompt(prompt: npt.ArrayLike, vocab_size: int) -> npt.NDArray[Any]:
+    """The prompt ``[B, S]``; raises ConfigError if it is none."""
+    text = np.asarray(prompt)
+    if text.ndim != 2 or not np.issubdtype(text.dtype, np.integer):
+        raise ConfigError(
+            f"prompt must be whole numbers [B, S], one row a text; got {text.dtype} of shape "
+            f"{text.shape}"
+        )
+    if not text.size:
+        raise ConfigError(
+            f"prompt must have a row, and hold at least one token a row; got shape {text.shape}"
+        )
+    if not 0 <= text.min() <= text.max() < vocab_size:
+        raise ConfigError(
+            f"prompt must hold tokens from 0 to {vocab_size - 1}, the model's vocabulary; got "
+            f"{text.min()} to {text.max()}"
+        )
+    return text
 
 
 def _drawn(
@@ -262,7 +276,7 @@ class _Ending:
 def generate(
     model: FSN | Transformer,
     variables: Variables,
-    prompt: Int[Array, "B S"],
+    prompt: npt.ArrayLike,
     *,
     num_tokens: int,
     key: Array,
@@ -293,7 +307,10 @@ def generate(
 
 
 def check_sampling(*, num_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
-    """Raises ConfigError if an argument of ``stream`` is out of range."""
+    """Raises ConfigError if an argument of ``stream`` is of the wrong type or out of range."""
+    _check_whole(num_tokens=num_tokens, top_k=top_k)
+    if top_k >= 2**31:
+        raise ConfigError(f"top_k must be below 2**31; got {top_k}")
     if num_tokens < 1:
         raise ConfigError(f"num_tokens must be at least 1; got {num_tokens}")
     if not 0 <= temperature < float("inf"):
@@ -302,3 +319,9 @@ def check_sampling(*, num_tokens: int, temperature: float, top_k: int, top_p: fl
         raise ConfigError(f"top_k must not be negative; got {top_k}")
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p must be above 0 and at most 1; got {top_p}")
+
+
+def _check_whole(**numbers: object) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise ConfigError(f"{name} must be a whole number; got {value!r}")

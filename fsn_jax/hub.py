@@ -57,7 +57,7 @@ class Pretrained:
 
     def logits(self, text: str | bytes) -> Float[Array, "B L V"]:
         """Returns the logits after each token of a text, as a batch of one."""
-        logits: Array = self.model.apply({"params": self.params}, self.encode(text)[None])
+        logits: Any = self.model.apply({"params": self.params}, self.encode(text)[None])
         return logits
 
     def states(self, text: str | bytes) -> Float[Array, "B L N"]:

@@ -1,7 +1,7 @@
 """Computing again in the backward pass, where XLA would keep what the forward pass had."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jaxtyping import Array
@@ -12,35 +12,42 @@ Tree = TypeVar("Tree")
 Result = TypeVar("Result")
 
 
-def delay_until(gradient: Array, tree: Tree) -> Tree:
-    """The arrays of a tree as they are, though the compiler learns them no sooner than a gradient.
+def delay_until(cotangent: Array, tree: Tree) -> Tree:
+    """Returns the arrays of a tree, which the compiler learns no sooner than a cotangent.
 
     So it cannot find that what is computed from them is what the forward pass has, nor compute it
-    before the backward pass is there. It is a barrier, as in ``jax.checkpoint``; for CPUs, where
-    XLA drops those (jaxlib 0.10.2) before it merges what is equal, one in the numbers.
+    before the backward pass is there. It is a barrier, as in ``jax.checkpoint``. For CPUs, where
+    XLA drops barriers (jaxlib 0.10.2) before it merges what is equal, it is a sum with a number.
 
     Args:
-      gradient: an array of any shape; if its first number is not finite, the result need not be.
+      cotangent: an array of any shape; if its first number is not finite, the result need not be.
       tree: arrays of any shape and a real type.
     """
-    return jax.lax.platform_dependent(gradient, tree, cpu=_depend_on_number, default=_barrier)
-
-
-def _depend_on_number(gradient: Array, tree: Tree) -> Tree:
-    if not gradient.size:
+    if not cotangent.size:
         return tree
-    zero = 0.0 * gradient[(0,) * gradient.ndim]  # not known to be zero: times NaN it is not
+    if _spec(cotangent):  # on an Explicit mesh its first number is on one device only
+        return _barrier(cotangent, tree)
+    return jax.lax.platform_dependent(cotangent, tree, cpu=_add_zero, default=_barrier)
+
+
+def _add_zero(cotangent: Array, tree: Tree) -> Tree:
+    zero = 0.0 * cotangent[(0,) * cotangent.ndim]  # not known to be zero: times NaN it is not
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 
 
-def _barrier(gradient: Array, tree: Tree) -> Tree:
-    return jax.lax.optimization_barrier((gradient, tree))[1]
+def _barrier(cotangent: Array, tree: Tree) -> Tree:
+    return jax.lax.optimization_barrier((cotangent, tree))[1]
+
+
+def _spec(x: Array) -> tuple[Any, ...]:
+    """The Explicit mesh axes that an array is divided over."""
+    return tuple(axis for axis in jax.typeof(x).sharding.spec if axis is not None)
 
 
 def match_varying_axes(tree: Tree) -> Tree:
-    """The arrays of a tree, typed in ``shard_map`` as varying where any of them does.
+    """Returns the arrays of a tree, typed in ``shard_map`` as varying where any of them does.
 
-    A derivative of our own gives the parameters, which are the same everywhere, a gradient that is
+    A custom derivative gives parameters, which are the same on all devices, a cotangent that is
     not; JAX sums it over the devices if it is told here that they meet. Elsewhere nothing changes.
 
     Args:
@@ -63,10 +70,10 @@ def _varying(x: Array) -> frozenset[str]:
 def recomputed(
     function: Callable[..., Result], implementation: Implementation = "auto"
 ) -> Callable[..., Result]:
-    """A function of which the backward pass keeps the arguments and nothing else.
+    """Returns a function whose backward pass keeps the arguments and computes the rest again.
 
     Args:
-      function: of arrays, or trees of them, to arrays; computed twice where it is differentiated.
+      function: of arrays, or trees of them, to arrays.
       implementation: with ``reference`` the function stays as it is, and has all derivatives;
         otherwise those of reverse mode.
     """
@@ -80,9 +87,9 @@ def recomputed(
     def forward(*arguments: Tree) -> tuple[Result, tuple[Tree, ...]]:
         return function(*arguments), arguments
 
-    def backward(arguments: tuple[Tree, ...], gradient: Result) -> tuple[Tree, ...]:
-        arguments = delay_until(jax.tree.leaves(gradient)[0], arguments)
-        return jax.vjp(function, *arguments)[1](gradient)
+    def backward(arguments: tuple[Tree, ...], cotangent: Result) -> tuple[Tree, ...]:
+        arguments = delay_until(jax.tree.leaves(cotangent)[0], arguments)
+        return jax.vjp(function, *arguments)[1](cotangent)
 
     again.defvjp(forward, backward)
     return lambda *arguments: again(*match_varying_axes(arguments))

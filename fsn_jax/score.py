@@ -7,10 +7,12 @@ their distance; attention is its softmax over ``u <= t``::
 
 With learned gates (``score="gated"``) queries are gated phasors and keys are phasors, so that
 
-    s[h, t, u] = beta_h sum_n g[h, n] cos(theta[t, n] - theta[u, n] + (t - u) omega_n):
+    s[h, t, u] = beta_h sum_n g[h, n] cos(theta[t, n] - theta[u, n] + (t - u) omega_n - a[h, n]):
 
-phase coherence with rotary drift, invariant under a global rotation of the phases. Source: arXiv
-2606.18694 and 2606.11585, as reconstructed in docs/model.md.
+phase coherence with rotary drift, invariant under a global rotation of the phases. A frustration
+angle ``a = k omega`` makes the score largest k tokens back; without angles (``score_angles=False``)
+``a = 0``. Source: arXiv 2606.18694 and 2606.11585, as reconstructed in docs/model.md; the angles
+are ours.
 """
 
 import flax.linen as nn
@@ -83,9 +85,15 @@ class PhaseScore(ScoreFields, nn.Module):
         pairs = key.re.shape[-1]
         block = self.score_scope == "block" and self.score_harmonics == 1
         shape = (self.num_heads * pairs,) if block else (self.num_heads, pairs)
+        by_pair = (1, self.num_heads, 1, pairs)
         gate = self.param("gate", nn.initializers.ones, shape, jnp.float32)
-        gate = beta * gate.reshape(1, self.num_heads, 1, pairs)
-        query = Complex(gate * key.re, gate * key.im)
+        gate = beta * gate.reshape(by_pair)
+        if self.score_angles:
+            normal = nn.initializers.normal(self.score_angle)
+            angle = self.param("gate_angle", normal, shape, jnp.float32).reshape(by_pair)
+            query = multiply(key, Complex(gate * jnp.cos(angle), -gate * jnp.sin(angle)))
+        else:
+            query = Complex(gate * key.re, gate * key.im)
         key = Complex(*(jnp.broadcast_to(part, query.re.shape) for part in key))
         return self._to_reals(query), self._to_reals(key)
 

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from fsn_jax.lookup import lookup
 
 
 class Complex(NamedTuple):
@@ -173,7 +174,7 @@ def rotary_phasor_at(
     high, low = (rotary_phasor(_DIGIT, frequencies, step) for step in (_DIGIT, 1))
 
     def rows(table: Complex, index: Array) -> Complex:
-        return Complex(*(look_up(part, index) for part in table))
+        return Complex(*(lookup(part, index) for part in table))
 
     return multiply(rows(high, positions // _DIGIT), rows(low, positions % _DIGIT))
 
@@ -181,18 +182,6 @@ def rotary_phasor_at(
 def over_heads(x: Complex) -> Complex:
     """From ``[L, R]`` or ``[B, L, R]`` to what broadcasts against ``[B, H, L, R]``."""
     return Complex(*((part if part.ndim == 3 else part[None])[:, None] for part in x))
-
-
-def look_up(table: Float[Array, "V N"], index: Int[Array, "*shape"]) -> Float[Array, "*shape N"]:
-    """Rows of a table; an index that the table does not have, negative ones too, gives NaN."""
-    sharding = jax.typeof(index).sharding
-    rows = table.at[index]
-    where = None
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        where = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, None))
-    return rows.get(
-        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=where
-    )
 
 
 def order_parameter(theta: Float[Array, "*shape N"], harmonic: int = 1) -> Float[Array, "*shape"]:

@@ -4,6 +4,7 @@ It shares the causal sum, the feed-forward, the rotary frequencies and the cache
 the mixer and the state differ.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -19,9 +20,9 @@ from fsn_jax.config import TransformerConfig
 from fsn_jax.dense import sum_in_float32
 from fsn_jax.feedforward import SwiGLU
 from fsn_jax.language_model import DETERMINISTIC_ARGUMENT, LanguageModel
+from fsn_jax.lookup import lookup
 from fsn_jax.torus import (
     Complex,
-    look_up,
     multiply,
     over_heads,
     rotary_frequencies,
@@ -96,7 +97,7 @@ class RotaryAttention(nn.Module):
         before = None
         if cache.state is not None:
             state = jax.lax.dynamic_update_slice_in_dim(cache.state, x, position, axis=1)
-            cache = cache.replace(state=state)
+            cache = dataclasses.replace(cache, state=state)
             before = cache.before(position, x.shape[1], segment_ids)
         query, key, value = self._project(x, before, rotary)
         total, cache = extend_sum(query, key, value, cache, position, segment_ids)
@@ -109,7 +110,7 @@ class RotaryAttention(nn.Module):
         cache = empty_layer_cache(batch, capacity, c.num_heads, widths, c.dtype, segments=segments)
         if c.token_shift == "none":
             return cache
-        return cache.replace(state=jnp.zeros((batch, capacity, c.width), jnp.float32))
+        return dataclasses.replace(cache, state=jnp.zeros((batch, capacity, c.width), jnp.float32))
 
     def _shift(self, name: str, used: bool) -> Array | None:
         if not used:
@@ -218,7 +219,7 @@ class TokenEmbedding(nn.Module):
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The tokens' vectors, float32."""
-        return look_up(self.embedding, tokens)
+        return lookup(self.embedding, tokens)
 
 
 class Transformer(LanguageModel):

@@ -48,6 +48,8 @@ FSN_VARIANTS: dict[str, dict[str, Any]] = {
     "similarity_head": {"similarity_heads": 1},
     "similarity_heads": {"similarity_heads": 3, "features": "quadrature", "score_phases": 2},
     "gated": {"score": "gated"},
+    "gated_no_angles": {"score": "gated", "score_angles": False},
+    "unscaled": {"feature_scale": 1.0, "score": "gated"},
     "gated_block": {"score": "gated", "score_scope": "block"},
     "gated_harmonics": {
         "score": "gated",

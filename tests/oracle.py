@@ -118,13 +118,18 @@ def kernel(params: Params, config: Any) -> Array:
 
 
 def dense(
-    params: Params, angles: Array, coherence: Array | None = None, torque: Array | None = None
+    params: Params,
+    angles: Array,
+    coherence: Array | None = None,
+    torque: Array | None = None,
+    *,
+    scale: float,
 ) -> Array:
     """A dense layer inside a block: angles [N] of one token -> reals [O].
 
     It sees cosines and sines, or, if it has quadratures [2, G, N], one mixture of the two for each
-    of G equal groups of outputs. With the field [N] that the phases are in, cosines are shifted by
-    its coherence and sines by its torque, times a gain.
+    of G equal groups of outputs, all times a factor. With the field [N] that the phases are in,
+    cosines are shifted by its coherence and sines by its torque, times a gain.
     """
     weights = params["kernel"]
     outputs = np.zeros(weights.shape[1])
@@ -134,6 +139,7 @@ def dense(
         for n in range(phases):
             seen[n] += params["field_gain"][0, n] * coherence[n]
             seen[phases + n] += params["field_gain"][1, n] * torque[n]
+    seen *= scale
     for o in range(outputs.size):
         if "quadrature" in params:
             cosine, sine = params["quadrature"]
@@ -179,9 +185,14 @@ def query_and_key(params: Params, angles: Array, config: Any) -> tuple[Array, Ar
     query = np.zeros((heads, pairs), dtype=np.complex128)
     key = np.zeros((heads, pairs), dtype=np.complex128)
     if config.score == "projected":
-        q = dense(params["query"], angles)
+        q = dense(params["query"], angles, scale=config.feature_scale)
         same = 2 * pairs * config.similarity_heads
-        k = np.concatenate([q[:same], dense(params["key"], angles) if "key" in params else []])
+        k = np.concatenate(
+            [
+                q[:same],
+                dense(params["key"], angles, scale=config.feature_scale) if "key" in params else [],
+            ]
+        )
         for h in range(heads):
             for p in range(pairs):
                 # Columns come as [head][real, imaginary][pair].
@@ -190,10 +201,12 @@ def query_and_key(params: Params, angles: Array, config: Any) -> tuple[Array, Ar
                 key[h, p] = complex(k[real], k[imag])
         return query, key
     if config.score == "content_gated":
-        a = 1.0 + dense(params["query_gate"], angles)
-        b = 1.0 + dense(params["key_gate"], angles)
+        a = 1.0 + dense(params["query_gate"], angles, scale=config.feature_scale)
+        b = 1.0 + dense(params["key_gate"], angles, scale=config.feature_scale)
     else:
         a, b = params["gate"].reshape(-1), np.ones(heads * pairs)
+        if config.score_angles:
+            a = a * np.exp(-1j * params["gate_angle"].reshape(-1))
     for h in range(heads):
         for p, (m, n) in enumerate(compared(config, h)):
             query[h, p] = a[h * pairs + p] * cmath.exp(1j * m * angles[n])
@@ -251,7 +264,9 @@ def frustrated_attention(
     batch, length, phases = theta.shape
     update = np.zeros(theta.shape)
     for b in range(batch):
-        values = [dense(params["value"], theta[b, u]) for u in range(length)]
+        values = [
+            dense(params["value"], theta[b, u], scale=config.feature_scale) for u in range(length)
+        ]
         for t in range(length):
             mixed = np.zeros(phases)
             for n in range(phases):
@@ -303,11 +318,14 @@ def feedforward(
             if coherence is not None and torque is not None:
                 sight += [coherence[b, t], torque[b, t]]
             if config.feedforward == "swiglu":
-                gate, up = dense(params["gate"], *sight), dense(params["up"], *sight)
+                gate, up = (
+                    dense(params["gate"], *sight, scale=config.feature_scale),
+                    dense(params["up"], *sight, scale=config.feature_scale),
+                )
                 hidden = np.array([silu(g) * x for g, x in zip(gate, up, strict=True)])
                 update[b, t] = hidden @ params["down"]["kernel"]
                 continue
-            drive = dense(params["weights"], *sight)
+            drive = dense(params["weights"], *sight, scale=config.feature_scale)
             for n in range(phases):
                 field = 0j
                 for k in range(config.num_modes):

@@ -11,7 +11,6 @@ import oracle
 import pytest
 
 from fsn_jax import (
-    CollectiveModes,
     ConfigError,
     FrustratedAttention,
     KuramotoAttention,
@@ -30,6 +29,8 @@ SCORES: dict[str, dict[str, Any]] = {
     "none": {"score": "none"},
 }
 ROTATION = 0.8
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def circular_switches():
@@ -71,22 +72,16 @@ def test_every_switch_against_oracle(score, implementation):
         np.testing.assert_allclose(actual, expected, **TOLERANCE, err_msg=str(switches))
 
 
-@pytest.mark.parametrize("layer", [FrustratedAttention, KuramotoAttention, CollectiveModes])
-def test_phases_of_another_shape_are_refused(layer):
-    layer = cases.layer(layer, cases.fsn_config(num_phases=8, num_heads=2))
-    with pytest.raises(ValueError, match=r"theta must be \[B, L, N\]; got \(5, 8\)"):
-        layer.init(jax.random.key(0), jnp.zeros((5, 8)))
-    if hasattr(layer, "num_heads"):
-        expected = r"num_heads must divide the number of phases \(7\); got 2"
-        with pytest.raises(ConfigError, match=expected):
-            layer.init(jax.random.key(0), jnp.zeros((2, 5, 7)))
+@pytest.mark.parametrize("layer", [FrustratedAttention, KuramotoAttention, LinearValueAttention])
+def test_phases_that_heads_do_not_divide_are_refused(layer):
+    expected = rf"{layer.__name__}\.num_heads must divide the number of phases \(7\); got 2"
+    with pytest.raises(ConfigError, match=expected):
+        layer(num_heads=2).init(jax.random.key(0), jnp.zeros((2, 5, 7)))
 
 
 @pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 def test_no_tokens_are_no_update(implementation):
-    layer = FrustratedAttention(
-        cases.fsn_config(num_phases=8, num_heads=2, implementation=implementation)
-    )
+    layer = FrustratedAttention(num_heads=2, implementation=implementation)
     variables = cases.random_variables(layer, cases.angles(1, 3, 8))
     assert layer.apply(variables, jnp.zeros((2, 0, 8))).shape == (2, 0, 8)
 

@@ -87,12 +87,12 @@ def test_what_the_cache_has_no_room_for_is_nan(name):
 
 def test_the_base_layer_extends_as_it_is_called():
     """``KuramotoAttention`` is in no model: its own cache, cut after two and five tokens."""
-    layer = KuramotoAttention(cases.fsn_config(**cases.BASE_LAYER))
+    layer = KuramotoAttention(num_heads=3)
     theta = cases.angles(2, 7, 9)
     variables = cases.random_variables(layer, theta)
     full = cases.quick_jit(layer.apply)(variables, theta)
     extend = cases.quick_jit(functools.partial(layer.apply, method="extend"))
-    cache, parts = layer.apply(variables, 2, 8, method="empty_cache"), []
+    cache, parts = layer.apply(variables, 2, 8, 9, method="empty_cache"), []
     for start, end in ((0, 2), (2, 5), (5, 7)):
         part, cache = extend(variables, theta[:, start:end], cache, jnp.int32(start))
         parts.append(part)
@@ -343,6 +343,9 @@ def test_a_stop_sequence_in_the_prompt_does_not_end_the_text():
         ("prompt", jnp.zeros((1, 0), jnp.int32)),
         ("prompt", jnp.full((1, 2), 11)),
         ("prompt", jnp.full((1, 2), -1)),
+        ("prompt", jnp.zeros((0, 2), jnp.int32)),
+        ("prompt", [1, 2]),
+        ("prompt", [[0.5, 1.0]]),
         ("stop", [[1], []]),
     ],
 )

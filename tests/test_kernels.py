@@ -25,7 +25,7 @@ TOLERANCE = {"float32": {"rtol": 1e-4, "atol": 1e-4}, "bfloat16": {"rtol": 0.1, 
 def kernel(request, monkeypatch):
     """Runs one of the kernels in JAX, with small blocks."""
     chosen = KERNELS[request.param]
-    monkeypatch.setattr(gpu, "BLOCK", 16)
+    monkeypatch.setattr(gpu, "TILES", {2: gpu.Tile(16, 16, 4), 4: gpu.Tile(32, 16, 4)})
     monkeypatch.setattr(tpu, "LANES", 8)
     monkeypatch.setattr(tpu, "MAX_BLOCK", 32)
 
@@ -106,7 +106,7 @@ def test_layer_against_oracle(switches):
     config = cases.fsn_config(
         **{"num_phases": 6, "num_heads": 2, "implementation": "pallas", **switches}
     )
-    layer = FrustratedAttention(config)
+    layer = cases.layer(FrustratedAttention, config)
     variables = cases.random_variables(layer, theta)
     weights = cases.angles(*theta.shape, seed=5)
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,59 @@ def test_runs_side_by_side_have_cores_of_their_own(arms, monkeypatch):
     assert one and other and not one & other
     for arm in ("fsn", "transformer"):
         assert Path(f"runs/tiny_{arm}.log").read_text() == f"trained {arm}\n"
+
+
+def test_the_reason_of_a_failure_is_in_its_line(arms, monkeypatch, capsys):
+    program = Path("stand_in").absolute()
+    program.write_text("#!/bin/sh\necho 'some words\nerror: the folder is in use' >&2\nexit 2\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    why = "exit status 2: the folder is in use"
+    failed = ladder.run_all(ladder.plan(str(arms), ["fsn"], [0], []), 2)
+    assert failed == {"tiny_fsn": why}
+    assert f"tiny_fsn: failed ({why}); going on" in capsys.readouterr().out
+    assert ladder.reason_of(-9, Path("runs/tiny_fsn.log")) == "signal 9"
+    assert ladder.reason_of(2, None) == "exit status 2"
+
+
+def test_a_run_ends_with_the_ladder_that_began_it():
+    """A process begun as the ladder begins runs, which end by SIGTERM: they save before that."""
+    child = (
+        "import time; from train.preemption import end_with_stdin;"
+        "end_with_stdin(); print('begun', flush=True); time.sleep(60)"
+    )
+    ladder_program = (
+        "import subprocess, sys, time;"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdin=subprocess.PIPE);"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", ladder_program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline().strip().isdecimal()
+        assert process.stdout.readline() == "begun\n"
+        process.kill()
+        assert process.stdout.read() == ""  # the child has closed it as well
+
+
+def test_the_ladder_tells_its_runs_to_end_with_it(arms, monkeypatch):
+    program = Path("stand_in").absolute()
+    program.write_text('#!/bin/sh\ncase "$*" in *--end_with_stdin) read word;; esac\nexit 7\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    (job, *_) = ladder.plan(str(arms), ["fsn"], [0], [])
+    readable, writable = os.pipe()
+    monkeypatch.setattr(ladder, "_lifeline", lambda: readable)
+    with ThreadPoolExecutor() as pool:
+        status = pool.submit(ladder.train_one, job, "", None)
+        with pytest.raises(TimeoutError):
+            status.result(timeout=0.3)
+        os.close(writable)
+        assert status.result(timeout=20) == 7
+    os.close(readable)
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ MODELS: list[ModelConfig] = [
 
 # Every name that any variant gives a parameter; a new one belongs here and in train/optimizer.py.
 GROUPS = {
-    "angles": {"embedding/angles"},
+    "angles": {"embedding/angles", "block/attention/score/gate_angle"},
     "kernels": {
         "block/attention/kernel_real",
         "block/attention/kernel_imag",
@@ -119,7 +119,7 @@ def test_the_groups_are_these():
 @pytest.mark.parametrize("file", [ablations, enwik8, ladder], ids=lambda file: file.__name__)
 def test_every_matrix_of_every_arm_is_trained_as_the_reference_is(file):
     """An arm whose matrices have another optimizer than the FSN's is no ablation of the FSN."""
-    by_phase = {"kernel_real", "kernel_imag", "gate", "quadrature", "field_gain"}
+    by_phase = {"kernel_real", "kernel_imag", "gate", "gate_angle", "quadrature", "field_gain"}
     for arm in file.ARMS:
         model = ExperimentConfig.from_config_dict(file.get_config(arm)).model
         shapes = shapes_of(dataclasses.replace(model, num_layers=1))

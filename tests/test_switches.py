@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from fsn_jax import FSN
+from fsn_jax import FSN, FrustratedAttention
+from fsn_jax.score import drift_frequencies
 
 TOKENS = cases.tokens(length=7)
 N, H, M, F, K = 9, 3, 2, 7, 5
@@ -38,7 +39,10 @@ SWITCHES = {
     ("score_phases", 5): ((), {name: (2 * N, 2 * H * 5) for name in DENSE_SCORE}),
     ("similarity_heads", 1): ((), {DENSE_SCORE[1]: (2 * N, 2 * N * 2 // H)}),
     ("similarity_heads", H): (DENSE_SCORE[1:], {}),
-    ("score", "gated"): (DENSE_SCORE, {"attention/score/gate": (H, N)}),
+    ("score", "gated"): (
+        DENSE_SCORE,
+        {f"attention/score/{name}": (H, N) for name in ("gate", "gate_angle")},
+    ),
     ("score", "content_gated"): (
         DENSE_SCORE,
         {
@@ -211,21 +215,21 @@ def test_gates_without_content_are_learned_gates(scope, shape):
     assert_same(
         (content, with_block(params, attention={**attention, "score": blind})),
         (
-            build(score="gated", **scope)[0],
+            build(score="gated", score_angles=False, **scope)[0],
             with_block(params, attention={**attention, "score": learned}),
         ),
     )
 
 
 def test_gates_of_a_block_are_gates_of_zero_elsewhere():
-    block, params = build(score="gated", score_scope="block")
+    block, params = build(score="gated", score_scope="block", score_angles=False)
     attention = params[BLOCK]["attention"]
     gate = attention["score"]["gate"].reshape(H, 1, N // H)
     everywhere = (gate * jnp.eye(H)[:, :, None]).reshape(H, N)
     assert_same(
         (block, params),
         (
-            build(score="gated")[0],
+            build(score="gated", score_angles=False)[0],
             with_block(
                 params,
                 attention={**attention, "score": {**attention["score"], "gate": everywhere}},
@@ -241,9 +245,42 @@ def test_gates_of_zero_on_a_harmonic_are_one_harmonic_less():
     assert gate.shape == (H, 2 * N)
     silent = {**attention["score"], "gate": gate.at[:, N:].set(0)}
     fewer = {**attention["score"], "gate": gate[:, :N]}
+    fewer["gate_angle"] = fewer["gate_angle"][:, :N]
     assert_same(
         (more, with_block(params, attention={**attention, "score": silent})),
         (build(score="gated")[0], with_block(params, attention={**attention, "score": fewer})),
+    )
+
+
+def test_score_angles_of_zero_are_no_score_angles():
+    with_angles, params = build(score="gated")
+    attention = params[BLOCK]["attention"]
+    score = dict(attention["score"])
+    score["gate_angle"] = jnp.zeros_like(score["gate_angle"])
+    without = {name: score[name] for name in ("gate", "log_beta")}
+    assert_same(
+        (with_angles, with_block(params, attention={**attention, "score": score})),
+        (
+            build(score="gated", score_angles=False)[0],
+            with_block(params, attention={**attention, "score": without}),
+        ),
+    )
+
+
+def test_score_angles_of_k_drifts_look_k_tokens_back():
+    """Tokens alike in all phases are told apart by their distance alone: the score peaks at k."""
+    layer = cases.layer(FrustratedAttention, cases.fsn_config(score="gated", rotary_base=20.0))
+    theta, steps_back = jnp.zeros((1, 12, N)), 3
+    params = cases.random_variables(layer, theta)["params"]
+    omega = drift_frequencies(layer, N)
+    score = {
+        "gate": jnp.ones((H, N)),
+        "gate_angle": jnp.tile(steps_back * omega, (H, 1)),
+        "log_beta": jnp.zeros(H),
+    }
+    weights = layer.apply({"params": {**params, "score": score}}, theta, method="weights")
+    np.testing.assert_array_equal(
+        weights[0].argmax(-1), np.maximum(np.arange(12) - steps_back, 0)[None].repeat(H, 0)
     )
 
 

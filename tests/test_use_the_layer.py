@@ -11,8 +11,8 @@ import pytest
 import small_runs
 from flax import nnx
 
-from fsn_jax import FrustratedAttention, FSNConfig
 from fsn_jax.coupling import coupling_update
+from train import export
 from train.data.prepare import open_corpus
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "use_the_layer.md"
@@ -22,56 +22,37 @@ SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-def run(section, names):
-    """Run a section's blocks on top of some names and return the names that each left."""
+def run(section):
+    """Run a section's blocks, by themselves, and return the names that each left."""
     after = []
-    names = {"__name__": PAGE.stem, **names}
+    names = {"__name__": PAGE.stem}
     for block in re.findall(r"```python\n(.*?)```", SECTIONS[section], re.DOTALL):
         exec(compile(block, f"{PAGE.name}: {section}", "exec"), names)
         after.append(dict(names))
     return after
 
 
-@pytest.fixture(scope="module")
-def first(quick_compiles):
-    """What the blocks of the first section leave; the later ones build on it."""
-    return run("In your own Linen model", {})
-
-
-def test_in_a_linen_model(first):
-    model, diagnostics = first
+def test_in_a_linen_model():
+    model, diagnostics = run("In your own Linen model")
     assert model["y"].shape == model["x"].shape
     changed = jax.jit(model["block"].apply)(model["variables"], model["x"].at[:, 40:].add(1.0))
     same = np.isclose(changed, model["y"], atol=1e-5).all(axis=(0, 2))
     assert same[:40].all() and not same[40:].any(), "it is causal"
     assert diagnostics["dtheta"].shape == diagnostics["theta"].shape
     assert diagnostics["entropy"].shape == (2, 4, 64)
-    assert diagnostics["kernel"].re.shape == (2, 1, 4, 32)
+    assert diagnostics["kernel"].re.shape == (2, 2, 1, 32)
 
 
-def test_the_other_fields_do_not_change_a_layer():
-    """Whatever the page does not name: the same traced program with another value."""
-    listed = re.search(r"reads these fields of its `FSNConfig`: (.*?); the others", TEXT, re.DOTALL)
-    fields = {field.name: field for field in dataclasses.fields(FSNConfig)}
-    named = set(re.findall(r"`(\w+)`", listed[1]))
-    assert named < fields.keys()
-    theta = jnp.zeros((1, 3, 8))
-
-    def program(**changes):
-        config = FSNConfig(num_phases=8, num_heads=2, **changes)
-        layer = FrustratedAttention(config)
-        return str(jax.make_jaxpr(layer.init_with_output)(jax.random.key(0), theta))
-
-    plain, other = program(), {"feedforward": "none", "embedding_init": "uniform"}
-    for name in fields.keys() - named:
-        default = fields[name].default
-        changed = other.get(name, not default if isinstance(default, bool) else default * 2)
-        assert changed != fields[name].default
-        assert program(**{name: changed}) == plain, name
+def test_packed_documents():
+    (names,) = run("Packed documents, padding, positions, dropout")
+    np.testing.assert_allclose(names["logits"][:, 5:9], names["alone"], atol=2e-5)
+    plain = names["model"].apply(names["variables"], names["tokens"])
+    np.testing.assert_allclose(names["shifted"], plain, atol=2e-5)
+    assert np.abs(names["noisy"] - plain).max() > 0.01
 
 
-def test_the_coupling_as_a_function(first):
-    names, folded = run("The coupling as a pure function", first[-1])
+def test_the_coupling_as_a_function():
+    names, folded = run("The coupling as a pure function")
     theta, update = folded["theta"], jax.jit(folded["folded_update"])
     weights = folded["attention_weights"](folded["query"], folded["key"])
     expected = coupling_update(theta, weights, folded["kappa"])
@@ -97,16 +78,16 @@ def test_the_coupling_as_a_function(first):
     np.testing.assert_allclose(pulled, (forward * w).sum(), rtol=1e-4)
 
 
-def test_from_nnx(first):
-    (names,) = run("From Flax NNX", first[-1])
+def test_from_nnx():
+    (names,) = run("From Flax NNX")
     assert names["losses"][-1] < names["losses"][0]
     assert isinstance(names["kernel"], nnx.Param)
-    assert names["kernel"].shape == (2, 1, 4, 32)
+    assert names["kernel"].shape == (2, 2, 32)
 
 
 @pytest.mark.slow
-def test_on_a_mesh(first):
-    model, pinned = run("On your mesh", first[-1])
+def test_on_a_mesh():
+    model, pinned = run("On your mesh")
     assert model["logits"].shape == (8, 32, 64)
     assert model["logits"].sharding.spec[0] == "data"
     spread = [x for x in jax.tree.leaves(model["variables"]) if not x.sharding.is_fully_replicated]
@@ -120,7 +101,7 @@ def test_on_a_mesh(first):
 
 
 @pytest.mark.slow
-def test_a_trained_model(first, tmp_path, monkeypatch, capsys):
+def test_a_trained_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FSN_JAX_CACHE", str(tmp_path / "cache"))
     Path("text.txt").write_bytes(b"The quick brown fox jumps over the lazy dog.\n\n" * 1000)
@@ -129,8 +110,10 @@ def test_a_trained_model(first, tmp_path, monkeypatch, capsys):
     small_runs.run_to_the_end(
         small_runs.tiny_experiment(Path("text.txt"), Path("runs/quickstart"), model=model), corpus
     )
-    (loaded, text) = run("A trained model", first[-1])
-    assert loaded["logits"].shape == (1, 4, len(corpus.vocabulary))
-    printed = corpus.vocabulary.decode(text["text"][0])
-    assert capsys.readouterr().out == f"{printed}\n"
-    assert len(printed) == 80 or printed.endswith(b"\n\n")
+    export.program(["export", "runs/quickstart", "shared/quickstart", "--no_sampler"])
+    capsys.readouterr()
+    (names,) = run("A trained model")
+    assert names["logits"].shape == (1, 4, len(corpus.vocabulary))
+    assert names["theta"].shape == (1, 4, model.num_phases)
+    printed = capsys.readouterr().out[:-1]
+    assert len(printed) == 80 or printed.endswith("\n\n")

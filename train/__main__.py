@@ -1,8 +1,10 @@
 """``python -m train --config=FILE[:ARM]`` trains; ``python -m train NAME ...`` runs a program."""
 
+from train import streams
 from train.interruption import interruptions
 
 if __name__ == "__main__":  # before the other imports, which take seconds
+    streams.mend()
     interruptions.listen()
 
 import difflib  # noqa: E402

@@ -12,7 +12,13 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
-from fsn_jax.config import ConfigError, check_at_least, check_fields, check_positive
+from fsn_jax.config import (
+    ConfigError,
+    check_at_least,
+    check_fields,
+    check_positive,
+    match_parameters,
+)
 from fsn_jax.vocabulary import Unit
 from train.bucket import is_remote
 from train.errors import UserError
@@ -221,6 +227,8 @@ class ExperimentConfig:
       data, optimizer, training, evaluation, checkpoints: see their classes.
       mirror_dir: bucket (``gs://BUCKET/runs``) or folder that keeps a copy of the run's folder
         under the same name; empty for no copy.
+      match: model whose number of parameters ``with_vocabulary`` gives to ``model``, by the width of
+        its feed-forward; None to leave that as it is.
     """
 
     name: str
@@ -235,6 +243,7 @@ class ExperimentConfig:
     evaluation: EvaluationConfig
     checkpoints: CheckpointConfig
     mirror_dir: str = ""
+    match: ModelConfig | None = None
 
     @classmethod
     def from_config_dict(cls, config: ConfigDict) -> "ExperimentConfig":
@@ -252,8 +261,9 @@ class ExperimentConfig:
                     f"config.model.architecture must be one of {', '.join(ARCHITECTURES)}; "
                     f"got {architecture!r}"
                 )
-            from_corpus = model_fields.get("vocab_size") == 0
-            if from_corpus:
+            if match := fields.pop("match", None):
+                fields["match"] = _build(ARCHITECTURES[match.pop("architecture")], match, "match")
+            if from_corpus := model_fields.get("vocab_size") == 0:
                 model_fields["vocab_size"] = LARGEST_BYTE_VOCABULARY
             experiment = cls(
                 architecture=architecture,
@@ -265,9 +275,7 @@ class ExperimentConfig:
         except KeyError as error:
             raise UserError(f"config.{error.args[0]} is missing") from None
         except TypeError as error:
-            raise UserError(
-                f"the config does not have the form of an experiment: {error}"
-            ) from None
+            raise UserError(f"the config has not the form of an experiment: {error}") from None
         experiment._check()
         return experiment
 
@@ -295,13 +303,10 @@ class ExperimentConfig:
                 f"got {self.name!r}"
             )
         steps = self.training.steps_per_dispatch
-        for setting, every in (
-            ("evaluation.every", self.evaluation.every),
-            ("checkpoints.every", self.checkpoints.every),
-        ):
-            if every % steps:
+        for part in ("evaluation", "checkpoints"):
+            if (every := getattr(self, part).every) % steps:
                 raise UserError(
-                    f"config.{setting} must be a multiple of config.training.steps_per_dispatch "
+                    f"config.{part}.every must be a multiple of config.training.steps_per_dispatch "
                     f"({steps}); got {every}"
                 )
         if self.evaluation.stride > self.data.context:
@@ -322,8 +327,14 @@ class ExperimentConfig:
                 f"config.model.vocab_size is {self.model.vocab_size}, but the corpus "
                 f"{self.data.name!r} has {vocab_size} {kind}; set it to 0 to take the corpus's"
             )
-        model = dataclasses.replace(self.model, vocab_size=vocab_size)
-        return dataclasses.replace(self, model=model, vocabulary_from_corpus=False)
+        model: Any = dataclasses.replace(self.model, vocab_size=vocab_size)
+        if self.match:
+            wanted = dataclasses.replace(self.match, vocab_size=vocab_size).num_params()
+            try:
+                model = match_parameters(model, wanted)
+            except ConfigError as error:
+                raise UserError(f"config.match cannot be matched: {error}") from None
+        return dataclasses.replace(self, model=model, vocabulary_from_corpus=False, match=None)
 
     @property
     def evaluation_stride(self) -> int:
@@ -338,7 +349,7 @@ class ExperimentConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, as in the run folder's ``config.json``."""
         fields = dataclasses.asdict(self)
-        fields.pop("vocabulary_from_corpus")
+        del fields["vocabulary_from_corpus"], fields["match"]
         fields["model"] = {"architecture": fields.pop("architecture"), **fields["model"]}
         return fields
 

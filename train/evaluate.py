@@ -184,6 +184,7 @@ def parser(description: str, prog: str) -> Arguments:
     p = Arguments(prog=prog, description=description)
     p.add_argument("run", help="a run's folder, for instance runs/quickstart")
     p.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    p.add_argument("--data_path", default="", help="where the run's data is, if it was moved")
     p.add_argument(
         "--stride", type=int, default=0, help="new characters a window predicts; 0: the run's own"
     )
@@ -208,7 +209,7 @@ def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     options = parser(__doc__ or "", "python -m train evaluate").parse_args(argv[1:])
     start_jax()
-    trained = load(options.run, which=options.checkpoint)
+    trained = load(options.run, which=options.checkpoint, data_path=options.data_path)
     stride = checked_stride(options.stride, trained.experiment)
     result = evaluate(trained, trained.corpus.tokens("validation"), stride=stride)
     append_evaluation(trained.run.path / "evaluations.jsonl", trained, result)

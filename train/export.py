@@ -90,13 +90,14 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("run", help="a run's folder, for instance runs/quickstart")
     p.add_argument("folder", type=Path, help="a new folder to write to")
     p.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    p.add_argument("--data_path", default="", help="where the run's data is, if it was moved")
     p.add_argument("--no_sampler", action="store_true", help="leave the sampler out")
     options = p.parse_args(argv[1:])
     folder = user_path("the folder", options.folder)
     if folder.exists():
         raise UserError(f"{folder} is there already; remove it or name another folder")
     start_jax()
-    trained = load(options.run, which=options.checkpoint)
+    trained = load(options.run, which=options.checkpoint, data_path=options.data_path)
     sampler = None if options.no_sampler else export_sampler(trained.language_model)
     try:
         folder.mkdir(parents=True)

@@ -23,7 +23,7 @@ def program(argv: Sequence[str]) -> None:
             f"{options.run} to this machine, and the folder back afterwards"
         )
     start_jax()
-    trained = load(options.run, which=options.checkpoint)
+    trained = load(options.run, which=options.checkpoint, data_path=options.data_path)
     stride = checked_stride(options.stride, trained.experiment)
     log = trained.run.path / "test_reads.jsonl"
     reads = read_rows(log)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from train.config import ExperimentConfig
 from train.errors import UserError
 from train.files import user_path
+from train.preemption import end_with_stdin
 from train.processes import Joining
 from train.program import Arguments
 
@@ -50,9 +51,9 @@ def parse_config(argv: Sequence[str]) -> ExperimentConfig:
             define(name, value, "", flag_values=settings)
         rest = settings(others)
     except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, list(settings), n=1)
-        hint = f"did you mean --{near[0]}?" if near else "settings look like --config.seed=1"
-        raise UserError(f"there is no setting --{error.flagname}; {hint}") from None
+        raise UserError(
+            f"there is no setting --{error.flagname}; {_hint(error.flagname, list(settings))}"
+        ) from None
     except flags.IllegalFlagValueError as error:
         name, _, value = str(error).removeprefix("flag --").partition("=")
         _, kind = _KINDS[type(settings[name].default)]
@@ -63,6 +64,18 @@ def parse_config(argv: Sequence[str]) -> ExperimentConfig:
         raise UserError(f"unexpected argument {rest[1]!r}; settings look like --config.seed=1")
     config.update_from_flattened_dict(settings.flag_values_dict(), strip_prefix="config.")
     return ExperimentConfig.from_config_dict(config)
+
+
+def _hint(name: str, settings: Sequence[str]) -> str:
+    """What may have been meant: judged by the last part of the name, since the others are long."""
+    by_last: dict[str, list[str]] = {}
+    for setting in settings:
+        by_last.setdefault(setting.rpartition(".")[2], []).append(setting)
+    near = difflib.get_close_matches(name.rpartition(".")[2], by_last, n=1, cutoff=0.75)
+    if not near:
+        return "settings look like --config.seed=1"
+    (best,) = difflib.get_close_matches(name, by_last[near[0]], n=1, cutoff=0)
+    return f"did you mean --{best}?"
 
 
 def parse_options(argv: Sequence[str]) -> tuple[Joining, str, list[str]]:
@@ -80,10 +93,13 @@ def parse_options(argv: Sequence[str]) -> tuple[Joining, str, list[str]]:
     p.add_argument("--num_processes", type=int, default=-1)
     p.add_argument("--process_id", type=int, default=-1)
     p.add_argument("--profile", metavar="FIRST:LAST", default="")
+    p.add_argument("--end_with_stdin", action="store_true")  # of a run that another program began
     options, rest = p.parse_known_args(argv[1:])
     joining = Joining(
         options.distributed, options.coordinator, options.num_processes, options.process_id
     )
+    if options.end_with_stdin:
+        end_with_stdin()
     return joining, options.profile, [argv[0], *rest]
 
 

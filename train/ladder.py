@@ -7,6 +7,7 @@ again runs what is left. ``--config.FIELD=VALUE`` is passed to every arm. ``--at
 side by side on a CPU, each on half of its cores.
 """
 
+import functools
 import os
 import shutil
 import signal
@@ -19,7 +20,13 @@ from typing import NamedTuple
 
 from train.analysis import final_losses
 from train.config import ExperimentConfig
-from train.errors import EXIT_INTERRUPTED, EXIT_TRY_AGAIN, TryAgain, UserError
+from train.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_TRY_AGAIN,
+    EXIT_USER_ERROR,
+    TryAgain,
+    UserError,
+)
 from train.files import check_json_output
 from train.flags import config_file, parse_config
 from train.interruption import interruptions
@@ -108,14 +115,23 @@ def train_one(job: Job, cores: str, log: Path | None) -> int:
       cores: list of the cores that it may use, as ``taskset`` takes it; empty for all.
       log: file for its output; None for the terminal.
     """
-    command = [sys.executable, "-m", "train", *job.arguments]
+    command = [sys.executable, "-m", "train", *job.arguments, "--end_with_stdin"]
     if cores:
         command = ["taskset", "--cpu-list", cores, *command]
     if log is None:
-        return subprocess.run(command).returncode
+        return subprocess.run(command, stdin=_lifeline()).returncode
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        return subprocess.run(
+            command, stdin=_lifeline(), stdout=file, stderr=subprocess.STDOUT
+        ).returncode
+
+
+@functools.cache
+def _lifeline() -> int:
+    """The read end of a pipe that closes when this process ends, however it does."""
+    readable, _ = os.pipe()
+    return readable
 
 
 def shares_of_cores(at_once: int) -> list[str]:
@@ -133,6 +149,16 @@ def shares_of_cores(at_once: int) -> list[str]:
         raise UserError(f"--at_once must be from 1 to the {len(cores)} cores here; got {at_once}")
     each = len(cores) // at_once
     return [",".join(map(str, cores[i * each : (i + 1) * each])) for i in range(at_once)]
+
+
+def reason_of(status: int, log: Path | None) -> str:
+    """Why a run failed: its status, and the user's mistake that is the last line of its log."""
+    why = f"signal {-status}" if status < 0 else f"exit status {status}"
+    lines = log.read_text(errors="replace").split("\n") if log and log.is_file() else []
+    said = [line for line in lines if line.strip()][-1:]
+    if status == EXIT_USER_ERROR and said and said[0].startswith("error: "):
+        why += f": {said[0].removeprefix('error: ')}"
+    return why
 
 
 def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
@@ -170,7 +196,7 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
             line = f"{job.name} was stopped; the same command goes on"
             stopped.append(TryAgain(line, everywhere=False))
         elif status:
-            failed[job.name] = f"signal {-status}" if status < 0 else f"exit status {status}"
+            failed[job.name] = reason_of(status, log)
             print(f"{head}: failed ({failed[job.name]}); going on", flush=True)
 
     with ThreadPoolExecutor(at_once) as pool:

@@ -61,22 +61,64 @@ def open_experiment_corpus(experiment: ExperimentConfig) -> Corpus:
     )
 
 
-def load(run_dir: str | Path, *, which: str = "best") -> TrainedModel:
-    """Loads the model of a run.
+def load(run_dir: str | Path, *, which: str = "best", data_path: str = "") -> TrainedModel:
+    """Loads the model of a run, and its data.
 
     Args:
       run_dir: folder of the run.
       which: ``best`` (lowest validation loss; the latest if none was evaluated), ``latest``, or a
         step.
+      data_path: where the data is now; empty if it is where it was.
 
     Raises:
       UserError: the run or the checkpoint does not exist, or the corpus is not the run's.
     """
     run = open_run(run_dir)
     experiment = run.read_config()
-    corpus = open_experiment_corpus(experiment)
+    if data_path:
+        data = dataclasses.replace(experiment.data, path=data_path)
+        experiment = dataclasses.replace(experiment, data=data)
+    try:
+        corpus = open_experiment_corpus(experiment)
+    except UserError as error:
+        if data_path or not experiment.data.path:
+            raise
+        raise UserError(f"{error}; if the data of {run.path} has moved, say --data_path") from None
     refuse_other_data(run, corpus)
     mesh = data_mesh()
+    model, params, step = _restored(run, experiment, which, mesh)
+    return TrainedModel(run, experiment, corpus, model, params, step, mesh)
+
+
+def load_language_model(run_dir: str | Path, *, which: str = "best") -> Pretrained:
+    """Loads the model of a run without its data, which only runs of earlier versions need.
+
+    Args:
+      run_dir: as of ``load``.
+      which: as of ``load``.
+
+    Raises:
+      UserError: the run or the checkpoint does not exist.
+    """
+    run = open_run(run_dir)
+    vocabulary = run.read_vocabulary()
+    if vocabulary is None:
+        return load(run_dir, which=which).language_model
+    experiment = run.read_config()
+    model, params, _ = _restored(run, experiment, which, data_mesh())
+    return Pretrained(
+        model=model,
+        params=params,
+        vocabulary=vocabulary,
+        context=experiment.data.context,
+        corpus_name=experiment.data.name,
+    )
+
+
+def _restored(
+    run: RunFolder, experiment: ExperimentConfig, which: str, mesh: Mesh
+) -> tuple[FSN | Transformer, Any, int]:
+    """The model, its parameters at a checkpoint, and the checkpoint's step."""
     model = build_model(experiment.model)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps)
     if not run.checkpoints.is_dir():
@@ -84,7 +126,7 @@ def load(run_dir: str | Path, *, which: str = "best") -> TrainedModel:
     with Checkpoints(run.checkpoints, experiment.checkpoints, read_only=True) as checkpoints:
         step = _choose(checkpoints, which, run)
         state = checkpoints.restore(step, abstract_state(model, optimizer, mesh=mesh))
-    return TrainedModel(run, experiment, corpus, model, state.params, step, mesh)
+    return model, state.params, step
 
 
 def _choose(checkpoints: Checkpoints, which: str, run: RunFolder) -> int:
@@ -96,7 +138,7 @@ def _choose(checkpoints: Checkpoints, which: str, run: RunFolder) -> int:
     if which == "best":
         return checkpoints.best() or latest
     steps = checkpoints.all_steps()
-    if not which.isdigit() or int(which) not in steps:
+    if not which.isdecimal() or int(which) not in steps:
         raise UserError(
             f"--checkpoint must be best, latest or a step among "
             f"{', '.join(map(str, steps))}; got {which!r}"

@@ -29,6 +29,7 @@ MUON_RMS = 0.2
 
 _GROUP_OF_LEAF = {
     "angles": ANGLES,
+    "gate_angle": ANGLES,
     "kernel_real": KERNELS,
     "kernel_imag": KERNELS,
     "gain": KERNELS,

@@ -21,6 +21,17 @@ from train.errors import Interrupted, TryAgain
 from train.interruption import interruptions
 
 
+def end_with_stdin() -> None:
+    """Takes the end of standard input for SIGTERM: the program that began this one has ended."""
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Preemption:
     """A context manager that notes SIGTERM and SIGINT and says whether the run must stop."""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from train import streams
 from train.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
@@ -41,6 +42,8 @@ def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -
     try:
         program(argv)
         sys.stdout.flush()
+        if reason := streams.lost():
+            raise UserError(f"what was printed is lost ({reason}); the work itself is done")
     except UserError as error:
         return _end(f"error: {error}", EXIT_USER_ERROR, together=error.everywhere)
     except TryAgain as error:

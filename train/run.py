@@ -5,6 +5,7 @@
     runs/<name>/
       config.json        all settings
       provenance.json    commit, packages, device, data hash: one entry a start
+      vocabulary.json    what its tokens stand for
       parameters.txt     the parameter table
       metrics.jsonl      losses, exact          timing.jsonl   speed
       checkpoints/       Orbax                  tensorboard/
@@ -23,6 +24,8 @@ from typing import IO, Any
 
 from flax.traverse_util import flatten_dict
 
+from fsn_jax.hub import is_exported
+from fsn_jax.vocabulary import Vocabulary
 from train.bucket import is_remote
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus, default_cache
@@ -33,6 +36,8 @@ from train.mirror import Mirror, fetched_run
 from train.processes import first_does, together
 from train.recorded import WITHOUT_EFFECT, read_experiment
 from train.tables import parameter_table
+
+VOCABULARY = "vocabulary.json"
 
 
 class RunFolder:
@@ -99,6 +104,22 @@ class RunFolder:
         """
         return self._read("config.json", read_experiment)
 
+    def read_vocabulary(self) -> Vocabulary | None:
+        """Returns the vocabulary; None if the run began with an earlier version.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+
+        def parse(text: str) -> Vocabulary:
+            fields = json.loads(text)
+            return Vocabulary.from_text(fields["values"], fields["unit"])
+
+        if not (self.path / VOCABULARY).exists():
+            return None
+        vocabulary: Vocabulary = self._read(VOCABULARY, parse)
+        return vocabulary
+
     def read_provenance(self) -> list[dict[str, Any]]:
         """Reads the provenance, one entry for each start of the run.
 
@@ -111,7 +132,7 @@ class RunFolder:
         file = self.path / name
         try:
             return parse(file.read_text())
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, TypeError, LookupError, ValueError) as error:
             raise UserError(
                 f"{file} cannot be read ({error}); restore it or train in another folder"
             ) from error
@@ -165,6 +186,8 @@ def _open_to_write(path: Path, experiment: ExperimentConfig, corpus: Corpus) -> 
         if config_file.exists():
             _refuse_other_settings(run, experiment)
             refuse_other_data(run, corpus)
+        words = {"unit": corpus.unit, "values": corpus.codec.to_text()}
+        write_atomically(path / VOCABULARY, json.dumps(words, indent=2) + "\n")
         write_atomically(config_file, json.dumps(experiment.to_dict(), indent=2) + "\n")
         if mirror:
             mirror.push()  # a place that cannot be written is better known now
@@ -196,6 +219,11 @@ def open_run(path: str | Path) -> RunFolder:
         folder = user_path("the run", path)
     if not (folder / "config.json").is_file():
         raise no_run(folder)
+    if is_exported(folder):
+        raise UserError(
+            f"{folder} is an exported model, and this takes the run that it was exported from; "
+            f"train sample takes either"
+        )
     return RunFolder(folder)
 
 

@@ -7,14 +7,15 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
-from fsn_jax.config import ConfigError
-from fsn_jax.generate import check_sampling
 from fsn_jax.hub import is_exported
 from fsn_jax.vocabulary import TextError
+from train.bucket import is_remote
 from train.errors import UserError
+from train.files import user_path
 from train.hub import read_model
-from train.load import load
+from train.load import load_language_model
 from train.program import Arguments, start_jax
+from train.standalone_sample import add_options, check_options
 
 # What would move a terminal's cursor or change its colours becomes the mark of an unknown
 # character; line ends and tabs stay, and of the two bytes of a line end the second is enough.
@@ -55,16 +56,7 @@ def parser() -> Arguments:
     """The command line."""
     p = Arguments(prog="python -m train sample", description=__doc__)
     p.add_argument("run", help="the folder of a run, or of an exported model")
-    p.add_argument("--prompt", default="The ", help="what the text begins with")
-    p.add_argument(
-        "--num_tokens",
-        type=int,
-        default=400,
-        help="characters to draw; beyond its context the model sees the last half of it",
-    )
-    p.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
-    p.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest; 0: all")
-    p.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest p; 1: all")
+    add_options(p)
     p.add_argument(
         "--stop",
         action="append",
@@ -72,7 +64,6 @@ def parser() -> Arguments:
         metavar="TEXT",
         help="end after this text; may be given again; $'\\n' is the end of a line",
     )
-    p.add_argument("--seed", type=int, default=0, help="same seed, same text")
     p.add_argument("--checkpoint", default="best", help="of a run: best, latest or a step")
     return p
 
@@ -80,26 +71,21 @@ def parser() -> Arguments:
 def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     options = parser().parse_args(argv[1:])
-    if not 0 <= options.seed < 2**31:
-        raise UserError(f"--seed must be from 0 to 2**31 - 1; got {options.seed}")
     try:
-        check_sampling(
-            num_tokens=options.num_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-        )
-    except ConfigError as error:
-        raise UserError(f"--{error}") from None
-    if not options.prompt:
-        raise UserError("--prompt must not be empty: the first character needs one before it")
+        check_options(options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if "" in options.stop:
         raise UserError("--stop must not be empty: name the text that ends the sample")
     start_jax()
-    if is_exported(options.run):
-        trained = read_model(options.run)
+    if is_remote(options.run) or not is_exported(user_path("the run", options.run)):
+        trained = load_language_model(options.run, which=options.checkpoint)
+    elif options.checkpoint != "best":
+        raise UserError(
+            f"--checkpoint is for a run, and {options.run} is an exported model, which holds one"
+        )
     else:
-        trained = load(options.run, which=options.checkpoint).language_model
+        trained = read_model(options.run)
     prompt, *stop = map(os.fsencode, (options.prompt, *options.stop))
     for option, text in (("--prompt", prompt), *(("--stop", text) for text in stop)):
         try:

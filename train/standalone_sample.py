@@ -1,44 +1,84 @@
-"""Samples text from an exported model: ``python sample.py --prompt 'The '`` in its folder.
+"""Text from an exported model: ``python sample.py --prompt 'The '``, in the model's folder.
 
-It needs only jax, numpy and flatbuffers: ``sampler.jax_export`` is the model with its parameters as
-StableHLO.
+Needs jax, numpy and flatbuffers alone: ``sampler.jax_export`` is the model with its parameters, as
+StableHLO. ``python -m train sample`` takes its options and their checks from here.
 """
 
 import argparse
 import json
+import math
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import jax.export
 import numpy as np
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """Adds the options of sampling to a command line."""
+    p.add_argument("--prompt", default="The ", help="what the text begins with")
+    p.add_argument(
+        "--num_tokens",
+        type=int,
+        default=400,
+        help="characters to draw; beyond its context the model sees the last half of it",
+    )
+    p.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    p.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest; 0: all")
+    p.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest p; 1: all")
+    p.add_argument("--seed", type=int, default=0, help="same seed, same text")
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ValueError, in one line, if an option is out of range."""
+    if not options.prompt:
+        raise ValueError("--prompt must not be empty: the first character needs one before it")
+    if options.num_tokens < 1:
+        raise ValueError(f"--num_tokens must be at least 1; got {options.num_tokens}")
+    for name in ("seed", "top_k"):
+        value = getattr(options, name)
+        if not 0 <= value < 2**31:
+            raise ValueError(f"--{name} must be from 0 to 2**31 - 1; got {value}")
+    if not 0 <= options.temperature < math.inf:
+        raise ValueError(
+            f"--temperature must be finite and not negative; got {options.temperature}"
+        )
+    if not 0 < options.top_p <= 1:
+        raise ValueError(f"--top_p must be above 0 and at most 1; got {options.top_p}")
 
 
 def main() -> None:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--prompt", default="The ")
-    p.add_argument("--num_tokens", type=int, default=400)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
-    p.add_argument("--top_k", type=int, default=0, help="0: all")
-    p.add_argument("--top_p", type=float, default=1.0, help="1: all")
+    p = argparse.ArgumentParser(description="Text from the exported model in this folder.")
+    add_options(p)
     options = p.parse_args()
+    try:
+        check_options(options)
+        for text in _texts(options, Path(__file__).resolve().parent):
+            sys.stdout.buffer.write(text)
+            sys.stdout.buffer.flush()
+    except BrokenPipeError:  # whoever read has gone; Python would write what is left once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        sys.stdout = None  # not to be flushed again
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
-    here = Path(__file__).resolve().parent
-    config = json.loads((here / "config.json").read_text())
-    sampler = jax.export.deserialize(bytearray((here / "sampler.jax_export").read_bytes()))
+
+def _texts(options: argparse.Namespace, folder: Path) -> Iterator[bytes]:
+    """Yields the prompt, then what follows it, a window at a time."""
+    config = json.loads((folder / "config.json").read_text())
     context, vocabulary = config["context"], config["vocabulary"]
-    if vocabulary["unit"] == "bytes":
-        values = [bytes([value]) for value in bytes.fromhex(vocabulary["values"])]
-        prompt = [bytes([value]) for value in options.prompt.encode()]
-    else:
-        values = [character.encode() for character in vocabulary["values"]]
-        prompt = [character.encode() for character in options.prompt]
-    if not prompt or not set(prompt) <= set(values):
-        sys.exit("the prompt is empty, or holds what the model has no token for")
+    prompt, values = _split(options.prompt, vocabulary)
+    if unknown := set(prompt) - set(values):
+        raise ValueError(f"--prompt: the model has no token for {min(unknown)!r}")
+    import jax.export  # the checks above need none of it
 
+    sampler = jax.export.deserialize(bytearray((folder / "sampler.jax_export").read_bytes()))
     window = [values.index(value) for value in prompt]
-    sys.stdout.buffer.write(b"".join(prompt))
+    yield b"".join(prompt)
     drawn = 0
     while drawn < options.num_tokens:
         if len(window) >= context:
@@ -57,9 +97,21 @@ def main() -> None:
         new = np.asarray(out)[len(window) :][: options.num_tokens - drawn].tolist()
         window += new
         drawn += len(new)
-        sys.stdout.buffer.write(b"".join(values[token] for token in new))
-        sys.stdout.buffer.flush()
-    sys.stdout.buffer.write(b"\n")
+        yield b"".join(values[token] for token in new)
+    yield b"\n"
+
+
+def _split(prompt: str, vocabulary: dict[str, Any]) -> tuple[list[bytes], list[bytes]]:
+    """The prompt's bytes or characters, and those of the vocabulary, in UTF-8."""
+    data = os.fsencode(prompt)
+    if vocabulary["unit"] == "bytes":
+        values = bytes.fromhex(vocabulary["values"])
+        return [bytes([value]) for value in data], [bytes([value]) for value in values]
+    try:
+        characters = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt: the text is not UTF-8 at byte {error.start}") from None
+    return [c.encode() for c in characters], [c.encode() for c in vocabulary["values"]]
 
 
 if __name__ == "__main__":

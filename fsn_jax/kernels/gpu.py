@@ -1,9 +1,9 @@
 """The strictly causal sum for NVIDIA GPUs, by Pallas and Triton.
 
 One program has a block of queries (or, for the cotangents of keys and values, a block of keys) of
-one head and walks through the blocks on its side of the diagonal; the softmax is taken on the way,
-as in FlashAttention (arXiv 2205.14135). Triton wants powers of two, so features come in pieces: 112
-are 64 + 32 + 16.
+one head and walks through the other side in steps; the softmax is taken on the way, as in
+FlashAttention (arXiv 2205.14135). Triton wants powers of two, so wide rows come in pieces: 208
+columns are 128 + 64 + 16.
 """
 
 import functools
@@ -21,56 +21,67 @@ from fsn_jax.kernels.xla import MASKED
 Ref = Any
 """A reference to a block of an array, inside of a kernel."""
 
-BLOCK = 64
-"""Queries, and keys, of a tile; half as many if values are wider than WIDE."""
-
-WIDE = 128
-
-PIECE = 16
-"""Widths are padded to a multiple of this, the least that Triton multiplies."""
-
 Pieces = list[Array]
 """The columns of a block of rows, in pieces."""
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut.
+
+    Attributes:
+      block: rows of a program.
+      step: rows of the other side that it takes at a time.
+      num_warps: warps of a program.
+    """
+
+    block: int
+    step: int
+    num_warps: int
+
+
+TILES = {2: Tile(64, 64, 8), 4: Tile(64, 32, 8)}
+"""By bytes of a number: the largest that keep to the registers of an A100 and an H100."""
+
+WIDE = 128
+"""Most columns of a piece; wider rows take blocks of half the size."""
+
+PIECE = 16
+"""Fewest columns of a piece: the least that Triton multiplies."""
 
 
 def forward(
     query: Array, key: Array, value: Array, segments: Array | None = None, *, interpret: bool
 ) -> tuple[Array, ...]:
     """Computes the strict sum; see ``fsn_jax.kernels.forward``."""
-    block = block_size(value.shape[3])
 
-    def kernel(tiles: _Tiles, inputs: Sequence[Ref], outputs: Sequence[Ref]) -> None:
+    def kernel(at: _At, inputs: Sequence[Ref], outputs: Sequence[Ref]) -> None:
         query_ref, key_ref, value_ref, *_ = inputs
         total_ref, own_ref, log_ref = outputs
-        here = tiles.rows(tiles.here)
-        query, own_key = _load(query_ref, here), _load(key_ref, here)
-        own_score = sum(jnp.sum(_f32(q) * _f32(k), axis=1) for q, k in _zip(query, own_key))
+        query, own_key = _load(query_ref, at.own), _load(key_ref, at.own)
+        own_score = _sum(jnp.sum(_f32(q) * _f32(k), axis=1) for q, k in _zip(query, own_key))
 
-        def add(step: Array | int, row: _Row, *, diagonal: bool = False) -> _Row:
-            rows = tiles.rows(step)
-            scores = tiles.scores(query, _load(key_ref, rows), tiles.here, step, diagonal)
+        def add(step: Array, row: _Row) -> _Row:
+            rows = at.other(step)
+            seen = at.before(step)
+            scores = jnp.where(seen, _product(query, _load(key_ref, rows)), MASKED)
             largest = jnp.maximum(row.largest, jnp.max(scores, axis=1))
             weights = jnp.exp(scores - largest[:, None])
             fade = jnp.exp(row.largest - largest)
-            value = _load(value_ref, rows)
             total = [
                 t * fade[:, None] + _dot(weights.astype(v.dtype), v, (1, 0))
-                for t, v in _zip(row.total, value)
+                for t, v in _zip(row.total, _load(value_ref, rows))
             ]
             return _Row(largest, row.normalizer * fade + jnp.sum(weights, axis=1), total)
 
-        zero = [jnp.zeros((block, size), jnp.float32) for _, size in _pieces(value_ref.shape[2])]
-        row = _Row(own_score, jnp.ones_like(own_score), zero)
-        row = jax.lax.fori_loop(0, tiles.here, add, row)
-        row = add(tiles.here, row, diagonal=True)
+        zero = [jnp.zeros((at.tile.block, w), jnp.float32) for _, w in _pieces(value_ref.shape[2])]
+        row = at.over_past(add, _Row(own_score, jnp.ones_like(own_score), zero))
         inverse = 1 / row.normalizer
-        _store(total_ref, here, [t * inverse[:, None] for t in row.total])
-        own_ref[0, here] = jnp.exp(own_score - row.largest) * inverse
-        log_ref[0, here] = row.largest + jnp.log(row.normalizer)
+        _store(total_ref, at.own, [t * inverse[:, None] for t in row.total])
+        own_ref[0, at.own] = jnp.exp(own_score - row.largest) * inverse
+        log_ref[0, at.own] = row.largest + jnp.log(row.normalizer)
 
     widths = [value.shape[3], None, None]
-    arrays = [query, key, value]
-    return _call(kernel, "fsn_forward", arrays, segments, widths, block, interpret)
+    return _call(kernel, "fsn_forward", [query, key, value], segments, widths, interpret)
 
 
 def backward(
@@ -86,78 +97,48 @@ def backward(
     interpret: bool,
 ) -> tuple[Array, ...]:
     """Differentiates the strict sum; see ``fsn_jax.kernels.backward``."""
-    block = block_size(value.shape[3])
 
-    def weights_and_cotangent(
-        tiles: _Tiles,
-        of_query: Sequence[Pieces | Array],
-        of_key: Sequence[Pieces],
-        *at: Array | bool,
-    ) -> tuple[Array, Array]:
-        (query, log, d_total, mean), (key, value) = of_query, of_key
-        weights = jnp.exp(tiles.scores(query, key, *at) - log[:, None])
-        d_weights = sum(_dot(d, v, (1, 1)) for d, v in _zip(d_total, value))
-        return weights, weights * (d_weights - mean[:, None])
-
-    def query_kernel(tiles: _Tiles, inputs: Sequence[Ref], outputs: Sequence[Ref]) -> None:
+    def query_kernel(at: _At, inputs: Sequence[Ref], outputs: Sequence[Ref]) -> None:
         query_ref, key_ref, value_ref, log_ref, d_total_ref, mean_ref, d_own_ref, *_ = inputs
-        here = tiles.rows(tiles.here)
-        of_query = (
-            _load(query_ref, here),
-            log_ref[0, here],
-            _load(d_total_ref, here),
-            mean_ref[0, here],
-        )
+        query, d_total = _load(query_ref, at.own), _load(d_total_ref, at.own)
+        log, mean, d_own = (ref[0, at.own][:, None] for ref in (log_ref, mean_ref, d_own_ref))
 
-        def add(step: Array | int, d_query: Pieces, *, diagonal: bool = False) -> Pieces:
-            rows = tiles.rows(step)
-            key = _load(key_ref, rows)
-            of_key = key, _load(value_ref, rows)
-            _, d_scores = weights_and_cotangent(tiles, of_query, of_key, tiles.here, step, diagonal)
+        def add(step: Array, d_query: Pieces) -> Pieces:
+            rows = at.other(step)
+            key, value = _load(key_ref, rows), _load(value_ref, rows)
+            scores = jnp.where(at.before(step), _product(query, key), MASKED)
+            d_scores = jnp.exp(scores - log) * (_product(d_total, value) - mean)
             return [d + _dot(d_scores.astype(k.dtype), k, (1, 0)) for d, k in _zip(d_query, key)]
 
-        own = d_own_ref[0, here][:, None]
-        start = [own * _f32(k) for k in _load(key_ref, here)]
-        past = jax.lax.fori_loop(0, tiles.here, add, start)
-        _store(outputs[0], here, add(tiles.here, past, diagonal=True))
+        own = [d_own * _f32(k) for k in _load(key_ref, at.own)]
+        _store(outputs[0], at.own, at.over_past(add, own))
 
-    def key_kernel(tiles: _Tiles, inputs: Sequence[Ref], outputs: Sequence[Ref]) -> None:
+    def key_kernel(at: _At, inputs: Sequence[Ref], outputs: Sequence[Ref]) -> None:
         query_ref, key_ref, value_ref, log_ref, d_total_ref, mean_ref, d_own_ref, *_ = inputs
-        here = tiles.rows(tiles.here)
-        of_key = _load(key_ref, here), _load(value_ref, here)
+        key, value = _load(key_ref, at.own), _load(value_ref, at.own)
 
-        def add(
-            step: Array | int, sums: tuple[Pieces, Pieces], *, diagonal: bool = False
-        ) -> tuple[Pieces, Pieces]:
-            rows = tiles.rows(step)
+        def add(step: Array, sums: tuple[Pieces, Pieces]) -> tuple[Pieces, Pieces]:
+            rows = at.other(step)
             query, d_total = _load(query_ref, rows), _load(d_total_ref, rows)
-            of_query = query, log_ref[0, rows], d_total, mean_ref[0, rows]
-            weights, d_scores = weights_and_cotangent(
-                tiles, of_query, of_key, step, tiles.here, diagonal
-            )
+            # Keys first: then no product has to turn its left matrix around.
+            scores = jnp.where(at.after(step), _product(key, query), MASKED)
+            weights = jnp.exp(scores - log_ref[0, rows][None, :])
+            d_scores = weights * (_product(value, d_total) - mean_ref[0, rows][None, :])
             return (
-                [d + _dot(d_scores.astype(q.dtype), q, (0, 0)) for d, q in _zip(sums[0], query)],
-                [d + _dot(weights.astype(t.dtype), t, (0, 0)) for d, t in _zip(sums[1], d_total)],
+                [d + _dot(d_scores.astype(q.dtype), q, (1, 0)) for d, q in _zip(sums[0], query)],
+                [d + _dot(weights.astype(t.dtype), t, (1, 0)) for d, t in _zip(sums[1], d_total)],
             )
 
-        own = d_own_ref[0, here][:, None]
-        start = [own * _f32(q) for q in _load(query_ref, here)]
-        zero = [jnp.zeros(x.shape, jnp.float32) for x in of_key[1]]
-        sums = add(tiles.here, (start, zero), diagonal=True)
-        sums = jax.lax.fori_loop(tiles.here + 1, tiles.count, add, sums)
-        _store(outputs[0], here, sums[0])
-        _store(outputs[1], here, sums[1])
+        own = [d_own_ref[0, at.own][:, None] * _f32(q) for q in _load(query_ref, at.own)]
+        zero = [jnp.zeros(x.shape, jnp.float32) for x in value]
+        for ref, pieces in zip(outputs, at.over_future(add, (own, zero)), strict=True):
+            _store(ref, at.own, pieces)
 
     arrays = [query, key, value, log_normalizer, d_total, mean, d_own_score]
-    call = functools.partial(_call, block=block, interpret=interpret)
-    of_query = call(query_kernel, "fsn_backward_query", arrays, segments, [query.shape[3]])
+    call = functools.partial(_call, inputs=arrays, segments=segments, interpret=interpret)
+    of_query = call(query_kernel, "fsn_backward_query", widths=[query.shape[3]])
     widths = [key.shape[3], value.shape[3]]
-    return *of_query, *call(key_kernel, "fsn_backward_key", arrays, segments, widths)
-
-
-def block_size(width: int) -> int:
-    """Returns the rows of a tile for values of a width."""
-    return BLOCK if width <= WIDE else BLOCK // 2
+    return *of_query, *call(key_kernel, "fsn_backward_key", widths=widths)
 
 
 class _Row(NamedTuple):
@@ -174,40 +155,62 @@ class _Row(NamedTuple):
     total: Pieces
 
 
-class _Tiles(NamedTuple):
-    """The blocks of a sequence.
+class _At(NamedTuple):
+    """Where a program is in its sequence.
 
     Attributes:
-      here: index of this program's block.
-      count: number of blocks.
-      block: rows of a block.
+      here: index of its block.
+      length: rows of the sequence.
+      tile: how it is cut.
       segments: reference to the segments ``[1, L]``, or None.
     """
 
-    here: Array | int
-    count: int
-    block: int
+    here: Array
+    length: int
+    tile: Tile
     segments: Ref | None
 
-    def rows(self, step: Array) -> pl.Slice:
-        """Returns the rows of a block."""
-        return pl.ds(step * self.block, self.block)
+    @property
+    def own(self) -> pl.Slice:
+        """The rows of the program."""
+        return pl.ds(self.here * self.tile.block, self.tile.block)
 
-    def scores(
-        self, query: Pieces, key: Pieces, at_query: Array, at_key: Array, diagonal: Array | bool
-    ) -> Array:
-        """Returns scores ``[queries, keys]`` of two blocks; masked pairs have MASKED."""
-        scores = sum(_dot(q, k, (1, 1)) for q, k in _zip(query, key))
-        if self.segments is not None:
-            of_query, of_key = (self.segments[0, self.rows(at)] for at in (at_query, at_key))
-            scores = jnp.where(of_query[:, None] == of_key[None, :], scores, MASKED)
-        if diagonal:
-            time, source = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, a) for a in (0, 1))
-            scores = jnp.where(source < time, scores, MASKED)
-        return scores
+    def other(self, step: Array) -> pl.Slice:
+        """The rows of a step."""
+        return pl.ds(step * self.tile.step, self.tile.step)
+
+    def over_past(self, add: Callable[[Array, Any], Any], start: Any) -> Any:
+        """Sums over the steps that are not after the program's rows."""
+        steps = (self.here + 1) * (self.tile.block // self.tile.step)
+        return jax.lax.fori_loop(0, steps, add, start)
+
+    def over_future(self, add: Callable[[Array, Any], Any], start: Any) -> Any:
+        """Sums over the steps that are not before the program's rows."""
+        first = self.here * (self.tile.block // self.tile.step)
+        return jax.lax.fori_loop(first, self.length // self.tile.step, add, start)
+
+    def before(self, step: Array) -> Array:
+        """Which rows of a step each own row sees, ``[block, step]``."""
+        return self._pairs(step, lambda own, other: other < own)
+
+    def after(self, step: Array) -> Array:
+        """Which rows of a step see each own row, ``[block, step]``."""
+        return self._pairs(step, lambda own, other: own < other)
+
+    def _pairs(self, step: Array, causal: Callable[[Array, Array], Array]) -> Array:
+        shape = self.tile.block, self.tile.step
+        own, other = (
+            first * size + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+            for axis, (first, size) in enumerate(zip((self.here, step), shape, strict=True))
+        )
+        seen = causal(own, other)
+        if self.segments is None:
+            return seen
+        own, other = self.segments[0, self.own], self.segments[0, self.other(step)]
+        return seen & (own[:, None] == other[None, :])
 
 
-def _zip(*pieces: Pieces) -> zip:  # type: ignore[type-arg]
+def _zip(*pieces: Pieces) -> Any:
     return zip(*pieces, strict=True)
 
 
@@ -215,19 +218,40 @@ def _f32(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
+def _sum(arrays: Any) -> Array:
+    return functools.reduce(jnp.add, arrays)
+
+
 def _dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
+def _product(x: Pieces, y: Pieces) -> Array:
+    """Returns ``x[i] . y[j]`` of all rows, ``[rows of x, rows of y]``."""
+    return _sum(_dot(a, b, (1, 1)) for a, b in _zip(x, y))
+
+
 def _pieces(width: int) -> list[tuple[int, int]]:
-    """Cuts a multiple of PIECE into powers of two, at most WIDE: first columns and sizes."""
+    """Cuts columns into powers of two: first columns and sizes.
+
+    Up to a sixth is padded rather than cut: each piece is one more product.
+    """
     pieces, start = [], 0
     while start < width:
-        size = min(WIDE, 1 << ((width - start).bit_length() - 1))
+        rest = width - start
+        size = max(PIECE, 1 << (rest - 1).bit_length())
+        if size > WIDE or (size > PIECE and 6 * (size - rest) > rest):
+            size //= 2
         pieces.append((start, size))
         start += size
     return pieces
+
+
+def padded_width(width: int) -> int:
+    """Returns the columns that a kernel takes for a width."""
+    start, size = _pieces(max(width, 1))[-1]
+    return start + size
 
 
 def _load(ref: Ref, rows: pl.Slice) -> Pieces:
@@ -239,13 +263,20 @@ def _store(ref: Ref, rows: pl.Slice, pieces: Pieces) -> None:
         ref[0, rows, pl.ds(start, size)] = piece
 
 
+def tile_for(dtype: Any, width: int) -> Tile:
+    """Returns how a kernel is cut for values of a dtype and width."""
+    tile = TILES[jnp.dtype(dtype).itemsize]
+    if width <= WIDE:
+        return tile
+    return tile._replace(block=tile.block // 2, step=tile.step // 2)
+
+
 def _call(
-    kernel: Callable[[_Tiles, Sequence[Ref], Sequence[Ref]], None],
+    kernel: Callable[[_At, Sequence[Ref], Sequence[Ref]], None],
     name: str,
     inputs: list[Array],
     segments: Array | None,
     widths: Sequence[int | None],
-    block: int,
     interpret: bool,
 ) -> tuple[Array, ...]:
     """Runs a kernel on the blocks of all heads of all sequences.
@@ -254,15 +285,16 @@ def _call(
     such axis), are float32 of that form.
     """
     batch, heads, length = inputs[0].shape[:3]
-    padded = length + -length % block
-    num_blocks = padded // block
+    tile = tile_for(inputs[2].dtype, max(x.shape[3] for x in inputs[:3]))
+    padded = length + -length % tile.block
 
     def packed(x: Array) -> Array:
-        # Padded keys come after every real query, padded queries and features are cut off, and
+        # Padded keys come after every real query, padded queries and columns are cut off, and
         # zeros add nothing to an inner product.
         x = x.reshape(batch * heads, length, *x.shape[3:])
-        missing = [(0, 0), (0, padded - length), *((0, _wide(w) - w) for w in x.shape[2:])]
-        return jnp.pad(x, missing)
+        return jnp.pad(
+            x, [(0, 0), (0, padded - length), *((0, padded_width(w) - w) for w in x.shape[2:])]
+        )
 
     def spec(shape: Sequence[int]) -> pl.BlockSpec:
         return pl.BlockSpec((1, *shape[1:]), lambda s, i: (s, *(0,) * (len(shape) - 1)))
@@ -275,30 +307,26 @@ def _call(
 
     def body(*refs: Ref) -> None:
         of_segments = refs[len(inputs)] if segments is not None else None
-        tiles = _Tiles(pl.program_id(1), num_blocks, block, of_segments)
-        kernel(tiles, refs[: len(arrays)], refs[len(arrays) :])
+        at = _At(pl.program_id(1), padded, tile, of_segments)
+        kernel(at, refs[: len(arrays)], refs[len(arrays) :])
 
     shapes = [
-        (batch * heads, padded) if width is None else (batch * heads, padded, _wide(width))
+        (batch * heads, padded, *(() if width is None else (padded_width(width),)))
         for width in widths
     ]
     results = pl.pallas_call(
         body,
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-        grid=(batch * heads, num_blocks),
+        grid=(batch * heads, padded // tile.block),
         in_specs=in_specs,
         out_specs=[spec(shape) for shape in shapes],
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=tile.num_warps, num_stages=2),
         interpret=interpret,
         name=name,
     )(*arrays)
     return tuple(
-        x[:, :length, ...].reshape(batch, heads, length, *x.shape[2:])[
-            (..., slice(width)) if width is not None else ...
-        ]
+        x[:, :length].reshape(batch, heads, length, *x.shape[2:])[..., slice(width)]
+        if width is not None
+        else x[:, :length].reshape(batch, heads, length)
         for x, width in zip(results, widths, strict=True)
     )
-
-
-def _wide(width: int) -> int:
-    return max(PIECE, -(-width // PIECE) * PIECE)

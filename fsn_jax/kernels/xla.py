@@ -65,7 +65,7 @@ def backward(
     own_query, own_key = query, key
     query, key, value = delay_until(d_total, (query, key, value))
     d_query = []
-    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (key, value)]
+    zeros = [jnp.zeros_like(x, jnp.float32) for x in (key, value)]
     _, d_key, d_value = match_varying_axes((d_total, *zeros))
     # The last stretch first, whose keys are all keys: then XLA starts from it, not from zeros.
     for stretch in reversed(_stretches(query.shape[2])):

@@ -37,6 +37,8 @@ LEAST_DEPTH = (0, 1, 2, 3, 4, 8, 16)
 BUCKETS = ("0", "1", "2", "3", "4-7", "8-15", "16+")
 EVENTS = ("all", "copy", "other")
 DISTANCES = ("any", "near", "far")
+MOST_WINDOWS = 2000
+"""Scored if no number is given."""
 LEAST_RESAMPLES = 100
 """Least number of resamples: fewer give no 95% interval and may miss a rare cell."""
 FAR = 64
@@ -210,9 +212,10 @@ def measure(
     *,
     reference: str = "",
     checkpoint: str = "latest",
-    num_windows: int = 2000,
+    num_windows: int = 0,
     length: int = 0,
     num_resamples: int = 1000,
+    data_path: str = "",
 ) -> dict[str, Any]:
     """Scores the runs and returns the content of the JSON file.
 
@@ -223,7 +226,8 @@ def measure(
     arms = read_arms(folders)
     reference = reference_arm(arms, reference)
     loaded = {
-        name: [load(run.path, which=checkpoint) for run in arm.runs] for name, arm in arms.items()
+        name: [load(run.path, which=checkpoint, data_path=data_path) for run in arm.runs]
+        for name, arm in arms.items()
     }
     every = [trained for group in loaded.values() for trained in group]
     corpus = every[0].corpus
@@ -238,6 +242,7 @@ def measure(
     if not 1 <= length <= shortest:
         raise UserError(f"--length must be from 1 to the shortest context, {shortest}")
     tokens = corpus.tokens("validation")
+    num_windows = num_windows or min(MOST_WINDOWS, (len(tokens) - 1) // length)
     starts = spread_windows(len(tokens), length, num_windows)
     windows = tokens[starts[:, None] + np.arange(length + 1)]
     losses = {
@@ -334,7 +339,13 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--output", type=Path, help="a .json; else copy_depth.json with the runs")
     p.add_argument("--reference", default="", help="the arm to compare with; else the transformer")
     p.add_argument("--checkpoint", default="latest", help="best, latest or a step")
-    p.add_argument("--windows", type=int, default=2000, help="of the validation split")
+    p.add_argument("--data_path", default="", help="where the run's data is, if it was moved")
+    p.add_argument(
+        "--windows",
+        type=int,
+        default=0,
+        help=f"of the validation split; 0: {MOST_WINDOWS}, or as many as it holds",
+    )
     p.add_argument("--length", type=int, default=0, help="characters each; 0: shortest context")
     p.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     options = p.parse_args(argv[1:])
@@ -347,6 +358,7 @@ def program(argv: Sequence[str]) -> None:
         reference=options.reference,
         checkpoint=options.checkpoint,
         num_windows=options.windows,
+        data_path=options.data_path,
         length=options.length,
         num_resamples=options.resamples,
     )

@@ -37,7 +37,6 @@ def loss_curve(runs: Sequence[str | Path], target: Path) -> None:
       UserError: runs of one name differ in more than their seed.
     """
     arms = read_arms(runs)
-    lowest, highest = [], []
     with style():
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for index, arm in enumerate(arms.values()):
@@ -54,11 +53,6 @@ def loss_curve(runs: Sequence[str | Path], target: Path) -> None:
                 if seeds:
                     low, high = ([pick(bpc) for _, bpc in curve] for pick in (min, max))
                     axes.fill_between(seen, low, high, color=f"C{index}", alpha=0.2, lw=0)
-                if kind == "validation" and mean:
-                    lowest.append(min(mean))
-                    highest.append(max(mean))
-        if lowest:
-            axes.set_ylim(min(lowest) - 0.1, max(highest) + 1.0)
         axes.set_xlabel("characters seen, millions")
         axes.set_ylabel("bits per character")
         axes.legend(frameon=False)

@@ -131,14 +131,19 @@ def _round(values: Any) -> Any:
 
 
 def read(
-    folder: str, *, checkpoint: str = "latest", num_windows: int = 16, length: int = 0
+    folder: str,
+    *,
+    checkpoint: str = "latest",
+    num_windows: int = 16,
+    length: int = 0,
+    data_path: str = "",
 ) -> dict[str, Any]:
     """Reads a run and returns the content of the JSON file.
 
     Raises:
       UserError: the run cannot be loaded, or is not of an FSN with a coupling kernel.
     """
-    trained = load(folder, which=checkpoint)
+    trained = load(folder, which=checkpoint, data_path=data_path)
     config = trained.experiment.model
     if not isinstance(config, FSNConfig) or not isinstance(trained.model, FSN):
         raise UserError(f"the run {folder} is of a transformer, which has no coupling to be read")
@@ -285,6 +290,7 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("run", help="the folder of an FSN's run with checkpoints")
     p.add_argument("--output", type=Path, help="a .json; else readings.json with the run")
     p.add_argument("--checkpoint", default="latest", help="best, latest or a step")
+    p.add_argument("--data_path", default="", help="where the run's data is, if it was moved")
     p.add_argument("--windows", type=int, default=16, help="of the validation split")
     p.add_argument("--length", type=int, default=0, help="characters each; 0: context, at most 256")
     options = p.parse_args(argv[1:])
@@ -295,6 +301,7 @@ def program(argv: Sequence[str]) -> None:
         checkpoint=options.checkpoint,
         num_windows=options.windows,
         length=options.length,
+        data_path=options.data_path,
     )
     write_json(output, page)
     kernels = output.with_name(f"{output.stem}_kernels.png")

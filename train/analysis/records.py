@@ -301,9 +301,15 @@ def reference_arm(arms: Mapping[str, Arm], named: str = "") -> str:
         candidates = list(arms)
     if not named and len(candidates) == 1:
         return candidates[0]
-    if named not in arms:
+    if named in arms:
+        return named
+    if named:
         raise UserError(f"--reference must be one of {', '.join(arms)}; got {named!r}")
-    return named
+    found = "more than one transformer" if candidates else "no transformer"
+    raise UserError(
+        f"there is {found} among {', '.join(arms)}: name the arm to compare with, "
+        f"--reference={next(iter(arms))} for instance"
+    )
 
 
 def _arm(name: str, runs: list[RunRecord]) -> Arm:

@@ -159,7 +159,11 @@ def check_comparable(
     sizes = {arm.name: parameters(arm) for arm in arms}
     if same_size and max(sizes.values()) > (1 + MATCHED) * min(sizes.values()):
         listed = ", ".join(f"{name} {value:,}" for name, value in sizes.items())
-        raise NotComparableError(f"different numbers of parameters: {listed}")
+        raise NotComparableError(
+            f"different numbers of parameters: {listed}; train one again with another "
+            f"config.model.feedforward_width (configs/text.py:transformer takes that of its FSN, "
+            f"config.match)"
+        )
 
 
 def parameters(arm: Arm) -> int:

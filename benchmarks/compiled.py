@@ -1,0 +1,265 @@
+"""Programs compiled for accelerators that are not there: cycles, bytes, kernels, collectives.
+
+    python -m benchmarks.compiled --machines=v5e:2x4,h100 --arms=fsn_1m --dtypes=float32,bfloat16
+
+One case is a machine, an arm of a configuration, a dtype and an implementation of the causal sum;
+each adds a row to ``--output``. ``--table`` prints the rows as Markdown. The compilers are those of
+benchmarks/requirements-compiled.txt. A TPU's cycles are its compiler's estimates, and those of the
+fused kernels come from their static schedules; a GPU's time is bounded below by its bytes.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import hlo, listings, machines
+from fsn_jax import FSNConfig
+from fsn_jax.causal import causal_sum
+from fsn_jax.kernels.tpu import block_size
+from train.config import ExperimentConfig, ModelConfig
+from train.flags import load_config
+from train.mesh import by_step_and_row, data_mesh, replicated
+from train.optimizer import make_optimizer
+from train.program import Arguments, run_program
+from train.provenance import git_state, package_versions
+from train.step import abstract_state, build_model, make_train_steps
+
+DEFAULT_OUTPUT = Path("results/compiled.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is compiled.
+
+    Attributes:
+      machine: a TPU topology such as ``v5e:2x4``, or a card of ``machines.GPUS``.
+      config: configuration file.
+      arm: of the configuration.
+      dtype: of the matrix products.
+      implementation: of the causal sum, ``auto`` for what a run would take.
+      measure: ``step`` (a train step), or ``sum`` (the causal sum and its gradient alone).
+      length: context; 0 for that of the configuration.
+    """
+
+    machine: str
+    config: str
+    arm: str
+    dtype: str
+    implementation: str
+    measure: str = "step"
+    length: int = 0
+
+
+def experiment_of(case: Case) -> ExperimentConfig:
+    """The run whose step is compiled."""
+    config = load_config(f"{case.config}:{case.arm}")
+    config.model.dtype = case.dtype
+    config.model.implementation = case.implementation
+    if case.length:
+        tokens = config.data.context * config.training.batch_size
+        config.data.context = case.length
+        config.training.batch_size = max(1, tokens // case.length)
+    return ExperimentConfig.from_config_dict(config)
+
+
+def sum_widths(model: ModelConfig) -> tuple[int, int]:
+    """E and G of a model's causal sum."""
+    if isinstance(model, FSNConfig):
+        return 2 * model.score_pairs, 2 * model.num_harmonics * model.phases_per_kernel
+    return model.width // model.num_heads, model.width // model.num_heads
+
+
+def lowered_step(experiment: ExperimentConfig, devices: list[jax.Device]) -> jax.stages.Lowered:
+    """The train step of a run with a resident corpus of the size of enwik8's."""
+    mesh, training = data_mesh(devices), experiment.training
+    model = build_model(experiment.model)
+    optimizer = make_optimizer(experiment.optimizer, training.num_steps, mesh=mesh)
+    steps = make_train_steps(
+        model,
+        optimizer,
+        mesh=mesh,
+        context=experiment.data.context,
+        placement="resident",
+        log_every=training.log_every,
+    )
+    corpus = jax.ShapeDtypeStruct((90_000_000,), jnp.uint8, sharding=replicated(mesh))
+    rows = jax.ShapeDtypeStruct(
+        (training.steps_per_dispatch, training.batch_size),
+        jnp.int32,
+        sharding=by_step_and_row(mesh),
+    )
+    return steps.lower(abstract_state(model, optimizer, mesh=mesh), corpus, rows)
+
+
+def lowered_sum(experiment: ExperimentConfig, devices: list[jax.Device]) -> jax.stages.Lowered:
+    """The causal sum of a run's batch on one device, forward and backward."""
+    model, training = experiment.model, experiment.training
+    on_one = jax.sharding.SingleDeviceSharding(devices[0])
+    leading = (training.batch_size, model.num_heads, experiment.data.context)
+    score, value = sum_widths(model)
+    arrays = [
+        jax.ShapeDtypeStruct((*leading, width), model.dtype, sharding=on_one)
+        for width in (score, score, value)
+    ]
+
+    def loss(*arrays: jax.Array) -> jax.Array:
+        summed = causal_sum(*arrays, include_self=False, implementation=model.implementation)
+        return jnp.sin(summed.total).sum() + summed.self_weight.sum()
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays)
+
+
+def measure(case: Case, dumps: Path) -> dict[str, Any]:
+    """Compiles a case and reads what its compiler says."""
+    shutil.rmtree(dumps, ignore_errors=True)
+    dumps.mkdir(parents=True)
+    experiment, devices = experiment_of(case), machines.devices(case.machine)
+    gpu = machines.is_gpu(case.machine)
+    lower = {"step": lowered_step, "sum": lowered_sum}[case.measure]
+    began = time.perf_counter()
+    lowered = lower(experiment, devices)
+    traced = time.perf_counter()
+    options: dict[str, Any] = {"xla_dump_to": str(dumps)} if gpu else {}
+    compiled = lowered.compile(compiler_options=options)
+    seconds = time.perf_counter() - traced
+    text = compiled.as_text()
+    memory: Any = compiled.memory_analysis()
+    step = hlo.step_instructions(text)
+    length = experiment.data.context
+    row: dict[str, Any] = dataclasses.asdict(case) | {
+        "length": length,
+        "batch_size": experiment.training.batch_size,
+        "devices": len(devices) if case.measure == "step" else 1,
+        "params": experiment.model.num_params(),
+        "trace_seconds": round(traced - began, 1),
+        "compile_seconds": round(seconds, 1),
+        "scratch_bytes": memory.temp_size_in_bytes,
+        "collectives": hlo.collectives(text),
+        "fused_kernels": text.count('custom_call_target="tpu_custom_call"')
+        + text.count('custom_call_target="__gpu$xla.gpu.triton"'),
+    }
+    row |= _gpu_figures(step, dumps) if gpu else _tpu_figures(row, experiment, step, dumps)
+    return row | {"packages": package_versions(), "git": git_state()}
+
+
+def _gpu_figures(step: list[hlo.Instruction], dumps: Path) -> dict[str, Any]:
+    nvcc = machines.nvcc_folder()
+    assert nvcc
+    by_part = hlo.bytes_by_part(step)
+    return {
+        "kernels": len(hlo.kernels_of(step)),
+        "bytes": sum(by_part.values()),
+        "bytes_by_part": by_part,
+        "fused": listings.gpu_registers(dumps, nvcc / "bin" / "ptxas"),
+    }
+
+
+def _tpu_figures(
+    row: dict[str, Any], experiment: ExperimentConfig, step: list[hlo.Instruction], dumps: Path
+) -> dict[str, Any]:
+    by_part = hlo.cycles_by_part(step)
+    figures: dict[str, Any] = {"xla_cycles": sum(by_part.values()), "cycles_by_part": by_part}
+    if row["fused_kernels"]:
+        length, model = row["length"], experiment.model
+        num_blocks = math.ceil(length / block_size(length))
+        of_head = {name: listings.tpu_cycles(dumps, name, num_blocks) for name in listings.KERNELS}
+        heads = row["batch_size"] * model.num_heads / row["devices"]
+        layers = model.num_layers if row["measure"] == "step" else 1
+        figures["kernel_cycles_of_a_head"] = of_head
+        figures["kernel_cycles"] = math.ceil(heads * layers * sum(of_head.values()))
+    figures["cycles"] = figures["xla_cycles"] + figures.get("kernel_cycles", 0)
+    return figures
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown, steps first."""
+    head = (
+        "machine", "arm", "dtype", "sum", "length", "cycles", "in kernels", "GB", "kernels",
+        "collectives", "spills", "compile s",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in sorted(rows, key=lambda row: row["measure"] != "step"):
+        fused = row.get("fused", [])
+        cells = (
+            row["machine"],
+            row["arm"] if row["measure"] == "step" else f"{row['arm']}, sum alone",
+            row["dtype"],
+            row["implementation"],
+            row["length"],
+            f"{row['cycles']:,}" if "cycles" in row else "",
+            f"{row['kernel_cycles']:,}" if "kernel_cycles" in row else "",
+            f"{row['bytes'] / 1e9:.2f}" if "bytes" in row else "",
+            row.get("kernels", ""),
+            ", ".join(f"{n} {kind}" for kind, n in row["collectives"].items()),
+            sum(kernel["spill_stores"] + kernel["spill_loads"] for kernel in fused)
+            if fused
+            else "",
+            row["compile_seconds"],
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    p = Arguments(prog="python -m benchmarks.compiled", description=__doc__)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.add_argument("--machines", default="v5e:2x4,h100", help="topologies and cards")
+    p.add_argument("--config", default="configs/enwik8.py", help="configuration file")
+    p.add_argument("--arms", default="fsn_1m,transformer_1m", help="arms of the configuration")
+    p.add_argument("--dtypes", default="float32,bfloat16")
+    p.add_argument("--implementations", default="xla,pallas", help="of the causal sum")
+    p.add_argument("--measure", default="step", choices=("step", "sum"))
+    p.add_argument("--lengths", default="0", help="contexts; 0 is the configuration's")
+    p.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="rows are added to it")
+    p.add_argument("--table", action="store_true", help="only print the rows of --output")
+    return p.parse_args(argv)
+
+
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    """All combinations that are asked for."""
+    named = (options.machines, options.arms, options.dtypes, options.implementations)
+    combinations = itertools.product(*(text.split(",") for text in (*named, options.lengths)))
+    return [
+        Case(machine, options.config, arm, dtype, implementation, options.measure, int(length))
+        for machine, arm, dtype, implementation, length in combinations
+    ]
+
+
+def program(argv: Sequence[str]) -> None:
+    """Parses and calls."""
+    options = parse(argv[1:])
+    if options.table:
+        print(as_table([json.loads(line) for line in options.output.read_text().splitlines()]))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        dumps = Path(folder) / "dumps"
+        machines.prepare(dumps)
+        rows = []
+        for case in cases_of(options):
+            rows.append(measure(case, dumps))
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            with options.output.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+    print(as_table(rows))
+
+
+def main() -> None:
+    """The command line."""
+    sys.exit(run_program(program, sys.argv))
+
+
+if __name__ == "__main__":
+    main()

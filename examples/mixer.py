@@ -1,0 +1,116 @@
+"""A small transformer in plain Flax, and the three lines that make it an FSN-mixer.
+
+Both learn to repeat: a sequence is 16 random symbols, written twice, and the second half can be
+known from the first. The mixer's lines turn the residual stream into phases, couple them, and turn
+them back; everything else is the transformer's.
+
+    python examples/mixer.py --output mixer.png
+"""
+
+import argparse
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from fsn_jax import FrustratedAttention
+
+SYMBOLS, HALF, WIDTH, HEADS, LAYERS, BATCH = 16, 16, 64, 2, 2, 32
+
+
+class Block(nn.Module):
+    """Attention or the mixer, then an MLP, each added to the residual stream."""
+
+    mixer: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """The residual stream, ``[B, L, D]``, after the block."""
+        y = nn.LayerNorm()(x)
+        if self.mixer:
+            theta = nn.Dense(WIDTH)(y)  # phases, in radians
+            theta = theta + FrustratedAttention(num_heads=HEADS)(theta)
+            x = x + nn.Dense(WIDTH)(jnp.concatenate([jnp.cos(theta), jnp.sin(theta)], axis=-1))
+        else:
+            mask = nn.make_causal_mask(x[..., 0])
+            x = x + nn.MultiHeadDotProductAttention(num_heads=HEADS)(y, mask=mask)
+        y = nn.Dense(2 * WIDTH)(nn.LayerNorm()(x))
+        return x + nn.Dense(WIDTH)(nn.gelu(y))
+
+
+class Model(nn.Module):
+    """A language model of a few blocks."""
+
+    mixer: bool
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> Array:
+        """Logits ``[B, L, V]`` of tokens ``[B, L]``."""
+        x = nn.Embed(SYMBOLS, WIDTH)(tokens)
+        if not self.mixer:  # the mixer knows distances by itself
+            x = x + nn.Embed(2 * HALF, WIDTH)(jnp.arange(tokens.shape[1]))[None]
+        for _ in range(LAYERS):
+            x = Block(self.mixer)(x)
+        return nn.Dense(SYMBOLS)(nn.LayerNorm()(x))
+
+
+@functools.partial(jax.jit, static_argnames=("mixer", "steps"))
+def train(mixer: bool, steps: int, seed: int = 0) -> Array:
+    """Returns the share of the second half that is predicted right, at each step of training."""
+    model, optimizer = Model(mixer), optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+    init, draws = jax.random.split(jax.random.key(seed))
+    params: Any = model.init(init, jnp.zeros((1, 2 * HALF - 1), jnp.int32))
+
+    def loss(params: Any, tokens: Array) -> tuple[Array, Array]:
+        logits: Any = model.apply(params, tokens[:, :-1])
+        logits, wanted = logits[:, HALF - 1 :], tokens[:, HALF:]
+        right = (logits.argmax(axis=-1) == wanted).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean(), right
+
+    def step(state: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], Array]:
+        params, memory = state
+        half = jax.random.randint(key, (BATCH, HALF), 0, SYMBOLS)
+        gradient, right = jax.grad(loss, has_aux=True)(params, jnp.concatenate([half, half], 1))
+        updates, memory = optimizer.update(gradient, memory)
+        return (optax.apply_updates(params, updates), memory), right
+
+    curve: Array
+    _, curve = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(draws, steps))
+    return curve
+
+
+def main() -> None:
+    """Trains both, prints when each is right nine times in ten, and draws the curves."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--steps", type=int, default=600, help="training steps")
+    p.add_argument("--seed", type=int, default=0, help="seed of parameters and sequences")
+    p.add_argument("--output", default="", help="file for the picture; none if empty")
+    options = p.parse_args()
+    curves = {
+        name: train(mixer, options.steps, options.seed)
+        for name, mixer in (("transformer", False), ("FSN-mixer", True))
+    }
+    for name, curve in curves.items():
+        reached = jnp.flatnonzero(curve >= 0.9)
+        when = f"90% right at step {int(reached[0])}" if reached.size else "90% not reached"
+        print(f"{name:12} {when}; {float(curve[-20:].mean()):.1%} right in the last 20 steps")
+    if options.output:
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+        for name, curve in curves.items():
+            axes.plot(curve, label=name)
+        axes.set(xlabel="training step", ylabel="second half predicted right", ylim=(0, 1.02))
+        axes.legend()
+        figure.savefig(options.output, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""A layer in somebody else's program: under Flax's and JAX's transformations, at the edges."""
+
+import doctest
+import functools
+
+import cases
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fsn_jax.attention
+from fsn_jax import FSN, CollectiveModes, FrustratedAttention, PhasorSwiGLU, Transformer
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+THETA = cases.angles(2, 5, 8)
+LAYER = FrustratedAttention(num_heads=2)
+MODELS = {
+    "fsn": lambda **changes: FSN(cases.fsn_config(score="gated", **changes)),
+    "transformer": lambda **changes: Transformer(cases.transformer_config(**changes)),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def test_the_example_of_the_docstring():
+    result = doctest.testmod(fsn_jax.attention)
+    assert result.attempted > 4 and not result.failed
+
+
+@pytest.mark.parametrize("layer", [LAYER, CollectiveModes(num_modes=3), PhasorSwiGLU()])
+def test_a_layer_reads_the_number_of_phases_from_its_input(layer):
+    for num_phases in (8, 12):
+        theta = cases.angles(1, 3, num_phases)
+        update, variables = layer.init_with_output(jax.random.key(0), theta)
+        assert update.shape == theta.shape and update.dtype == jnp.float32
+        widths = [leaf.shape for leaf in jax.tree.leaves(variables)]
+        assert any(num_phases in shape for shape in widths)
+
+
+def test_scanned_and_rematerialized_layers_are_the_layers_one_by_one():
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, theta, _):
+            return theta + FrustratedAttention(num_heads=2, name="layer")(theta), None
+
+    stack = nn.scan(
+        nn.remat(Step), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+    )()
+    variables = stack.init(jax.random.key(0), THETA, None)
+
+    def one_by_one(variables):
+        theta = THETA
+        for i in range(3):
+            params = jax.tree.map(lambda leaf, i=i: leaf[i], variables["params"]["layer"])
+            theta = theta + LAYER.apply({"params": params}, theta)
+        return theta
+
+    def scanned(variables):
+        return stack.apply(variables, THETA, None)[0]
+
+    np.testing.assert_allclose(scanned(variables), one_by_one(variables), atol=1e-5)
+    ours, theirs = (
+        jax.grad(lambda v, f=f: jnp.sin(f(v)).sum())(variables) for f in (scanned, one_by_one)
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_ensemble_over_seeds():
+    ensemble = nn.vmap(
+        FrustratedAttention, in_axes=None, variable_axes={"params": 0}, split_rngs={"params": True},
+        axis_size=3,
+    )(num_heads=2)  # fmt: skip
+    updates, variables = ensemble.init_with_output(jax.random.key(0), THETA)
+    assert updates.shape == (3, *THETA.shape)
+    for i in range(3):
+        alone = LAYER.apply(jax.tree.map(lambda leaf, i=i: leaf[i], variables), THETA)
+        np.testing.assert_allclose(updates[i], alone, atol=1e-5)
+
+
+def test_checkpointed_and_with_donated_arguments():
+    variables = cases.random_variables(LAYER, THETA)
+
+    def loss(variables, theta):
+        return jnp.sin(LAYER.apply(variables, theta)).sum()
+
+    expected = jax.grad(loss)(variables, THETA)
+    again = jax.jit(jax.grad(jax.checkpoint(loss)), donate_argnums=1)(variables, jnp.copy(THETA))
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives_of_the_reference():
+    layer = LAYER.clone(implementation="reference")
+    variables = cases.random_variables(layer, THETA)
+    theta = THETA[:1, :2]
+
+    def loss(theta):
+        return jnp.sin(layer.apply(variables, theta)).sum()
+
+    hessian = np.asarray(jax.hessian(loss)(theta)).reshape(theta.size, -1)
+    np.testing.assert_allclose(hessian, hessian.T, atol=1e-4)
+    assert np.abs(hessian).max() > 0.1
+
+
+@pytest.mark.parametrize("debug", ["jax_debug_nans", "jax_debug_infs"])
+@every_model
+def test_nothing_is_nan_on_the_way(name, debug):
+    tokens = cases.tokens(1, 4)
+    model = MODELS[name](num_layers=1)
+    variables = cases.random_variables(model, tokens)
+    jax.config.update(debug, True)
+    try:
+        gradient = jax.grad(lambda v: jnp.sin(model.apply(v, tokens)).sum())(variables)
+    finally:
+        jax.config.update(debug, False)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@every_model
+def test_token_ids_out_of_range_give_nan(name):
+    """Wherever they are, and in the cache; the tokens before them keep their logits."""
+    model = MODELS[name](num_layers=1)
+    tokens = cases.tokens(1, 4)
+    variables = cases.random_variables(model, tokens)
+    whole = model.apply(variables, tokens)
+    for token in (-1, -11, 11, 2**31 - 1):
+        spoiled = tokens.at[0, 2].set(token)
+        logits = model.apply(variables, spoiled)
+        np.testing.assert_allclose(logits[:, :2], whole[:, :2], atol=1e-5)
+        assert np.isnan(logits[:, 2:]).all()
+        cache = model.apply(variables, 1, 4, method="empty_cache")
+        cached, _ = model.apply(variables, spoiled, cache, method="extend")
+        assert np.isnan(cached[:, 2:]).all()
+
+
+@every_model
+def test_tokens_of_64_bits(name):
+    model = MODELS[name](num_layers=1)
+    tokens = cases.tokens(1, 4)
+    variables = cases.random_variables(model, tokens)
+    expected = model.apply(variables, tokens)
+    with jax.enable_x64(True):
+        wide = jnp.asarray(np.asarray(tokens), jnp.int64)
+        assert wide.dtype == jnp.int64
+        logits = model.apply(variables, wide)
+        assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@every_model
+@pytest.mark.parametrize("shape", [(0, 4), (2, 1), (2, 0)])
+def test_no_rows_and_rows_of_one_token_or_none(name, shape):
+    model = MODELS[name](num_layers=1)
+    variables = cases.random_variables(model, cases.tokens(1, 4))
+    tokens = jnp.zeros(shape, jnp.int32)
+
+    def loss(variables):
+        logits = model.apply(variables, tokens)
+        return jnp.sin(logits).sum(), logits
+
+    gradient, logits = cases.quick_jit(jax.grad(loss, has_aux=True))(variables)
+    assert logits.shape == (*shape, 11)
+    leaves = jax.tree.leaves(gradient)
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    assert any(leaf.any() for leaf in leaves) == (tokens.size > 0)
+
+
+def test_weights_that_are_not_causal_give_nan():
+    theta, weights = cases.angles(1, 4, 6), cases.random_attention(1, 2, 4)
+    kappa = jnp.ones((2, 1, 6), jnp.complex64)
+    update = functools.partial(fsn_jax.coupling.coupling_update, theta, kappa=kappa)
+    assert np.isfinite(update(attention=weights)).all()
+    assert np.isnan(update(attention=jnp.ones((1, 2, 4, 4)) / 4)).any()

@@ -1,0 +1,100 @@
+"""Gradients in other set-ups: JAX's default meshes, parameters of other dtypes, no tokens."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from fsn_jax import FSN, FrustratedAttention, KuramotoAttention, Transformer, TransformerConfig
+from fsn_jax.base_layer import LinearValueAttention
+
+BATCH, LENGTH = 4, 9
+CONFIG = cases.fsn_config(num_layers=1)
+EVERYTHING = cases.fsn_config(
+    num_layers=1,
+    heads_per_phase=2,
+    features="quadrature",
+    field_features=True,
+    similarity_heads=1,
+    feedforward="collective_modes",
+)
+TRANSFORMER = TransformerConfig(
+    vocab_size=CONFIG.vocab_size, num_layers=1, width=8, num_heads=2, feedforward_width=12
+)
+MODULES = {
+    "frustrated": cases.layer(FrustratedAttention, CONFIG),
+    "gated": FrustratedAttention(num_heads=3),
+    "linear_values": cases.layer(LinearValueAttention, CONFIG),
+    "base": cases.layer(KuramotoAttention, CONFIG),
+    "fsn": FSN(EVERYTHING),
+    "transformer": Transformer(TRANSFORMER),
+}
+
+
+def inputs(name, batch=BATCH, length=LENGTH):
+    module = MODULES[name]
+    if isinstance(module, FSN | Transformer):
+        return cases.tokens(batch, length, module.config.vocab_size)
+    return cases.angles(batch, length, CONFIG.num_phases)
+
+
+def gradient_of(module):
+    def loss(variables, x):
+        out = module.apply(variables, x)
+        return jnp.mean(jnp.sin(out)), out
+
+    return jax.grad(loss, has_aux=True)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_batch_divided_over_a_mesh_of_either_kind(name, kind):
+    """``jax.make_mesh`` makes Explicit axes by default."""
+    module, x = MODULES[name], inputs(name)
+    variables = cases.quick_jit(module.init)(jax.random.key(0), x[:1])
+    expected = cases.quick_jit(gradient_of(module))(variables, x)
+    mesh = jax.make_mesh((4,), ("data",), (kind,), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        whole = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+        found = cases.quick_jit(gradient_of(module))(whole, rows)
+        assert found[1].sharding.spec[0] == "data"
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "bfloat16") for name in MODULES), ("frustrated", "float16")]
+)
+def test_gradients_have_the_dtype_of_their_parameters(name, dtype):
+    module, x = MODULES[name], inputs(name)
+    variables = cases.quick_jit(module.init)(jax.random.key(0), x[:1])
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+    gradients, _ = cases.quick_jit(gradient_of(module))(cast, x)
+    expected, _ = cases.quick_jit(gradient_of(module))(jax.tree.map(jnp.float32, cast), x)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == dtype
+        scale = float(jnp.abs(b).max())
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.1, atol=0.05 * scale + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["frustrated", "base"])
+def test_float64_parameters(name):
+    module, x = MODULES[name], inputs(name)
+    with jax.enable_x64(True):
+        variables = cases.quick_jit(module.init)(jax.random.key(0), x[:1])
+        cast = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
+        gradients, _ = cases.quick_jit(gradient_of(module))(cast, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype("float64")}
+
+
+@pytest.mark.parametrize(("batch", "length"), [(2, 0), (0, 3)])
+@pytest.mark.parametrize("name", MODULES)
+def test_no_tokens(name, batch, length):
+    """The gradient is zero, not an error."""
+    module, x = MODULES[name], inputs(name, batch, length)
+    variables = cases.quick_jit(module.init)(jax.random.key(0), inputs(name))
+    gradients = cases.quick_jit(jax.grad(lambda v: jnp.sum(module.apply(v, x) ** 2)))(variables)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients))

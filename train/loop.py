@@ -269,8 +269,8 @@ class _Loop:
     ) -> TrainState:
         """Trains to the last step and returns the state after it."""
         training = self.experiment.training
-        batches = _batches(self.experiment, self.corpus, self.mesh, self.order, self.start)
         try:
+            batches = _batches(self.experiment, self.corpus, self.mesh, self.order, self.start)
             for step, batch in batches:
                 # The order below is fixed: a checkpoint must come after every row of its step is
                 # written, so that a resumed run finds them all and repeats none.

@@ -186,7 +186,7 @@ def _open_to_write(path: Path, experiment: ExperimentConfig, corpus: Corpus) -> 
         if config_file.exists():
             _refuse_other_settings(run, experiment)
             refuse_other_data(run, corpus)
-        words = {"unit": corpus.unit, "values": corpus.codec.to_text()}
+        words = {"unit": corpus.vocabulary.unit, "values": corpus.vocabulary.to_text()}
         write_atomically(path / VOCABULARY, json.dumps(words, indent=2) + "\n")
         write_atomically(config_file, json.dumps(experiment.to_dict(), indent=2) + "\n")
         if mirror:

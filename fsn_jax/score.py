@@ -16,6 +16,7 @@ are ours.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -89,13 +90,18 @@ class PhaseScore(ScoreFields, nn.Module):
         gate = self.param("gate", nn.initializers.ones, shape, jnp.float32)
         gate = beta * gate.reshape(by_pair)
         if self.score_angles:
-            normal = nn.initializers.normal(self.score_angle)
-            angle = self.param("gate_angle", normal, shape, jnp.float32).reshape(by_pair)
+            angle = self.param("gate_angle", self._initial_angles, shape).reshape(by_pair)
             query = multiply(key, Complex(gate * jnp.cos(angle), -gate * jnp.sin(angle)))
         else:
             query = Complex(gate * key.re, gate * key.im)
         key = Complex(*(jnp.broadcast_to(part, query.re.shape) for part in key))
         return self._to_reals(query), self._to_reals(key)
+
+    def _initial_angles(self, key: Array, shape: tuple[int, ...]) -> Array:
+        """Normal angles; zero for similarity heads, which are to compare a token with its like."""
+        angles = self.score_angle * jax.random.normal(key, shape, jnp.float32)
+        similarity = np.arange(self.num_heads)[:, None] < self.similarity_heads
+        return jnp.where(similarity, 0.0, angles.reshape(self.num_heads, -1)).reshape(shape)
 
     def _content_gated(self, z: Complex, pairs: int) -> list[Complex]:
         compared = self._compared(z)

@@ -227,8 +227,8 @@ class ExperimentConfig:
       data, optimizer, training, evaluation, checkpoints: see their classes.
       mirror_dir: bucket (``gs://BUCKET/runs``) or folder that keeps a copy of the run's folder
         under the same name; empty for no copy.
-      match: model whose number of parameters ``with_vocabulary`` gives ``model``, by the width of
-        its feed-forward; None to leave that as it is.
+      match: model whose number of parameters ``with_vocabulary`` gives to ``model``, by the width
+        of its feed-forward; None to leave that as it is.
     """
 
     name: str

@@ -59,7 +59,7 @@ def test_measured_once_and_remembered_beside_the_compilation_cache(machine, tmp_
         json.dumps(dict.fromkeys(json.loads((tmp_path / FILE).read_text()), "xla"))
     )
     assert choose(mesh) == "xla"
-    file.write_text("{")
+    (tmp_path / FILE).write_text("{")
     assert choose(mesh) == "pallas"
 
 

@@ -176,28 +176,18 @@ def _mean_gradient(
     return jax.tree.map(lambda x: x / accumulation_steps, total)
 
 
-def make_train_steps(
+Gradient = Callable[[Any, Array, Array], tuple[Array, Any]]
+"""A function of parameters, windows and the step that returns the mean loss and its gradient."""
+
+
+def _make_gradient(
     model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    *,
     mesh: Mesh,
-    context: int,
-    placement: Literal["resident", "host"],
-    accumulation_steps: int = 1,
-    log_every: int,
-    layout: Layout = "replicated",
-    dropout_seed: int | None = None,
-) -> jax.stages.Wrapped:
-    """Compiles K steps into one call, which donates its input state.
-
-    With a ``dropout_seed`` the model drops out; each step and device draws from a key of its own,
-    made of the seed and the step, so that a resumed run draws what an uninterrupted one does.
-
-    Returns:
-      For ``resident``: ``(state, corpus unsigned[n], starts int32[K, B]) -> (state, report)``;
-      windows are gathered inside. For ``host``: ``(state, windows unsigned[K, B, L + 1]) -> (state,
-      report)``. The ``DispatchMetrics`` is a copy, so it stays valid when the state is donated.
-    """
+    layout: Layout,
+    accumulation_steps: int,
+    dropout_seed: int | None,
+) -> Gradient:
+    """Returns a function of the loss and gradient of a batch over all devices."""
 
     def divided(leaf: Array) -> int | None:
         return divided_axis(leaf.shape, mesh.size, layout)
@@ -225,6 +215,14 @@ def make_train_steps(
             check_vma=False,
         )(params, windows, step)
 
+    return loss_and_gradient
+
+
+def _make_step(
+    optimizer: optax.GradientTransformation, loss_and_gradient: Gradient, log_every: int
+) -> Callable[[TrainState, Array], tuple[TrainState, Array]]:
+    """Returns a function of one optimizer step, which skips a batch that is not finite."""
+
     def one_step(state: TrainState, windows: Array) -> tuple[TrainState, Array]:
         loss, gradient = loss_and_gradient(state.params, windows, state.step)
         grad_norm = optax.tree.norm(gradient)
@@ -247,41 +245,54 @@ def make_train_steps(
         )
         return TrainState(state.step + 1, params, opt_state, tally), loss
 
-    def report(state: TrainState, losses: Array) -> tuple[TrainState, DispatchMetrics]:
+    return one_step
+
+
+def make_train_steps(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    context: int,
+    placement: Literal["resident", "host"],
+    accumulation_steps: int = 1,
+    log_every: int,
+    layout: Layout = "replicated",
+    dropout_seed: int | None = None,
+) -> jax.stages.Wrapped:
+    """Compiles K steps into one call, which donates its input state.
+
+    With a ``dropout_seed`` the model drops out; each step and device draws from a key of its own,
+    made of the seed and the step, so that a resumed run draws what an uninterrupted one does.
+
+    Returns:
+      For ``resident``: ``(state, corpus unsigned[n], starts int32[K, B]) -> (state, report)``;
+      windows are gathered inside. For ``host``: ``(state, windows unsigned[K, B, L + 1]) -> (state,
+      report)``. The ``DispatchMetrics`` is a copy, so it stays valid when the state is donated.
+    """
+    gradient = _make_gradient(model, mesh, layout, accumulation_steps, dropout_seed)
+    one_step = _make_step(optimizer, gradient, log_every)
+
+    def train_steps(state: TrainState, *inputs: Array) -> tuple[TrainState, DispatchMetrics]:
+        def resident_step(state: TrainState, starts: Array) -> tuple[TrainState, Array]:
+            return one_step(state, gather_windows(inputs[0], starts, context))
+
+        step = resident_step if placement == "resident" else one_step
+        state, losses = jax.lax.scan(step, state, inputs[-1])
         return state, DispatchMetrics(**vars(state.tally), losses=losses)
 
     everywhere, by_rows = replicated(mesh), by_step_and_row(mesh)
-    options = compiler_options(mesh)
     of_state = everywhere
     if layout == "sharded":
         like = abstract_state(model, optimizer, mesh=mesh, layout=layout)
         of_state = jax.tree.map(lambda leaf: leaf.sharding, like)
-
-    if placement == "resident":
-
-        def resident_steps(state: TrainState, corpus: Array, starts: Array) -> Any:
-            def body(state: TrainState, starts: Array) -> tuple[TrainState, Array]:
-                return one_step(state, gather_windows(corpus, starts, context))
-
-            return report(*jax.lax.scan(body, state, starts))
-
-        return jax.jit(
-            resident_steps,
-            in_shardings=(of_state, everywhere, by_rows),
-            out_shardings=(of_state, everywhere),
-            donate_argnums=0,
-            compiler_options=options,
-        )
-
-    def host_steps(state: TrainState, windows: Array) -> Any:
-        return report(*jax.lax.scan(one_step, state, windows))
-
+    of_inputs = (everywhere, by_rows) if placement == "resident" else (by_rows,)
     return jax.jit(
-        host_steps,
-        in_shardings=(of_state, by_rows),
+        train_steps,
+        in_shardings=(of_state, *of_inputs),
         out_shardings=(of_state, everywhere),
         donate_argnums=0,
-        compiler_options=options,
+        compiler_options=compiler_options(mesh),
     )
 
 

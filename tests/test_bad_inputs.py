@@ -246,7 +246,7 @@ CASES = [
     Case(
         "heads that do not divide the phases",
         f"{FRESH} --config.model.num_heads=3",
-        "config.model.num_heads must divide num_phases; got 3 heads and 8 phases",
+        "config.model.num_heads must divide the number of phases (8); got 3",
     ),
     Case(
         "a transformer's width that its heads do not divide",

@@ -61,7 +61,11 @@ class Instruction:
 
 def step_instructions(text: str) -> list[Instruction]:
     """The instructions of the step: the longest computation that is not the inside of a fusion."""
-    computations = [c for c in re.split(r"\n(?=%|ENTRY)", text) if "fused" not in c.split("(")[0]]
+    computations = [
+        c
+        for c in re.split(r"\n(?=%|ENTRY)", text)[1:]  # after the head of the module
+        if "fused" not in c.split("(")[0]
+    ]
     step = max(computations, key=lambda computation: computation.count("\n"))
     shapes: dict[str, str] = {}
     found = []

@@ -153,6 +153,7 @@ def unfold_sum(
       head of ``z`` stands for all. The update of the phases is its imaginary part.
     """
     num_harmonics, num_heads = kappa.re.shape[1:3]
+    total = total.astype(jnp.float32)
     at_rest = (part[0].sum(axis=0) for part in kappa)
     if z.re.shape[1] == num_heads:
         re, im = (self_weight[..., None] * part[None, :, None, :] for part in at_rest)

@@ -67,15 +67,7 @@ def inspect(
         steps = train_steps_of(experiment, model, optimizer, mesh)
         memory |= _compiled_memory(steps, state, inputs)
     parameters = [
-        {
-            "path": name,
-            "shape": leaf.shape,
-            "dtype": leaf.dtype.name,
-            "size": math.prod(leaf.shape),
-            "group": group_of(name.split("/")),
-            "sharding": _sharding(leaf),
-        }
-        for name, leaf in flatten_dict(state.params, sep="/").items()
+        _parameter(name, leaf) for name, leaf in flatten_dict(state.params, sep="/").items()
     ]
     per_token = experiment.model.flops_per_token(experiment.data.context)
     per_step, steps_of_run = experiment.characters_per_step, experiment.training.num_steps
@@ -99,6 +91,17 @@ def inspect(
         "epochs": window_order(experiment, corpus).epoch(steps_of_run),
         "data_sha256": corpus.sha256,
         "config": experiment.to_dict(),
+    }
+
+
+def _parameter(name: str, leaf: Any) -> dict[str, Any]:
+    return {
+        "path": name,
+        "shape": leaf.shape,
+        "dtype": leaf.dtype.name,
+        "size": math.prod(leaf.shape),
+        "group": group_of(tuple(name.split("/"))),
+        "sharding": _sharding(leaf),
     }
 
 

@@ -170,11 +170,11 @@ def _by_shape(
         return "x".join(map(str, sorted(sides(leaf))))
 
     def stacked(tree: Any) -> dict[str, Array]:
-        alike: dict[str, list[Array]] = {}
+        by_shape: dict[str, list[Array]] = {}
         for leaf in jax.tree.leaves(tree):
             (rows, columns), matrix = sides(leaf), leaf.reshape(sides(leaf))
-            alike.setdefault(shape_of(leaf), []).append(matrix if rows <= columns else matrix.T)
-        return placed({shape: jnp.stack(group) for shape, group in alike.items()}, shares)
+            by_shape.setdefault(shape_of(leaf), []).append(matrix if rows <= columns else matrix.T)
+        return placed({shape: jnp.stack(group) for shape, group in by_shape.items()}, shares)
 
     def unstacked(stacks: dict[str, Array], like: Any) -> Any:
         left = {shape: iter(stack) for shape, stack in placed(stacks, P()).items()}

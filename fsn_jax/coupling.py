@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Complex64, Float, Int
 
 from fsn_jax.recompute import match_varying_axes
-from fsn_jax.torus import Complex, multiply, powers
+from fsn_jax.torus import Complex, in_float32, multiply, powers
 
 
 def coupling_update(
@@ -121,6 +121,34 @@ def fold_values(
       For each harmonic the real and then the imaginary parts, side by side. The last position has
       no successor, and a strictly causal sum never asks for it.
     """
+    z = in_float32(z)
+    return jax.lax.platform_dependent(z, kappa, follows, cpu=_fold_rows, default=_fold_parts)
+
+
+def _fold_parts(z: Complex, kappa: Complex, follows: Array | None) -> Array:
+    """``fold_values`` number by number: GPUs and TPUs read the phasors once and write the values.
+
+    All that is put together is the result, so nothing as wide as the values is read.
+    """
+    num_delays, num_harmonics = kappa.re.shape[:2]
+    parts = []
+    for m, zm in enumerate(powers(z, num_harmonics)):
+        waves = [zm]
+        if num_delays == 2:
+            successor = _shift(zm)
+            if follows is not None:
+                successor = Complex(successor.re * follows, successor.im * follows)
+            waves.append(successor)
+        by_delay = [
+            multiply(Complex(*(part[tau, m][None, :, None] for part in kappa)), wave)
+            for tau, wave in enumerate(waves)
+        ]
+        parts += [functools.reduce(jnp.add, part) for part in zip(*by_delay, strict=True)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _fold_rows(z: Complex, kappa: Complex, follows: Array | None) -> Array:
+    """``fold_values`` row by row, for CPUs."""
     num_delays, num_harmonics = kappa.re.shape[:2]
     wave = _wave(z, num_harmonics)
     waves = [wave]
@@ -153,7 +181,7 @@ def unfold_sum(
       head of ``z`` stands for all. The update of the phases is its imaginary part.
     """
     num_harmonics, num_heads = kappa.re.shape[1:3]
-    total = total.astype(jnp.float32)
+    z, total = in_float32(z), total.astype(jnp.float32)
     at_rest = (part[0].sum(axis=0) for part in kappa)
     if z.re.shape[1] == num_heads:
         re, im = (self_weight[..., None] * part[None, :, None, :] for part in at_rest)

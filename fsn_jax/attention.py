@@ -169,7 +169,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         return self._gather(unfold_sum(zh, summed.total, summed.self_weight, kappa))
 
     def _fold(self, z: Complex, kappa: Complex, follows: Array | None) -> Array:
-        return fold_values(z, kappa, follows).astype(self.dtype)
+        return fold_values(z, kappa, follows, self.dtype)
 
     def extend(
         self,

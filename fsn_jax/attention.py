@@ -26,7 +26,7 @@ from fsn_jax.coupling import (
 )
 from fsn_jax.fields import CouplingFields, documented
 from fsn_jax.recompute import recomputed
-from fsn_jax.torus import Complex
+from fsn_jax.torus import Complex, kept_in
 
 
 def initial_kernel(layer: CouplingFields, num_phases: int) -> np.ndarray:
@@ -162,11 +162,14 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
             self._sow_entropy(query, key, segment_ids)
             attention = attention_weights(query, key, segment_ids)
             return self._reference(theta, attention, kappa, segment_ids)
-        kappa, zh = self._kappa_by_head(kappa), self._coupled(z)
+        kappa, zh = self._kappa_by_head(kappa), self._coupled(kept_in(z, self.dtype))
         follows = None if segment_ids is None else next_in_segment(segment_ids)[:, None, :, None]
-        value = recomputed(fold_values)(zh, kappa, follows).astype(self.dtype)
+        value = recomputed(self._fold)(zh, kappa, follows)
         summed = self._causal_sum(query, key, value, segment_ids, include_self=False)
         return self._gather(unfold_sum(zh, summed.total, summed.self_weight, kappa))
+
+    def _fold(self, z: Complex, kappa: Complex, follows: Array | None) -> Array:
+        return fold_values(z, kappa, follows, self.dtype)
 
     def extend(
         self,

@@ -16,6 +16,7 @@ before the imaginary part is taken. ``fold_values`` and
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Complex64, Float, Int
 
 from fsn_jax.recompute import match_varying_axes
-from fsn_jax.torus import Complex, multiply, powers
+from fsn_jax.torus import Complex, in_float32, multiply, powers
 
 
 def coupling_update(
@@ -104,7 +105,10 @@ def next_in_segment(segment_ids: Int[Array, "B L"]) -> Float[Array, "B L"]:
 
 
 def fold_values(
-    z: Complex, kappa: Complex, follows: Float[Array, "B 1 L 1"] | None = None
+    z: Complex,
+    kappa: Complex,
+    follows: Float[Array, "B 1 L 1"] | None = None,
+    dtype: str = "float32",
 ) -> Float[Array, "B H L twoMP"]:
     """Folds the kernel into the values: ``v[u, m] = kappa[0, m] z_u**m + kappa[1, m] z_{u+1}**m``.
 
@@ -116,11 +120,48 @@ def fold_values(
         they couple the same phases.
       kappa: the kernel by head, ``[T, M, H, P]``.
       follows: ``next_in_segment``; None: all tokens of a row are in one segment.
+      dtype: of the result; the sums are float32.
 
     Returns:
       For each harmonic the real and then the imaginary parts, side by side. The last position has
       no successor, and a strictly causal sum never asks for it.
     """
+    z = in_float32(z)
+
+    def rows(*arrays: Any) -> Array:
+        return _fold_rows(*arrays).astype(dtype)
+
+    def parts(*arrays: Any) -> Array:
+        # Cast before they are put together: no cotangent as wide as the values is float32.
+        return jnp.concatenate([part.astype(dtype) for part in _fold_parts(*arrays)], axis=-1)
+
+    return jax.lax.platform_dependent(z, kappa, follows, cpu=rows, default=parts)
+
+
+def _fold_parts(z: Complex, kappa: Complex, follows: Array | None) -> list[Array]:
+    """The values of ``fold_values`` by harmonic and real or imaginary part, for GPUs and TPUs.
+
+    Nothing is put together on the way, so the phasors are read once and the values written.
+    """
+    num_delays, num_harmonics = kappa.re.shape[:2]
+    parts = []
+    for m, zm in enumerate(powers(z, num_harmonics)):
+        waves = [zm]
+        if num_delays == 2:
+            successor = _shift(zm)
+            if follows is not None:
+                successor = Complex(successor.re * follows, successor.im * follows)
+            waves.append(successor)
+        by_delay = [
+            multiply(Complex(*(part[tau, m][None, :, None] for part in kappa)), wave)
+            for tau, wave in enumerate(waves)
+        ]
+        parts += [functools.reduce(jnp.add, part) for part in zip(*by_delay, strict=True)]
+    return parts
+
+
+def _fold_rows(z: Complex, kappa: Complex, follows: Array | None) -> Array:
+    """``fold_values`` row by row, for CPUs."""
     num_delays, num_harmonics = kappa.re.shape[:2]
     wave = _wave(z, num_harmonics)
     waves = [wave]
@@ -153,11 +194,13 @@ def unfold_sum(
       head of ``z`` stands for all. The update of the phases is its imaginary part.
     """
     num_harmonics, num_heads = kappa.re.shape[1:3]
+    z = in_float32(z)
     at_rest = (part[0].sum(axis=0) for part in kappa)
     if z.re.shape[1] == num_heads:
         re, im = (self_weight[..., None] * part[None, :, None, :] for part in at_rest)
     else:
-        total = functools.reduce(jnp.add, jnp.split(total, num_heads, axis=1))
+        by_head = jnp.split(total.astype(jnp.float32), num_heads, axis=1)
+        total = functools.reduce(jnp.add, by_head)
         re, im = (jnp.einsum("bht,hp->btp", self_weight, part)[:, None] for part in at_rest)
     return _add_seen(Complex(re, im), z, _by_harmonic(total, num_harmonics))
 
@@ -171,7 +214,7 @@ def _by_harmonic(sums: Array, num_harmonics: int) -> list[Complex]:
 def _add_seen(field: Complex, z: Complex, sums: list[Complex]) -> Complex:
     """Adds ``sum_m z**-m sums[m]``: mean fields as they are seen from the phases of ``z``."""
     re, im = field
-    for zm, mean in zip(powers(z, len(sums)), sums, strict=True):
+    for zm, mean in zip(powers(z, len(sums)), map(in_float32, sums), strict=True):
         re += zm.re * mean.re + zm.im * mean.im
         im += zm.re * mean.im - zm.im * mean.re
     return Complex(re, im)

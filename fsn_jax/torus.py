@@ -94,6 +94,16 @@ def token_phasor(theta: Float[Array, "B L N"]) -> Complex:
     return phasor(theta)
 
 
+def in_float32(z: Complex) -> Complex:
+    """The same numbers in float32, from whatever dtype they were kept in."""
+    return Complex(z.re.astype(jnp.float32), z.im.astype(jnp.float32))
+
+
+def kept_in(z: Complex, dtype: str) -> Complex:
+    """Numbers of magnitude about one as they are kept between operations: half the traffic."""
+    return Complex(z.re.astype(dtype), z.im.astype(dtype))
+
+
 def multiply(x: Complex, y: Complex) -> Complex:
     """Multiplies complex numbers elementwise, with broadcasting."""
     return Complex(x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re)

@@ -1,6 +1,7 @@
 """Writes what a finished run leaves: a summary, the loss curve, a sample of text."""
 
 import json
+import shlex
 from typing import Any
 
 from train.analysis.figures import loss_curve
@@ -63,9 +64,17 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
     )
     print(f"\n{text.decode(errors='replace')}\n")
     print(f"curve     {run.path / 'loss.png'}")
-    print(f"evaluate  python -m train evaluate {run.path}     (the whole validation split)")
-    print(f"sample    python -m train sample {run.path} --prompt 'The '")
-    print(f"watch     tensorboard --logdir {run.path.parent}")
+    folder = shlex.quote(str(run.path))
+    print(f"evaluate  python -m train evaluate {folder}     (the whole validation split)")
+    print(f"sample    python -m train sample {folder} --prompt {shlex.quote(_prompt(corpus))}")
+    print(f"watch     tensorboard --logdir {shlex.quote(str(run.path.parent))}")
+
+
+def _prompt(corpus: Corpus) -> str:
+    """A prompt for the command that is shown, of characters that the corpus has."""
+    values = corpus.vocabulary.values.tolist()
+    shown = [chr(value) for value in values if 32 < value < 127]
+    return "The " if {*b"The "} <= {*values} or not shown else shown[0]
 
 
 def _sample(

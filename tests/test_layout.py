@@ -107,7 +107,7 @@ def test_only_the_end_of_a_run_and_the_ladder_import_the_analysis():
     assert importers == {"train.finish", "train.ladder"}
 
 
-def test_the_library_reads_no_files_but_those_of_a_pretrained_model():
+def test_the_library_reads_no_files_but_pretrained_models():
     calls = {"open", "read_text", "write_text", "read_bytes", "write_bytes"}
     for module, file in FILES.items():
         if is_in(module, "fsn_jax") and module != "fsn_jax.hub":

@@ -267,8 +267,8 @@ CASES = [
     Case(
         "an unknown score",
         f"{FRESH} --config.model.score=dot",
-        "config.model.score must be one of 'gated', 'content_gated', 'projected', 'none'; got "
-        "'dot'",
+        "config.model.score must be one of 'gated', 'content_gated', 'projected', 'none'; "
+        "got 'dot'",
     ),
     Case(
         "an unknown architecture",

@@ -25,16 +25,17 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import hlo, listings, machines
-from fsn_jax import FSNConfig
 from fsn_jax.causal import causal_sum
 from fsn_jax.kernels.tpu import block_size
-from train.config import ExperimentConfig, ModelConfig
+from train.config import ExperimentConfig
 from train.flags import load_config
+from train.kernel_choice import sum_widths
+from train.loop import model_for
 from train.mesh import by_step_and_row, data_mesh, replicated
 from train.optimizer import make_optimizer
 from train.program import Arguments, run_program
 from train.provenance import git_state, package_versions
-from train.step import abstract_state, build_model, make_train_steps
+from train.step import abstract_state, make_train_steps
 
 DEFAULT_OUTPUT = Path("results/compiled.jsonl")
 
@@ -51,6 +52,7 @@ class Case:
       implementation: of the causal sum, ``auto`` for what a run would take.
       measure: ``step`` (a train step), or ``sum`` (the causal sum and its gradient alone).
       length: context; 0 for that of the configuration.
+      layers: blocks of the model; 0 for those of the configuration.
     """
 
     machine: str
@@ -60,6 +62,7 @@ class Case:
     implementation: str
     measure: str = "step"
     length: int = 0
+    layers: int = 0
 
 
 def experiment_of(case: Case) -> ExperimentConfig:
@@ -67,6 +70,8 @@ def experiment_of(case: Case) -> ExperimentConfig:
     config = load_config(f"{case.config}:{case.arm}")
     config.model.dtype = case.dtype
     config.model.implementation = case.implementation
+    if case.layers:
+        config.model.num_layers = case.layers
     if case.length:
         tokens = config.data.context * config.training.batch_size
         config.data.context = case.length
@@ -74,17 +79,10 @@ def experiment_of(case: Case) -> ExperimentConfig:
     return ExperimentConfig.from_config_dict(config)
 
 
-def sum_widths(model: ModelConfig) -> tuple[int, int]:
-    """E and G of a model's causal sum."""
-    if isinstance(model, FSNConfig):
-        return 2 * model.score_pairs, 2 * model.num_harmonics * model.phases_per_kernel
-    return model.width // model.num_heads, model.width // model.num_heads
-
-
 def lowered_step(experiment: ExperimentConfig, devices: list[jax.Device]) -> jax.stages.Lowered:
     """The train step of a run with a resident corpus of the size of enwik8's."""
     mesh, training = data_mesh(devices), experiment.training
-    model = build_model(experiment.model)
+    model = model_for(experiment, mesh)
     optimizer = make_optimizer(experiment.optimizer, training.num_steps, mesh=mesh)
     steps = make_train_steps(
         model,
@@ -142,6 +140,10 @@ def measure(case: Case, dumps: Path) -> dict[str, Any]:
         "length": length,
         "batch_size": experiment.training.batch_size,
         "devices": len(devices) if case.measure == "step" else 1,
+        "sums": experiment.training.batch_size
+        * experiment.model.num_heads
+        * (experiment.model.num_layers if case.measure == "step" else 1)
+        / (len(devices) if case.measure == "step" else 1),
         "params": experiment.model.num_params(),
         "trace_seconds": round(traced - began, 1),
         "compile_seconds": round(seconds, 1),
@@ -150,7 +152,7 @@ def measure(case: Case, dumps: Path) -> dict[str, Any]:
         "fused_kernels": text.count('custom_call_target="tpu_custom_call"')
         + text.count('custom_call_target="__gpu$xla.gpu.triton"'),
     }
-    row |= _gpu_figures(step, dumps) if gpu else _tpu_figures(row, experiment, step, dumps)
+    row |= _gpu_figures(step, dumps) if gpu else _tpu_figures(row, step, dumps)
     return row | {"packages": package_versions(), "git": git_state()}
 
 
@@ -166,40 +168,52 @@ def _gpu_figures(step: list[hlo.Instruction], dumps: Path) -> dict[str, Any]:
     }
 
 
-def _tpu_figures(
-    row: dict[str, Any], experiment: ExperimentConfig, step: list[hlo.Instruction], dumps: Path
-) -> dict[str, Any]:
+def _tpu_figures(row: dict[str, Any], step: list[hlo.Instruction], dumps: Path) -> dict[str, Any]:
     by_part = hlo.cycles_by_part(step)
     figures: dict[str, Any] = {"xla_cycles": sum(by_part.values()), "cycles_by_part": by_part}
-    if row["fused_kernels"]:
-        length, model = row["length"], experiment.model
-        num_blocks = math.ceil(length / block_size(length))
-        of_head = {name: listings.tpu_cycles(dumps, name, num_blocks) for name in listings.KERNELS}
-        heads = row["batch_size"] * model.num_heads / row["devices"]
-        layers = model.num_layers if row["measure"] == "step" else 1
-        figures["kernel_cycles_of_a_head"] = of_head
-        figures["kernel_cycles"] = math.ceil(heads * layers * sum(of_head.values()))
-    figures["cycles"] = figures["xla_cycles"] + figures.get("kernel_cycles", 0)
+    if row["measure"] == "sum" and row["fused_kernels"]:
+        num_blocks = math.ceil(row["length"] / block_size(row["length"]))
+        figures["kernel_cycles"] = {
+            name: listings.tpu_cycles(dumps, name, num_blocks) for name in listings.KERNELS
+        }
     return figures
+
+
+def total_cycles(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> int | None:
+    """A TPU row's cycles: of XLA's program, and of the fused kernels in it for a core's heads.
+
+    Those of a step's kernels are in the row of the sum alone; None if that is not among ``rows``.
+    """
+    if "xla_cycles" not in row or not row["fused_kernels"]:
+        return row.get("xla_cycles")
+    same = ("machine", "arm", "dtype", "length", "config")
+    alone = [
+        other["kernel_cycles"]
+        for other in rows
+        if "kernel_cycles" in other and all(other[key] == row[key] for key in same)
+    ]
+    if not alone:
+        return None
+    return int(row["xla_cycles"] + row["sums"] * sum(alone[-1].values()))
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown, steps first."""
     head = (
-        "machine", "arm", "dtype", "sum", "length", "cycles", "in kernels", "GB", "kernels",
+        "machine", "arm", "dtype", "sum", "length", "cycles", "a head's sum", "GB", "kernels",
         "collectives", "spills", "compile s",
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in sorted(rows, key=lambda row: row["measure"] != "step"):
-        fused = row.get("fused", [])
+        fused, cycles = row.get("fused", []), total_cycles(row, rows)
         cells = (
             row["machine"],
             row["arm"] if row["measure"] == "step" else f"{row['arm']}, sum alone",
             row["dtype"],
             row["implementation"],
             row["length"],
-            f"{row['cycles']:,}" if "cycles" in row else "",
-            f"{row['kernel_cycles']:,}" if "kernel_cycles" in row else "",
+            "" if cycles is None else f"{cycles:,}",
+            f"{sum(row['kernel_cycles'].values()):,}" if "kernel_cycles" in row else "",
             f"{row['bytes'] / 1e9:.2f}" if "bytes" in row else "",
             row.get("kernels", ""),
             ", ".join(f"{n} {kind}" for kind, n in row["collectives"].items()),
@@ -223,6 +237,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--implementations", default="xla,pallas", help="of the causal sum")
     p.add_argument("--measure", default="step", choices=("step", "sum"))
     p.add_argument("--lengths", default="0", help="contexts; 0 is the configuration's")
+    p.add_argument("--layers", default=0, type=int, help="fewer blocks, for a quick look")
     p.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="rows are added to it")
     p.add_argument("--table", action="store_true", help="only print the rows of --output")
     return p.parse_args(argv)
@@ -233,7 +248,16 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     named = (options.machines, options.arms, options.dtypes, options.implementations)
     combinations = itertools.product(*(text.split(",") for text in (*named, options.lengths)))
     return [
-        Case(machine, options.config, arm, dtype, implementation, options.measure, int(length))
+        Case(
+            machine,
+            options.config,
+            arm,
+            dtype,
+            implementation,
+            options.measure,
+            int(length),
+            options.layers,
+        )
         for machine, arm, dtype, implementation, length in combinations
     ]
 
@@ -246,7 +270,7 @@ def program(argv: Sequence[str]) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         dumps = Path(folder) / "dumps"
-        machines.prepare(dumps)
+        machines.prepare(dumps if options.measure == "sum" else None)
         rows = []
         for case in cases_of(options):
             rows.append(measure(case, dumps))

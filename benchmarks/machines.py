@@ -73,18 +73,21 @@ def is_gpu(machine: str) -> bool:
     return machine in GPUS
 
 
-def prepare(dumps: Path) -> None:
-    """Tells both compilers where to leave listings; call it before JAX starts.
+def prepare(listings: Path | None) -> None:
+    """Sets both compilers up; call it before JAX starts.
 
-    The packages of ``benchmarks/requirements-compiled.txt`` may be anywhere on ``sys.path``.
+    Args:
+      listings: where libtpu leaves the schedule of every kernel, which takes long for a whole step.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a server for its TPU
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    os.environ["LIBTPU_INIT_ARGS"] = (
-        f"--xla_mosaic_dump_to={dumps} --xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true"
-    )
+    if listings:
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_mosaic_dump_to={listings} --xla_jf_dump_to={listings} "
+            "--xla_jf_dump_llo_text=true"
+        )
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_gpu_autotune_level=0"]
     nvcc = nvcc_folder()
     if nvcc:

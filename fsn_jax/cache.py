@@ -57,7 +57,11 @@ class LayerCache:
     def before(
         self, position: Int[Array, ""], num_tokens: int, segment_ids: Int[Array, "B S"] | None
     ) -> Float[Array, "B S D"]:
-        """The states of the tokens before those at ``position`` and on, as ``shifted`` has them."""
+        """The states of the tokens before those at ``position`` and on, as ``shifted`` has them.
+
+        Raises:
+          ValueError: the cache holds no states.
+        """
         if self.state is None:
             raise ValueError("this cache holds no states")
         rows = jnp.pad(self.state, ((0, 0), (1, 0), (0, 0)))

@@ -26,6 +26,10 @@ from fsn_jax.vocabulary import Vocabulary
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = 1
+CONFIGS: dict[str, type[FSNConfig] | type[TransformerConfig]] = {
+    "fsn": FSNConfig,
+    "transformer": TransformerConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +127,8 @@ def load(folder: str | Path) -> Pretrained:
         config = json.loads((folder / CONFIG).read_text())
         if config["format"] != FORMAT:
             raise ValueError(f"format {config['format']}, not {FORMAT}")
-        model = _build(config["model_type"], config["model"])
+        kind = CONFIGS[config["model_type"]]
+        settings = kind(**recorded_fields(kind, config["model"]))
         words = config["vocabulary"]
         vocabulary = Vocabulary.from_text(words["values"], words["unit"])
         context, corpus_name = int(config["context"]), str(words["of"])
@@ -133,6 +138,7 @@ def load(folder: str | Path) -> Pretrained:
         arrays = safetensors.numpy.load_file(folder / WEIGHTS)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}); export it again") from error
+    model = FSN(settings) if isinstance(settings, FSNConfig) else Transformer(settings)
     params = _params(arrays, model, folder / WEIGHTS)
     return Pretrained(model, params, vocabulary, context, corpus_name)
 
@@ -148,14 +154,6 @@ def flat_params(params: Any) -> dict[str, Any]:
         ".".join(entry.key for entry in path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
     }
-
-
-def _build(kind: str, fields: Mapping[str, Any]) -> FSN | Transformer:
-    if kind == "fsn":
-        return FSN(FSNConfig(**recorded_fields(FSNConfig, fields)))
-    if kind == "transformer":
-        return Transformer(TransformerConfig(**recorded_fields(TransformerConfig, fields)))
-    raise ValueError(f"model_type {kind!r}")
 
 
 def _params(arrays: Mapping[str, np.ndarray], model: FSN | Transformer, file: Path) -> Any:

@@ -204,6 +204,16 @@ CASES = [
         "--config=FILE is needed, for instance --config=configs/quickstart.py",
     ),
     Case(
+        "a misspelled group of settings",
+        f"{FRESH} --config.modle.num_layers=2",
+        "there is no setting --config.modle.num_layers; did you mean --config.model.num_layers?",
+    ),
+    Case(
+        "a setting like no other",
+        f"{FRESH} --config.model.temperature=0.1",
+        "there is no setting --config.model.temperature; settings look like --config.seed=1",
+    ),
+    Case(
         "a flag that is no setting",
         f"{FRESH} --steps=100",
         "there is no setting --steps; settings look like --config.seed=1",
@@ -462,6 +472,17 @@ CASES = [
         "with --config.run_dir=FOLDER",
     ),
     Case(
+        "the home folder of nobody",
+        f"{TRAIN} --config.run_dir='~nosuchuser/r'",
+        "config.run_dir=~nosuchuser/r: the home folder of ~nosuchuser is not known; write the path "
+        "out, or set HOME",
+    ),
+    Case(
+        "a path that is too long",
+        f"{FRESH} --config.data.path={'x' * 300}",
+        f"config.data.path={'x' * 80}... cannot be reached (File name too long); name another",
+    ),
+    Case(
         "a file in place of the run folder",
         f"{TRAIN} --config.run_dir=small.py",
         "cannot write to the run folder small.py (File exists); choose another with "
@@ -590,6 +611,25 @@ CASES = [
         "--checkpoint must be best, latest or a step among 10; got '7'",
     ),
     Case(
+        "a checkpoint whose digits are no number",
+        "train evaluate run --checkpoint=²",
+        "--checkpoint must be best, latest or a step among 10; got '²'",
+    ),
+    Case(
+        "evaluating an exported model",
+        "train evaluate run",
+        "run is an exported model, and this takes the run that it was exported from; train sample "
+        "takes either",
+        write("run/model.safetensors", b""),
+    ),
+    Case(
+        "evaluating a run whose data was moved",
+        "train evaluate run",
+        "config.data.path=corpus does not exist: name a file, a folder or a pattern; if the data "
+        "of run has moved, say --data_path",
+        lambda work: shutil.move(work / "corpus", work / "other") and None,
+    ),
+    Case(
         "a stride of evaluation below zero",
         "train evaluate run --stride=-1",
         "--stride must be from 1 to the run's context (16), or 0 for the run's own; got -1",
@@ -652,7 +692,7 @@ CASES = [
     Case(
         "drawing from a negative number of tokens",
         "train sample run --top_k=-1",
-        "--top_k must not be negative; got -1",
+        "--top_k must be from 0 to 2**31 - 1; got -1",
     ),
     Case(
         "a sample of no length",

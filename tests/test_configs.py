@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,16 @@ from small_runs import mesh_of
 
 from configs import ablations, enwik8, ladder, long
 from train.config import ExperimentConfig
-from train.flags import load_config
+from train.errors import UserError
+from train.flags import load_config, parse_config
 from train.ladder import plan
 from train.loop import check_devices, train_steps_of
 from train.optimizer import make_optimizer
 from train.recorded import read_experiment
 from train.step import abstract_state, build_model, init_state
 
-FOLDER = Path(__file__).resolve().parent.parent / "configs"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "configs"
 FILES = sorted(FOLDER.glob("[!_]*.py"))
 ARMS = [
     f"{file}:{arm}" if arm else str(file)
@@ -63,6 +68,51 @@ def steps_of(config: ExperimentConfig, context: int) -> tuple[Any, ...]:
     config = dataclasses.replace(config, data=data)
     step = train_steps_of(config, model, optimizer, mesh_of(1))
     return model, optimizer, step
+
+
+@pytest.mark.parametrize("vocab_size", [2, 100, 205, 256, 3000])
+def test_the_arms_of_ones_own_text_have_one_size_at_its_vocabulary(vocab_size):
+    fsn, transformer = (
+        experiment_of(f"configs/text.py{arm}").with_vocabulary(vocab_size)
+        for arm in ("", ":transformer")
+    )
+    assert transformer.model.num_params() == pytest.approx(fsn.model.num_params(), rel=0.002)
+    assert transformer.model.vocab_size == fsn.model.vocab_size == vocab_size
+    # What is recorded is settled: a run that goes on reads the same.
+    assert transformer.match is None
+    assert read_experiment(json.dumps(transformer.to_dict())) == transformer
+
+
+def test_what_an_arm_is_matched_to_can_be_set_and_must_fit():
+    flags = ["--config=configs/text.py:transformer", "--config.data.path=x"]
+    wider = parse_config(["train", *flags, "--config.match.feedforward_width=400"])
+    narrow = parse_config(["train", *flags]).with_vocabulary(100)
+    assert wider.with_vocabulary(100).model.num_params() > narrow.model.num_params() + 50_000
+    tiny = parse_config(["train", *flags, "--config.model.num_layers=40"])
+    with pytest.raises(UserError, match=r"config\.match cannot be matched: .* fewer than"):
+        tiny.with_vocabulary(100)
+
+
+LOAD = "import sys; from train.flags import load_config; load_config(sys.argv[1])"
+
+
+def test_a_config_may_import_what_lies_beside_it_from_anywhere(tmp_path):
+    """In a process of its own, since here ``configs`` is imported."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").touch()
+    (tmp_path / "configs" / "base.py").write_text("NAME = 'beside'")
+    (tmp_path / "configs" / "own.py").write_text(
+        "from configs.base import NAME\n\ndef get_config():\n    raise ValueError(NAME)\n"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, "../configs/own.py"],
+        cwd=tmp_path / "elsewhere",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert "beside" in done.stderr.splitlines()[-1]
 
 
 def test_there_are_configs():

@@ -166,6 +166,9 @@ def test_the_program_writes_table_json_and_figure(finished_arms, tmp_path, capsy
     assert whole["n"] == 10 * small_runs.CONTEXT
     evaluated = read_run(finished_arms["transformer"]).summary["validation"]["bpc"]
     assert whole["mean"] == pytest.approx(evaluated, rel=0.1)
+    # As many windows as there are, if no number is given and there are fewer than usual.
+    copy_depth.program(["copy_depth", runs[0], "--resamples=100", f"--output={target}"])
+    assert json.loads(target.read_text())["windows"] == 18
 
 
 @pytest.mark.parametrize(
@@ -173,7 +176,7 @@ def test_the_program_writes_table_json_and_figure(finished_arms, tmp_path, capsy
     [
         ("--reference=nobody", "--reference must be one of fsn, transformer"),
         ("--length=17", "--length must be from 1 to the shortest context, 16"),
-        ("--windows=0", "--windows must be from 1"),
+        ("--windows=-1", "--windows must be from 1"),
         ("--output=table.csv", "must be a .json"),
         ("--resamples=99", "--resamples must be at least 100"),
     ],

@@ -1,11 +1,15 @@
 """The programs that read a finished run: evaluation, the final test, sampling."""
 
+import json
 import os
+import shutil
 
 import pytest
 import small_runs
 
 from train import evaluate, final_evaluation, sample
+from train.errors import UserError
+from train.interruption import interruptions
 from train.metrics import read_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -68,6 +72,35 @@ def test_a_sample_depends_on_its_seed_alone(finished, capfdbinary):
     assert text("--seed=1", "--temperature=1.0") == one
     assert text("--seed=2", "--temperature=1.0") != one
     assert text("--seed=1", "--temperature=0") == text("--seed=2", "--temperature=0")
+
+
+def test_a_run_that_was_moved_is_sampled_without_its_data(finished, tmp_path, capfdbinary):
+    run, corpus, _ = finished
+    options = ["--prompt=abc", "--num_tokens=20"]
+    sample.program(["sample", str(run), *options])
+    expected = capfdbinary.readouterr().out
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    config = json.loads((moved / "config.json").read_text())
+    config["data"]["path"] = "gone"
+    (moved / "config.json").write_text(json.dumps(config))
+    sample.program(["sample", str(moved), *options])
+    assert capfdbinary.readouterr().out == expected
+
+    with pytest.raises(UserError, match="gone does not exist: .*has moved, say --data_path"):
+        evaluate.program(["evaluate", str(moved)])
+    evaluate.program(["evaluate", str(moved), f"--data_path={corpus.folder}"])
+    assert b"BPC on" in capfdbinary.readouterr().out
+
+    (moved / "vocabulary.json").unlink()  # a run of an earlier version
+    with pytest.raises(UserError, match="gone does not exist"):
+        sample.program(["sample", str(moved), *options])
+
+
+def test_an_interrupted_sample_ends_with_the_status_of_an_interruption(finished, monkeypatch):
+    monkeypatch.setattr(interruptions, "came", True)
+    with pytest.raises(KeyboardInterrupt):
+        sample.program(["sample", str(finished[0]), "--prompt=abc", "--num_tokens=3"])
 
 
 def test_a_sample_ends_with_the_text_that_stops_it(finished, capfdbinary):

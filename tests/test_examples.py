@@ -49,6 +49,31 @@ def test_one_layer_learns_to_look_up_with_the_delay_and_not_without():
     assert correct["transformer"] < 0.3
 
 
+def test_the_mixer_is_a_transformer_but_for_its_lines():
+    """The transformer that it starts from has at most 60 lines, of which three change."""
+    source = (EXAMPLES / "mixer.py").read_text()
+    model = source[source.index("class Block") : source.index("@functools.partial")]
+    assert len(model.splitlines()) <= 60
+    branch = source.split("        if self.mixer:\n")[1].split("        else:\n")[0]
+    assert len(branch.splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_the_mixer_learns_to_repeat_before_the_transformer(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "examples/mixer.py", "--steps=300", f"--output={tmp_path / 'mixer.png'}"],
+        cwd=EXAMPLES.parent,
+        env={**os.environ, "PYTHONPATH": ".", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    transformer, mixer = done.stdout.splitlines()
+    assert "90% right at step" in mixer and "90% not reached" in transformer
+    assert (tmp_path / "mixer.png").stat().st_size > 10_000
+
+
 @pytest.mark.slow
 def test_the_induction_script_prints_a_line_an_arm():
     done = subprocess.run(

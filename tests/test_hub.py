@@ -13,7 +13,7 @@ import safetensors.numpy
 import small_runs
 
 from fsn_jax.hub import flat_params
-from train import export, sample
+from train import export, sample, standalone_sample
 from train.errors import UserError
 from train.evaluate import Evaluation, append_evaluation
 from train.hub import read_model
@@ -101,6 +101,53 @@ def test_the_run_the_export_and_the_bare_sampler_write_the_same_text(exported, c
     )
     assert done.stdout == expected
     assert len(expected) == 4 + 50 + 1
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--top_k=-3", "--top_k must be from 0 to 2**31 - 1; got -3"),
+        ("--top_k=3000000000", "--top_k must be from 0 to 2**31 - 1; got 3000000000"),
+        ("--seed=-1", "--seed must be from 0 to 2**31 - 1; got -1"),
+        ("--num_tokens=0", "--num_tokens must be at least 1; got 0"),
+        ("--temperature=nan", "--temperature must be finite and not negative; got nan"),
+        ("--top_p=0", "--top_p must be above 0 and at most 1; got 0.0"),
+        ("--prompt=", "--prompt must not be empty: the first character needs one before it"),
+    ],
+)
+def test_the_bare_sampler_refuses_what_the_program_does(monkeypatch, capsys, option, said):
+    assert run_program(sample.program, ["sample", "nowhere", option]) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
+    monkeypatch.setattr(sys, "argv", ["sample.py", option])
+    with pytest.raises(SystemExit) as ended:
+        standalone_sample.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_the_bare_sampler_survives_its_reader_and_names_a_full_disk(exported):
+    _, folder = exported
+    command = [sys.executable, str(folder / "sample.py"), "--prompt=abc", "--num_tokens=40"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (2, b"error: No space left on device\n")
+
+
+def test_an_export_may_be_read_by_whoever_may_read_its_neighbours(exported):
+    modes = {file.stat().st_mode for file in exported[1].iterdir()}
+    assert len(modes) == 1
+
+
+def test_a_program_that_takes_runs_says_what_it_wants_of_an_export(exported):
+    _, folder = exported
+    with pytest.raises(UserError, match=r"is an exported model, .* train sample takes either"):
+        load(folder)
+    with pytest.raises(UserError, match=r"--checkpoint is for a run"):
+        sample.program(["sample", str(folder), "--checkpoint=999"])
 
 
 def test_the_sampler_is_for_every_platform(exported):

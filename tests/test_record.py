@@ -98,12 +98,27 @@ def test_a_figure_draws_a_curve_an_arm_and_a_band_where_there_are_seeds(tmp_path
     monkeypatch.setattr(figures.plt, "close", lambda figure: drawn.append(figure))
     figures.loss_curve(runs, tmp_path / "curve.png")
     (axes,) = drawn[0].axes
+    lowest, highest = axes.get_ylim()
+    assert lowest < 2.0 and highest > 5.0  # of all that is drawn, bands and training too
     curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert curves["fsn, validation, 2 seeds"] == [3.5, 2.5]
     assert curves["transformer, validation"] == [5.0, 4.0]
     assert len(axes.collections) == 2  # the bands of training and validation, of one arm
     heights = axes.collections[1].get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == (2.0, 4.0)
+    monkeypatch.undo()
+    figures.plt.close(drawn[0])
+
+
+def test_a_training_loss_below_every_evaluation_is_in_the_figure(tmp_path, monkeypatch):
+    run = small_runs.write_record(tmp_path, "fsn", curve=(3.0, 2.9))
+    rows = [{"kind": "train", "step": 2, "characters": 2, "bpc": 1.0}]
+    with (run / "metrics.jsonl").open("a") as log:
+        log.writelines(json.dumps(row) + "\n" for row in rows)
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", lambda figure: drawn.append(figure))
+    figures.loss_curve([run], tmp_path / "curve.png")
+    assert drawn[0].axes[0].get_ylim()[0] < 1.0
     monkeypatch.undo()
     figures.plt.close(drawn[0])
 

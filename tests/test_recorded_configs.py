@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from fsn_jax import FSN, FSNConfig, Transformer
 from fsn_jax.config import recorded_fields
-from train.config import ExperimentConfig
+from train.recorded import read_experiment
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 RECORDS = sorted(file.parent for file in RESULTS.rglob("config.json"))
@@ -35,7 +35,7 @@ def leaves_of(config):
 @pytest.mark.parametrize("record", RECORDS, ids=lambda folder: folder.name)
 def test_a_recorded_model_is_built_with_its_parameters(record):
     """The number of all; path and shape of those of the first block, the embedding, the readout."""
-    config = ExperimentConfig.from_json((record / "config.json").read_text()).model
+    config = read_experiment((record / "config.json").read_text()).model
     if (record / "summary.json").is_file():
         summary = json.loads((record / "summary.json").read_text())
         assert config.num_params() == summary["parameters"]

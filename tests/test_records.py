@@ -123,8 +123,13 @@ def test_the_reference_is_named_or_the_only_transformer(tmp_path):
     assert reference_arm(arms, "base") == "base"
     assert reference_arm({"fsn": arms["fsn"]}) == "fsn"
     two = {name: arms[name] for name in ("fsn", "base")}
-    with pytest.raises(UserError, match="--reference must be one of fsn, base; got ''"):
+    with pytest.raises(UserError, match="no transformer among fsn, base: name .*--reference=fsn"):
         reference_arm(two)
+    with pytest.raises(UserError, match="--reference must be one of fsn, base; got 'fns'"):
+        reference_arm(two, "fns")
+    both = {name: arms["transformer"] for name in ("one", "other")}
+    with pytest.raises(UserError, match="more than one transformer among one, other"):
+        reference_arm(both)
 
 
 def test_deviation_is_of_the_sample():

@@ -115,6 +115,33 @@ def test_muon_is_the_same_on_one_device_and_eight(layout):
     assert largest_difference(one.params, fresh().params) > 1e-3
 
 
+def test_dropout_resumes_bit_for_bit():
+    """Five steps in one call, or two and three; another seed draws other masks, none draws none."""
+    model = build_model(dataclasses.replace(TINY_FSN, dropout=0.2))
+
+    def run(seed: int | None, *calls: Any, accumulation_steps: int = 1) -> TrainState:
+        steps = make_train_steps(
+            model,
+            OPTIMIZER,
+            mesh=mesh_of(2),
+            context=CONTEXT,
+            placement="host",
+            accumulation_steps=accumulation_steps,
+            log_every=10,
+            dropout_seed=seed,
+        )
+        state = fresh(num_devices=2)
+        for windows in calls:
+            state, _ = steps(state, windows)
+        return state
+
+    whole = run(3, WINDOWS)
+    assert_equal_trees(run(3, WINDOWS[:2], WINDOWS[2:]), whole)
+    assert largest_difference(run(4, WINDOWS), whole) > 1e-3
+    assert largest_difference(run(3, WINDOWS, accumulation_steps=2), whole) > 1e-3
+    assert_equal_trees(run(None, WINDOWS), five_steps(num_devices=2))
+
+
 def test_the_two_placements_agree_bit_for_bit():
     assert_equal_trees(five_steps(num_devices=8, placement="resident"), five_steps(num_devices=8))
 

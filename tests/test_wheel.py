@@ -22,6 +22,27 @@ assert logits.shape == (2, 5, 7) and bool(jax.numpy.isfinite(logits).all())
 """
 
 
+# The user's own train.py is in the folder, and its name is that of the programs' package.
+PRETRAINED = """
+import dataclasses, json, pathlib
+import jax, numpy, safetensors.numpy
+from fsn_jax import FSN, FSNConfig, hub
+config = FSNConfig(vocab_size=7, num_layers=1, num_phases=8, num_heads=2)
+variables = FSN(config).init(jax.random.key(0), jax.numpy.zeros((1, 2), int))
+pathlib.Path("model").mkdir()
+arrays = {name: numpy.asarray(x) for name, x in hub.flat_params(variables["params"]).items()}
+safetensors.numpy.save_file(arrays, "model/" + hub.WEIGHTS)
+words = {"of": "letters", "unit": "bytes", "values": b"abcdefg".hex()}
+described = {"format": 1, "model_type": "fsn", "model": dataclasses.asdict(config)}
+pathlib.Path("model", hub.CONFIG).write_text(
+    json.dumps({**described, "context": 16, "vocabulary": words})
+)
+trained = hub.load("model")
+assert len(trained.sample("abc", num_tokens=20)) == 20
+assert trained.states("abc").shape == (1, 3, 8) and trained.logits("abc").shape == (1, 3, 7)
+"""
+
+
 def run(*command, cwd):
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -58,6 +79,10 @@ def test_a_wheel_installs_and_runs_from_an_empty_folder(tmp_path):
     (site / "locked.pth").write_text(sysconfig.get_path("purelib") + "\n")
     version = wheel.name.split("-")[1]
     run(python, "-c", FORWARD.replace("VERSION", repr(version)), cwd=empty)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "train.py").write_text("raise RuntimeError('the user has a train.py')\n")
+    run(python, "-c", PRETRAINED, cwd=own)
     assert "--config=configs/quickstart.py" in run(python, "-m", "train", "--help", cwd=empty)
     for name in ("sample", "evaluate", "export", "inspect", "prepare"):
         assert "usage: python -m train" in run(python, "-m", "train", name, "--help", cwd=empty)

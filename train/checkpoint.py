@@ -203,16 +203,18 @@ class Checkpoints:
         damaged = self._damaged | self._find_damaged()
         if not damaged:
             return
-        told = {step: f"{self.folder / str(step)} is damaged ({damaged[step]})" for step in damaged}
+        lines = {
+            step: f"{self.folder / str(step)} is damaged ({damaged[step]})" for step in damaged
+        }
         whole = {int(e.name) for e in self.folder.iterdir() if e.name.isdecimal()} - damaged.keys()
         if not whole:
             raise UserError(
-                f"no checkpoint of the run is whole: {'; '.join(told.values())}; restore one from "
+                f"no checkpoint of the run is whole: {'; '.join(lines.values())}; restore one from "
                 f"a copy, or remove {self.folder.parent} to start again from the beginning"
             )
         aside = self.folder.parent / ASIDE
         aside.mkdir(exist_ok=True)
-        for step, what in told.items():
+        for step, what in lines.items():
             number = sum(entry.name.split("-")[0] == str(step) for entry in aside.iterdir())
             target = aside / (f"{step}-{number}" if number else str(step))
             (self.folder / str(step)).rename(target)

@@ -9,6 +9,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,48 +76,28 @@ def read_model(folder: str | Path) -> Pretrained:
 def model_card(trained: TrainedModel) -> str:
     """Returns the README of an exported model, with the metadata that the hub reads."""
     experiment, corpus = trained.experiment, trained.corpus
-    evaluations = [
+    rows = [
         row
         for row in read_rows(trained.run.path / "evaluations.jsonl")
         if row["step"] == trained.step and row["data_sha256"] == corpus.sha256
-    ]
-    results = [
-        {
-            "task": {"type": "text-generation"},
-            "dataset": {"name": corpus.name, "type": corpus.name, "split": "validation"},
-            "metrics": [
-                {
-                    "type": "bpc",
-                    "name": f"bits per character, context {row['context']}, stride {row['stride']}",
-                    "value": round(row["bpc"], 4),
-                }
-            ],
-        }
-        for row in evaluations[-1:]
     ]
     metadata: dict[str, Any] = {
         "library_name": "fsn_jax",
         "pipeline_tag": "text-generation",
         "tags": ["jax", "flax", "character-level", experiment.architecture],
     }
-    if results:
-        metadata["model-index"] = [{"name": experiment.name, "results": results}]
+    measured = "Not yet evaluated on the whole validation split: `python -m train evaluate RUN`."
+    if rows:
+        metadata["model-index"] = [_model_index(experiment.name, corpus.name, rows[-1])]
+        measured = (
+            f"{rows[-1]['bpc']:.4f} bits per character on {rows[-1]['num_bytes']:,} bytes of "
+            f"validation (context {rows[-1]['context']}, stride {rows[-1]['stride']})."
+        )
     # JSON is YAML: one key a line, each value in JSON.
     header = "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items())
-    kind = (
-        "Frustrated Synchronization Network"
-        if experiment.architecture == "fsn"
-        else ("RoPE-SwiGLU transformer")
-    )
+    kinds = {"fsn": "Frustrated Synchronization Network", "transformer": "RoPE-SwiGLU transformer"}
+    kind = kinds[experiment.architecture]
     unit = "byte values" if corpus.vocabulary.unit == "bytes" else "Unicode characters"
-    measured = (
-        "".join(
-            f"{row['bpc']:.4f} bits per character on {row['num_bytes']:,} bytes of validation "
-            f"(context {row['context']}, stride {row['stride']}).\n"
-            for row in evaluations[-1:]
-        )
-        or "Not yet evaluated on the whole validation split: `python -m train evaluate RUN`.\n"
-    )
     return f"""---
 {header}---
 
@@ -144,3 +125,19 @@ logits = trained.logits("The ")  # [1, L, V]; trained.model and trained.params a
 `python -m train sample .` writes text. Without the package, if `sampler.jax_export` is here:
 `python sample.py --prompt 'The '`, which needs jax, numpy and flatbuffers.
 """
+
+
+def _model_index(name: str, corpus: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the hub's entry of an evaluation on the validation split."""
+    setting = f"context {row['context']}, stride {row['stride']}"
+    metric = {
+        "type": "bpc",
+        "name": f"bits per character, {setting}",
+        "value": round(row["bpc"], 4),
+    }
+    result = {
+        "task": {"type": "text-generation"},
+        "dataset": {"name": corpus, "type": corpus, "split": "validation"},
+        "metrics": [metric],
+    }
+    return {"name": name, "results": [result]}

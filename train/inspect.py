@@ -25,13 +25,13 @@ from train.data.corpus import Corpus
 from train.errors import UserError
 from train.flags import parse_config
 from train.load import open_experiment_corpus
-from train.loop import check_experiment, cpu_devices, train_steps_of, window_order
+from train.loop import check_experiment, cpu_devices, model_for, train_steps_of, window_order
 from train.mesh import by_step_and_row, data_mesh, replicated
 from train.optimizer import DECAYED, group_of, learning_rate_factors, make_optimizer
 from train.program import Arguments, num_cores, start_jax
 from train.provenance import device_description
 from train.run import default_folder
-from train.step import TrainState, abstract_state, build_model
+from train.step import TrainState, abstract_state
 from train.tables import text_table
 
 SHOWN_CHARACTERS = 64
@@ -53,7 +53,7 @@ def inspect(
       What ``--json`` prints. Sizes are numbers of scalars, memory is in bytes on one device, FLOPs
       are the model's own count (``FSNConfig.flops_per_token``).
     """
-    model = build_model(experiment.model)
+    model = model_for(experiment, mesh)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps, mesh=mesh)
     state = abstract_state(model, optimizer, mesh=mesh, layout=experiment.training.layout)
     inputs = _abstract_inputs(experiment, corpus, mesh)
@@ -67,15 +67,7 @@ def inspect(
         steps = train_steps_of(experiment, model, optimizer, mesh)
         memory |= _compiled_memory(steps, state, inputs)
     parameters = [
-        {
-            "path": name,
-            "shape": leaf.shape,
-            "dtype": leaf.dtype.name,
-            "size": math.prod(leaf.shape),
-            "group": group_of(name.split("/")),
-            "sharding": _sharding(leaf),
-        }
-        for name, leaf in flatten_dict(state.params, sep="/").items()
+        _parameter(name, leaf) for name, leaf in flatten_dict(state.params, sep="/").items()
     ]
     per_token = experiment.model.flops_per_token(experiment.data.context)
     per_step, steps_of_run = experiment.characters_per_step, experiment.training.num_steps
@@ -99,6 +91,17 @@ def inspect(
         "epochs": window_order(experiment, corpus).epoch(steps_of_run),
         "data_sha256": corpus.sha256,
         "config": experiment.to_dict(),
+    }
+
+
+def _parameter(name: str, leaf: Any) -> dict[str, Any]:
+    return {
+        "path": name,
+        "shape": leaf.shape,
+        "dtype": leaf.dtype.name,
+        "size": math.prod(leaf.shape),
+        "group": group_of(tuple(name.split("/"))),
+        "sharding": _sharding(leaf),
     }
 
 

@@ -8,7 +8,8 @@ a second time          it ends at once, also in the middle of a compilation
 =====================  ==========================================================================
 
 The status is 130 each time. Python runs a signal's handler between two instructions of the main
-thread, which a compilation can delay by minutes; so a thread of its own hears of the signal, too.
+thread, which a compilation can delay by minutes; so a separate thread is notified of the signal,
+too.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ class Interruptions:
     Attributes:
       came: whether it came since ``listen``.
       listening: whether this process is a program that ``listen`` was called for.
-      kept: tells in words what is kept if the program ends now; "" if there is nothing to tell.
+      kept: returns what is kept if the program ends now, in words; "" if there is nothing to say.
     """
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ All processes of a run execute it in step. The one that opened the run's folder 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +27,7 @@ from train.data.windows import (
 )
 from train.errors import UserError
 from train.evaluate import Evaluator
+from train.kernel_choice import with_implementation
 from train.mesh import by_step_and_row, data_mesh, placed, replicated
 from train.metrics import Metrics, Unwritten
 from train.optimizer import learning_rate, make_optimizer
@@ -59,17 +60,11 @@ class Outcome:
     Attributes:
       state: train state after the last step.
       step: the last step.
-      validation_loss: loss of the last evaluation since this start, in nats per token.
-      best_step: step of the checkpoint with the lowest validation loss.
-      seconds: time from the first step of this start to the last save.
       resumed_from: the step at which this start began.
     """
 
     state: TrainState
     step: int
-    validation_loss: float | None
-    best_step: int | None
-    seconds: float
     resumed_from: int
 
 
@@ -140,6 +135,13 @@ def window_order(experiment: ExperimentConfig, corpus: Corpus) -> WindowOrder:
     )
 
 
+def model_for(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> nn.Module:
+    """The run's model, with the path of the causal sum that is the faster on the mesh."""
+    rows = experiment.training.batch_size // mesh.size // parts_of_batch(experiment, mesh)
+    context = experiment.data.context
+    return build_model(with_implementation(experiment.model, mesh, rows=rows, context=context))
+
+
 def train_steps_of(
     experiment: ExperimentConfig,
     model: nn.Module,
@@ -156,6 +158,7 @@ def train_steps_of(
         accumulation_steps=parts_of_batch(experiment, mesh),
         log_every=experiment.training.log_every,
         layout=experiment.training.layout,
+        dropout_seed=experiment.seed if experiment.model.dropout else None,
     )
 
 
@@ -205,109 +208,152 @@ def _train(
     show_progress: bool,
     profile: TracedSteps | None,
 ) -> Outcome:
-    training = experiment.training
+    num_steps = experiment.training.num_steps
     check_experiment(experiment, corpus, mesh.size)
-    validation = _validation_slice(experiment, corpus)
-    order = window_order(experiment, corpus)
-    model = build_model(experiment.model)
-    optimizer = make_optimizer(experiment.optimizer, training.num_steps, mesh=mesh)
-    rate = learning_rate(experiment.optimizer, training.num_steps)
+    model = model_for(experiment, mesh)
+    optimizer = make_optimizer(experiment.optimizer, num_steps, mesh=mesh)
     train_steps = train_steps_of(experiment, model, optimizer, mesh)
-    validation_bytes = corpus.vocabulary.num_bytes(validation[1:])
-    evaluate = Evaluator(experiment, make_evaluate_rows(model, mesh=mesh), mesh, validation)
-
     first_does(lambda: refuse_lost_checkpoints(run, experiment))
     with Checkpoints(run.checkpoints, experiment.checkpoints) as checkpoints:
-        placed: dict[str, Any] = {"mesh": mesh, "layout": training.layout}
+        placed: dict[str, Any] = {"mesh": mesh, "layout": experiment.training.layout}
         restored = checkpoints.restore_latest(abstract_state(model, optimizer, **placed))
         if restored:
             start, state = restored
         else:
             start, state = 0, init_state(model, optimizer, seed=experiment.seed, **placed)
             write_parameter_table(run, state.params)
-        if start == training.num_steps:
-            return Outcome(
-                state=state,
-                step=start,
-                validation_loss=None,
-                best_step=checkpoints.best(),
-                seconds=0.0,
-                resumed_from=start,
-            )
-        begun_before = run.has_begun
-        write_provenance(run, corpus, resume_step=start)
-        metrics: Metrics | Unwritten = Unwritten()
+        if start < num_steps:
+            begun_before = run.has_begun
+            write_provenance(run, corpus, resume_step=start)
+            loop = _Loop(experiment, corpus, run, checkpoints, mesh, start, show_progress)
+            if start:
+                loop.metrics.say(f"going on from the checkpoint of step {start}")
+            elif begun_before:
+                loop.metrics.say(
+                    "no checkpoint of the run was saved before: it begins again at step 0"
+                )
+            state = loop.run(train_steps, state, preemption, Profiler(run.path, profile))
+        return Outcome(state, num_steps, resumed_from=start)
+
+
+class _Loop:
+    """The steps of one start of a run, with their rows of metrics, evaluations and checkpoints."""
+
+    def __init__(
+        self,
+        experiment: ExperimentConfig,
+        corpus: Corpus,
+        run: RunFolder,
+        checkpoints: Checkpoints,
+        mesh: jax.sharding.Mesh,
+        start: int,
+        show_progress: bool,
+    ):
+        self.experiment, self.corpus, self.run_folder = experiment, corpus, run
+        self.checkpoints, self.mesh, self.start = checkpoints, mesh, start
+        self.order = window_order(experiment, corpus)
+        self.rate = learning_rate(experiment.optimizer, experiment.training.num_steps)
+        limit = experiment.evaluation.num_tokens or None
+        validation = corpus.tokens("validation")[:limit]
+        self.validation_bytes = corpus.vocabulary.num_bytes(validation[1:])
+        rows = make_evaluate_rows(model_for(experiment, mesh), mesh=mesh)
+        self.evaluate = Evaluator(experiment, rows, mesh, validation)
+        self.pending: tuple[int, DispatchMetrics] | None = None
+        self.metrics: Metrics | Unwritten = Unwritten()
         if run.writes:
-            metrics = Metrics(
+            self.metrics = Metrics(
                 run.path,
                 resume_step=start,
-                num_steps=training.num_steps,
+                num_steps=experiment.training.num_steps,
                 characters_per_step=experiment.characters_per_step,
                 show_progress=show_progress,
             )
-        if start:
-            metrics.say(f"going on from the checkpoint of step {start}")
-        elif begun_before:
-            metrics.say("no checkpoint of the run was saved before: it begins again at step 0")
-        profiler = Profiler(run.path, profile)
-        pending: tuple[int, DispatchMetrics] | None = None
-        validation_loss = None
-        began = time.perf_counter()
 
-        def flush() -> None:
-            nonlocal pending
-            if pending is not None:
-                _record(metrics, experiment, order, rate, checkpoints, *pending)
-                pending = None
-
+    def run(
+        self,
+        train_steps: jax.stages.Wrapped,
+        state: TrainState,
+        preemption: Preemption,
+        profiler: Profiler,
+    ) -> TrainState:
+        """Trains to the last step and returns the state after it."""
+        training = self.experiment.training
         try:
-            for step, batch in _batches(experiment, corpus, mesh, order, start):
+            batches = _batches(self.experiment, self.corpus, self.mesh, self.order, self.start)
+            for step, batch in batches:
                 # The order below is fixed: a checkpoint must come after every row of its step is
                 # written, so that a resumed run finds them all and repeats none.
                 with profiler.dispatch(step):
-                    state, report = train_steps(state, *batch)
-                if trace := profiler.after(step, report):
-                    metrics.say(f"trace of the steps up to {step} in {trace}")
-                flush()
-                pending = (step, report)
+                    state, dispatched = train_steps(state, *batch)
+                if trace := profiler.after(step, dispatched):
+                    self.metrics.say(f"trace of the steps up to {step} in {trace}")
+                self._flush()
+                self.pending = (step, dispatched)
                 last = step == training.num_steps
                 stopping = preemption.reached(step - training.steps_per_dispatch, step)
-                evaluating = last or step % experiment.evaluation.every == 0
-                saving = last or stopping or step % experiment.checkpoints.every == 0
-                if evaluating or saving:
-                    flush()
-                paused = time.perf_counter()
-                fresh_loss = None
-                if evaluating:
-                    evaluated = evaluate(state.params)
-                    validation_loss = fresh_loss = evaluated.mean
-                    metrics.validation(step, evaluated, num_bytes=validation_bytes)
-                if saving:
-                    checkpoints.save(state, step, fresh_loss)
-                    run.saved()
-                if evaluating or saving:
-                    metrics.leave_out(time.perf_counter() - paused)
+                self._evaluate_and_save(state, step, last=last, stopping=stopping)
                 if stopping and not last:
-                    checkpoints.wait()
+                    self.checkpoints.wait()
                     raise preemption.stopped(step)
-            checkpoints.wait()
+            self.checkpoints.wait()
         finally:
             profiler.close()
-            metrics.close()
-        return Outcome(
-            state=state,
-            step=training.num_steps,
-            validation_loss=validation_loss,
-            best_step=checkpoints.best(),
-            seconds=time.perf_counter() - began,
-            resumed_from=start,
+            self.metrics.close()
+        return state
+
+    def _evaluate_and_save(
+        self, state: TrainState, step: int, *, last: bool, stopping: bool
+    ) -> None:
+        """Evaluates and saves if one of them is due at this step."""
+        evaluating = last or step % self.experiment.evaluation.every == 0
+        saving = last or stopping or step % self.experiment.checkpoints.every == 0
+        if not (evaluating or saving):
+            return
+        self._flush()
+        paused = time.perf_counter()
+        loss = None
+        if evaluating:
+            evaluated = self.evaluate(state.params)
+            loss = evaluated.mean
+            self.metrics.validation(step, evaluated, num_bytes=self.validation_bytes)
+        if saving:
+            self.checkpoints.save(state, step, loss)
+            self.run_folder.saved()
+        self.metrics.leave_out(time.perf_counter() - paused)
+
+    def _flush(self) -> None:
+        """Writes the rows of the newest dispatch, once the next one is on its way."""
+        if self.pending is None:
+            return
+        (step, tally), self.pending = self.pending, None
+        skipped = int(tally.skipped)
+        if skipped > self.experiment.training.skipped_limit:
+            self.checkpoints.wait()
+            raise self._diverged(int(tally.last_skipped))
+        self.metrics.losses(step - len(tally.losses), np.asarray(tally.losses))
+        if step % self.experiment.training.log_every:
+            return
+        steps = max(int(tally.steps), 1)
+        self.metrics.train(
+            step,
+            epoch=round(self.order.epoch(step), 6),
+            loss=float(tally.loss) / steps,
+            grad_norm=float(tally.grad_norm) / steps,
+            learning_rate=float(self.rate(step - 1 - skipped)),  # it waits for skipped steps
+            skipped=skipped,
         )
 
-
-def _validation_slice(experiment: ExperimentConfig, corpus: Corpus) -> np.ndarray:
-    tokens = corpus.tokens("validation")
-    limit = experiment.evaluation.num_tokens
-    return tokens[:limit] if limit else tokens
+    def _diverged(self, step: int) -> DivergedError:
+        saved = self.checkpoints.latest()
+        where = (
+            f"the checkpoint of step {saved} is good" if saved else "no checkpoint was saved yet"
+        )
+        return DivergedError(
+            f"the loss or its gradient was not finite at step {step}; {where}; lower "
+            f"config.optimizer.peak_learning_rate or config.optimizer.clip_norm in another "
+            f"--config.run_dir, or go on past such steps with a higher "
+            f"config.training.skipped_limit"
+        )
 
 
 def _batches(
@@ -343,39 +389,3 @@ def _batches(
     for end in ends:
         rows = np.stack([next(batches) for _ in range(per_dispatch)])
         yield end, (jax.make_array_from_process_local_data(by_rows, rows, whole),)
-
-
-def _record(
-    metrics: Metrics | Unwritten,
-    experiment: ExperimentConfig,
-    order: WindowOrder,
-    rate: Callable[[int], Any],
-    checkpoints: Checkpoints,
-    step: int,
-    tally: DispatchMetrics,
-) -> None:
-    skipped = int(tally.skipped)
-    if skipped > experiment.training.skipped_limit:
-        checkpoints.wait()
-        saved = checkpoints.latest()
-        where = (
-            f"the checkpoint of step {saved} is good" if saved else "no checkpoint was saved yet"
-        )
-        raise DivergedError(
-            f"the loss or its gradient was not finite at step {int(tally.last_skipped)}; {where}; "
-            f"lower config.optimizer.peak_learning_rate or config.optimizer.clip_norm in another "
-            f"--config.run_dir, or go on past such steps with a higher "
-            f"config.training.skipped_limit"
-        )
-    metrics.losses(step - len(tally.losses), np.asarray(tally.losses))
-    if step % experiment.training.log_every:
-        return
-    steps = max(int(tally.steps), 1)
-    metrics.train(
-        step,
-        epoch=round(order.epoch(step), 6),
-        loss=float(tally.loss) / steps,
-        grad_norm=float(tally.grad_norm) / steps,
-        learning_rate=float(rate(step - 1 - skipped)),  # the schedule waits for skipped steps
-        skipped=skipped,
-    )

@@ -36,7 +36,7 @@ class SplitLoss:
     Attributes:
       mean: nats per character.
       count: number of characters predicted.
-      copy_mean: nats per copy event; None if copy events are not told apart, or there are none.
+      copy_mean: nats per copy event; None if there are none, or they are not evaluated.
       copy_count: number of copy events among the characters.
     """
 

@@ -37,8 +37,8 @@ class Preemption:
 
     def __init__(self) -> None:
         """Only a SIGINT that a library swallowed may have been received already."""
-        self._told = interruptions.came
-        self._by = signal.SIGINT if self._told else signal.SIGTERM
+        self._received = interruptions.came
+        self._by = signal.SIGINT if self._received else signal.SIGTERM
         self._leaving = contextlib.ExitStack()
         # A second handler would take the place of JAX's; Python lets only the main thread set one.
         self._shared = jax.distributed.is_initialized()
@@ -66,11 +66,13 @@ class Preemption:
           step: number of finished optimizer steps.
         """
         if not self._shared:
-            return self._told
+            return self._received
         # JAX names the step to stop at, counting by ones: that a step of this dispatch is the one
         # is what all processes can agree on.
-        told = [multihost_utils.reached_preemption_sync_point(s + 1) for s in range(before, step)]
-        return any(told)
+        reached = [
+            multihost_utils.reached_preemption_sync_point(s + 1) for s in range(before, step)
+        ]
+        return any(reached)
 
     def stopped(self, step: int) -> TryAgain:
         """What to raise when ``step``, where ``reached`` said to stop, is saved."""
@@ -82,6 +84,6 @@ class Preemption:
         )
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._told, self._by = True, signal.Signals(number)
+        self._received, self._by = True, signal.Signals(number)
         if self._shared:
             os.kill(os.getpid(), signal.SIGTERM)

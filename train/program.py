@@ -116,9 +116,9 @@ def start_jax(joining: "Joining | None" = None, *, cpu_devices: int = 1) -> None
 
         join(joining)
 
-    asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     alone = not jax.distributed.is_initialized()
-    if cpu_devices > 1 and alone and not asked and jax.config.values["jax_num_cpu_devices"] < 1:
+    if cpu_devices > 1 and alone and not chosen and jax.config.values["jax_num_cpu_devices"] < 1:
         with contextlib.suppress(RuntimeError):  # a program that called us has begun with them
             jax.config.update("jax_num_cpu_devices", cpu_devices)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

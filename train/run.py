@@ -83,7 +83,7 @@ class RunFolder:
         return (self.path / "provenance.json").exists()
 
     def kept(self) -> str:
-        """What the next start goes on from, in words."""
+        """Describes the checkpoint that the next start resumes from."""
         folder = self.checkpoints
         names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         steps = [int(name) for name in names if name.isdecimal()]

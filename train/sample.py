@@ -13,6 +13,7 @@ from train.bucket import is_remote
 from train.errors import UserError
 from train.files import user_path
 from train.hub import read_model
+from train.interruption import interruptions
 from train.load import load_language_model
 from train.program import Arguments, start_jax
 from train.standalone_sample import add_options, check_options
@@ -110,3 +111,5 @@ def program(argv: Sequence[str]) -> None:
         stop=stop,
     )
     write_as_it_comes(itertools.chain((prompt,), chunks), sys.stdout)
+    if interruptions.came:  # the text is ended, and the status tells by what
+        raise KeyboardInterrupt

@@ -63,7 +63,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.stdout = None  # not to be flushed again
-        print(f"error: {error}", file=sys.stderr)
+        reason = error.strerror if isinstance(error, OSError) else error
+        print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)
 
 

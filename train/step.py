@@ -138,76 +138,93 @@ def abstract_state(
 
 
 def window_loss(
-    model: nn.Module, params: Any, windows: Int[Array, "B L1"] | UInt[Array, "B L1"]
+    model: nn.Module,
+    params: Any,
+    windows: Int[Array, "B L1"] | UInt[Array, "B L1"],
+    dropout_key: Array | None = None,
 ) -> Float[Array, "B L"]:
     """Computes the cross entropy in nats of each token after a window's first, float32."""
     tokens = windows.astype(jnp.int32)
-    logits = model.apply({"params": params}, tokens[:, :-1])
+    dropout: dict[str, Any] = {}
+    if dropout_key is not None:
+        dropout = {"deterministic": False, "rngs": {"dropout": dropout_key}}
+    logits: Any = model.apply({"params": params}, tokens[:, :-1], **dropout)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 
 def _mean_gradient(
-    model: nn.Module, params: Any, windows: Array, accumulation_steps: int
+    model: nn.Module, params: Any, windows: Array, accumulation_steps: int, key: Array | None
 ) -> tuple[Array, Any]:
-    """Computes loss and gradient of this device's windows in ``accumulation_steps`` equal parts."""
+    """Computes loss and gradient of this device's windows in ``accumulation_steps`` equal parts.
 
-    def loss(params: Any, part: Array) -> Array:
-        return window_loss(model, params, part).mean()
+    Part i draws its dropout from ``fold_in(key, i)``; without a key there is none.
+    """
+
+    def loss(params: Any, part: Array, key: Array | None) -> Array:
+        return window_loss(model, params, part, key).mean()
 
     if accumulation_steps == 1:
-        return jax.value_and_grad(loss)(params, windows)
+        return jax.value_and_grad(loss)(params, windows, key)
     parts = windows.reshape(accumulation_steps, -1, windows.shape[-1])
+    keys = None if key is None else jax.random.split(key, accumulation_steps)
 
-    def add(total: Any, part: Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, part)), None
+    def add(total: Any, part: tuple[Array, Array | None]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, *part)), None
 
     zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, zero, parts)
+    total, _ = jax.lax.scan(add, zero, (parts, keys))
     return jax.tree.map(lambda x: x / accumulation_steps, total)
 
 
-def make_train_steps(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    *,
-    mesh: Mesh,
-    context: int,
-    placement: Literal["resident", "host"],
-    accumulation_steps: int = 1,
-    log_every: int,
-    layout: Layout = "replicated",
-) -> jax.stages.Wrapped:
-    """Compiles K steps into one call, which donates its input state.
+Gradient = Callable[[Any, Array, Array], tuple[Array, Any]]
+"""A function of parameters, windows and the step that returns the mean loss and its gradient."""
 
-    Returns:
-      For ``resident``: ``(state, corpus unsigned[n], starts int32[K, B]) -> (state, report)``;
-      windows are gathered inside. For ``host``: ``(state, windows unsigned[K, B, L + 1]) -> (state,
-      report)``. The ``DispatchMetrics`` is a copy, so it stays valid when the state is donated.
-    """
+
+def _make_gradient(
+    model: nn.Module,
+    mesh: Mesh,
+    layout: Layout,
+    accumulation_steps: int,
+    dropout_seed: int | None,
+) -> Gradient:
+    """Returns a function of the loss and gradient of a batch over all devices."""
 
     def divided(leaf: Array) -> int | None:
         return divided_axis(leaf.shape, mesh.size, layout)
 
-    def loss_and_gradient(params: Any, windows: Array) -> tuple[Array, Any]:
+    def loss_and_gradient(params: Any, windows: Array, step: Array) -> tuple[Array, Any]:
         # Each device differentiates its own share and one all-reduce of the whole tree follows,
         # also with accumulation, where the compiler's own partitioning would reduce once a part.
         axes = [divided(leaf) for leaf in jax.tree.leaves(params)]
         specs = jax.tree.map(lambda leaf: spec(leaf, mesh, layout), params)
 
-        def local(params: Any, windows: Array) -> tuple[Array, Any]:
-            mean = _mean_gradient(model, _gathered(params, axes), windows, accumulation_steps)
+        def local(params: Any, windows: Array, step: Array) -> tuple[Array, Any]:
+            key = None
+            if dropout_seed is not None:
+                key = jax.random.fold_in(jax.random.key(dropout_seed), step)
+                key = jax.random.fold_in(key, jax.lax.axis_index(DATA_AXIS))
+            whole = _gathered(params, axes)
+            mean = _mean_gradient(model, whole, windows, accumulation_steps, key)
             return _averaged(mean, [None, *axes])
 
         return jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(specs, P(DATA_AXIS)),
+            in_specs=(specs, P(DATA_AXIS), P()),
             out_specs=(P(), specs),
             check_vma=False,
-        )(params, windows)
+        )(params, windows, step)
+
+    return loss_and_gradient
+
+
+def _make_step(
+    optimizer: optax.GradientTransformation, loss_and_gradient: Gradient, log_every: int
+) -> Callable[[TrainState, Array], tuple[TrainState, Array]]:
+    """Returns a function of one optimizer step, which skips a batch that is not finite."""
 
     def one_step(state: TrainState, windows: Array) -> tuple[TrainState, Array]:
-        loss, gradient = loss_and_gradient(state.params, windows)
+        loss, gradient = loss_and_gradient(state.params, windows, state.step)
         grad_norm = optax.tree.norm(gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -228,41 +245,54 @@ def make_train_steps(
         )
         return TrainState(state.step + 1, params, opt_state, tally), loss
 
-    def report(state: TrainState, losses: Array) -> tuple[TrainState, DispatchMetrics]:
+    return one_step
+
+
+def make_train_steps(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    context: int,
+    placement: Literal["resident", "host"],
+    accumulation_steps: int = 1,
+    log_every: int,
+    layout: Layout = "replicated",
+    dropout_seed: int | None = None,
+) -> jax.stages.Wrapped:
+    """Compiles K steps into one call, which donates its input state.
+
+    With a ``dropout_seed`` the model drops out; each step and device draws from a key of its own,
+    made of the seed and the step, so that a resumed run draws what an uninterrupted one does.
+
+    Returns:
+      For ``resident``: ``(state, corpus unsigned[n], starts int32[K, B]) -> (state, report)``;
+      windows are gathered inside. For ``host``: ``(state, windows unsigned[K, B, L + 1]) -> (state,
+      report)``. The ``DispatchMetrics`` is a copy, so it stays valid when the state is donated.
+    """
+    gradient = _make_gradient(model, mesh, layout, accumulation_steps, dropout_seed)
+    one_step = _make_step(optimizer, gradient, log_every)
+
+    def train_steps(state: TrainState, *inputs: Array) -> tuple[TrainState, DispatchMetrics]:
+        def resident_step(state: TrainState, starts: Array) -> tuple[TrainState, Array]:
+            return one_step(state, gather_windows(inputs[0], starts, context))
+
+        step = resident_step if placement == "resident" else one_step
+        state, losses = jax.lax.scan(step, state, inputs[-1])
         return state, DispatchMetrics(**vars(state.tally), losses=losses)
 
     everywhere, by_rows = replicated(mesh), by_step_and_row(mesh)
-    options = compiler_options(mesh)
     of_state = everywhere
     if layout == "sharded":
         like = abstract_state(model, optimizer, mesh=mesh, layout=layout)
         of_state = jax.tree.map(lambda leaf: leaf.sharding, like)
-
-    if placement == "resident":
-
-        def resident_steps(state: TrainState, corpus: Array, starts: Array) -> Any:
-            def body(state: TrainState, starts: Array) -> tuple[TrainState, Array]:
-                return one_step(state, gather_windows(corpus, starts, context))
-
-            return report(*jax.lax.scan(body, state, starts))
-
-        return jax.jit(
-            resident_steps,
-            in_shardings=(of_state, everywhere, by_rows),
-            out_shardings=(of_state, everywhere),
-            donate_argnums=0,
-            compiler_options=options,
-        )
-
-    def host_steps(state: TrainState, windows: Array) -> Any:
-        return report(*jax.lax.scan(one_step, state, windows))
-
+    of_inputs = (everywhere, by_rows) if placement == "resident" else (by_rows,)
     return jax.jit(
-        host_steps,
-        in_shardings=(of_state, by_rows),
+        train_steps,
+        in_shardings=(of_state, *of_inputs),
         out_shardings=(of_state, everywhere),
         donate_argnums=0,
-        compiler_options=options,
+        compiler_options=compiler_options(mesh),
     )
 
 

@@ -24,7 +24,7 @@ from train.analysis.records import mean_and_deviation, read_arms, reference_arm
 from train.data.suffix_match import SuffixMatch, match_suffixes
 from train.errors import UserError
 from train.files import check_json_output, default_output, write_json
-from train.load import load
+from train.load import TrainedModel, load
 from train.metrics import bits_per_character
 from train.program import Arguments, start_jax
 from train.provenance import provenance
@@ -253,17 +253,7 @@ def measure(
         match_suffixes(windows), losses, reference=reference, num_resamples=num_resamples
     )
     for name, group in loaded.items():
-        table[name]["runs"] = [
-            {
-                "run": trained.run.path.name,
-                "seed": trained.experiment.seed,
-                "step": trained.step,
-                "parameters": trained.experiment.model.num_params(),
-                "characters": trained.step * trained.experiment.characters_per_step,
-                "commit": trained.run.read_provenance()[0]["git"]["commit"],
-            }
-            for trained in group
-        ]
+        table[name]["runs"] = [_source(trained) for trained in group]
     return {
         "kind": "copy_depth",
         "reference": reference,
@@ -275,6 +265,18 @@ def measure(
         "resamples": num_resamples,
         "provenance": provenance(corpus),
         "arms": table,
+    }
+
+
+def _source(trained: TrainedModel) -> dict[str, Any]:
+    """Describes a scored checkpoint."""
+    return {
+        "run": trained.run.path.name,
+        "seed": trained.experiment.seed,
+        "step": trained.step,
+        "parameters": trained.experiment.model.num_params(),
+        "characters": trained.step * trained.experiment.characters_per_step,
+        "commit": trained.run.read_provenance()[0]["git"]["commit"],
     }
 
 

@@ -79,7 +79,7 @@ def measure(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
 def read_layer(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
     """Returns the readings of one layer on a text, as plain values."""
     found = jax.device_get(measure(state, tokens))
-    num_delays, num_harmonics, heard, _ = state.kappa.shape
+    num_delays, num_harmonics, num_kernels, _ = state.kappa.shape
     return {
         "coefficients": [
             {
@@ -91,7 +91,7 @@ def read_layer(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
             }
             for delay in range(num_delays)
             for harmonic in range(num_harmonics)
-            for head in range(heard)
+            for head in range(num_kernels)
         ],
         "repulsiveness": _round(found["repulsiveness"]),
         "coupling": [
@@ -101,7 +101,7 @@ def read_layer(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
                 for level in BAND
             }
             for delay in range(num_delays)
-            for head in range(heard)
+            for head in range(num_kernels)
         ],
         "attention_entropy": _round(found["entropy"]),
         "relative_entropy": _round(found["relative_entropy"]),

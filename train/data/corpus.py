@@ -1,4 +1,4 @@
-"""A prepared corpus: three flat byte files and a manifest, in a folder of the cache.
+"""A prepared corpus: three flat byte files and a manifest in a folder of the cache.
 
     <cache>/<name>[-<8 hex digits of the source's fingerprint>]/
         manifest.json  train.bin  validation.bin  test.bin
@@ -44,9 +44,9 @@ class SplitInfo:
     """Length and SHA-256 of a split's file.
 
     Attributes:
-      num_bytes: of the file.
-      sha256: of the file, in hexadecimal.
-      num_characters: that its UTF-8 holds; 0 in a corpus of bytes, which need not be UTF-8.
+      num_bytes: length in bytes.
+      sha256: hexadecimal digest.
+      num_characters: length in Unicode characters; 0 in a corpus of bytes, which need not be UTF-8.
     """
 
     num_bytes: int
@@ -60,10 +60,10 @@ class Corpus:
 
     Attributes:
       name: enwik8, pycode, codeparrot or text.
-      folder: where its files are.
+      folder: folder of its files.
       vocabulary: the byte values, or the characters, that occur in it.
       splits: length and hash of each of SPLITS.
-      source: what it was made from, in words.
+      source: description of what it was made from.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Corpus:
 
     @property
     def sha256(self) -> str:
-        """The identity of the corpus, equal wherever and however it was prepared.
+        """Identity of the corpus, independent of where and how it was prepared.
 
         SHA-256 of the ASCII lines "<split> <bytes> <sha256>" of train, validation and test, then
         "vocabulary <hex of the byte values>", or "characters <hex of their UTF-8>", each ended
@@ -87,12 +87,12 @@ class Corpus:
         return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
     def num_tokens(self, name: str) -> int:
-        """Length of a split in tokens."""
+        """Returns the length of a split in tokens."""
         info = self.splits[name]
         return info.num_bytes if self.vocabulary.unit == "bytes" else info.num_characters
 
     def split(self, name: str, *, allow_test: bool = False) -> Bytes:
-        """The raw bytes of a split, uint8[n], mapped from its file, read-only.
+        """Maps the bytes of a split, uint8[n], read-only.
 
         The test split is for the one command that records its use; it alone passes `allow_test`.
         Its hash is checked here, since opening the corpus leaves its bytes unread.
@@ -112,11 +112,11 @@ class Corpus:
         return np.memmap(self.path(name), dtype=np.uint8, mode="r")
 
     def tokens(self, name: str, *, allow_test: bool = False) -> Tokens:
-        """The tokens of a split, uint8[n] (wider from 257 characters on), in memory."""
+        """Returns the tokens of a split, uint8[n] (wider from 257 characters on), in memory."""
         return self.vocabulary.tokens(self.split(name, allow_test=allow_test))
 
     def path(self, name: str) -> Path:
-        """The file of a split."""
+        """Returns the file of a split."""
         return self.folder / f"{name}.bin"
 
     def _ordered_splits(self) -> list[tuple[str, SplitInfo]]:
@@ -124,7 +124,7 @@ class Corpus:
 
 
 def default_cache() -> Path:
-    """$FSN_JAX_CACHE, or ~/.cache/fsn_jax.
+    """Returns the folder $FSN_JAX_CACHE, or ~/.cache/fsn_jax.
 
     Raises:
       UserError: neither that variable nor the home folder is known.
@@ -141,7 +141,7 @@ def default_cache() -> Path:
 
 
 def read_corpus(folder: Path, *, verify: bool = True) -> Corpus:
-    """Read a prepared corpus from its folder.
+    """Reads a prepared corpus from its folder.
 
     Raises:
       UserError: a file is missing or is not what the manifest says, or the manifest of a pinned
@@ -186,7 +186,7 @@ def read_corpus(folder: Path, *, verify: bool = True) -> Corpus:
 
 
 def write_manifest(corpus: Corpus, source_sha256: str, rule: str) -> None:
-    """Write the manifest of a corpus into its folder."""
+    """Writes the manifest of a corpus into its folder."""
     of_characters = corpus.vocabulary.unit == "characters"
     fields: dict[str, Any] = {
         "format": FORMAT,

@@ -47,7 +47,7 @@ def open_corpus(
     verify: bool = True,
     progress: Progress = print,
 ) -> Corpus:
-    """Open a corpus from the cache, or prepare it there first.
+    """Opens a corpus from the cache; prepares it there first if needed.
 
     Args:
       name: one of NAMES.
@@ -55,9 +55,9 @@ def open_corpus(
         file itself or a zip or gzip archive of it, for pycode the folder of its wheels, both
         optional; or, for any of them, the folder of a prepared corpus, here or in a bucket (from
         where it is copied into the cache).
-      cache_dir: the cache; "" means `default_cache()`.
-      unit: what a token stands for; "characters" is for text.
-      verify: check the hashes of train and validation (test is checked when it is read).
+      cache_dir: folder of the cache; "" means `default_cache()`.
+      unit: what a token stands for; "characters" is for text only.
+      verify: whether to check the hashes of train and validation (test is checked when read).
       progress: called with one line at a time while a corpus is prepared.
 
     Raises:
@@ -88,7 +88,7 @@ def open_corpus(
 
 
 def corpus_folder(name: str, path: str, cache: Path, unit: Unit = "bytes") -> Path:
-    """Where the cache keeps a corpus; the user's own is told apart by its files' fingerprint.
+    """Returns the folder of a corpus in the cache; the user's own has its files' fingerprint.
 
     Raises:
       UserError: `path` is needed and missing, or names nothing.
@@ -110,13 +110,13 @@ def corpus_folder(name: str, path: str, cache: Path, unit: Unit = "bytes") -> Pa
 def prepare_corpus(
     name: str, path: str, cache: Path, *, unit: Unit = "bytes", progress: Progress = print
 ) -> Path:
-    """Prepare a corpus in the cache and return its folder.
+    """Prepares a corpus in the cache and returns its folder.
 
     Args:
       name: one of `corpus.NAMES`.
       path: the user's file, folder or pattern; see `open_corpus`.
-      cache: the cache's folder, made if it is not there.
-      unit: what a token stands for; "characters" is for text.
+      cache: folder of the cache, created if needed.
+      unit: what a token stands for; "characters" is for text only.
       progress: called with one line at a time.
 
     Raises:
@@ -189,9 +189,9 @@ _say = functools.partial(print, flush=True)
 
 
 def program(argv: Sequence[str]) -> None:
-    """Prepare a corpus and print what it holds."""
+    """Prepares a corpus and prints what it holds."""
     parser = Arguments(
-        prog="python -m train prepare", description="Fetch and prepare a corpus in the cache."
+        prog="python -m train prepare", description="Fetches and prepares a corpus in the cache."
     )
     parser.add_argument("--name", default="enwik8", help=f"one of {', '.join(NAMES)}")
     parser.add_argument("--path", default="", help="your own file, folder or pattern")

@@ -1,4 +1,4 @@
-"""The files that a user's path names, what they hold, and how they are split."""
+"""Finds the files that a path of the user's names, reads them, and splits them."""
 
 import contextlib
 import dataclasses
@@ -40,16 +40,16 @@ SIGNATURES = {
     b"\xff\xfe": "UTF-16, to be converted to UTF-8",
     b"\xfe\xff": "UTF-16, to be converted to UTF-8",
 }
-"""What some files begin with that are no text, and what to call them."""
+"""First bytes of common kinds of files that are not text, with the name of the kind."""
 
 
 @dataclasses.dataclass(frozen=True)
 class UserFile:
-    """One file of the user's.
+    """A file of the user's.
 
     Attributes:
-      path: where it is.
-      name: its path below the folder that was named, with forward slashes.
+      path: path of the file.
+      name: path below the folder that was named, with forward slashes.
       sha256: hexadecimal digest of the file as it is stored.
     """
 
@@ -61,7 +61,7 @@ class UserFile:
 def find_files(
     path: str, suffix: str = "", *, report: Callable[[str], None] | None = None
 ) -> list[UserFile]:
-    """The files that `path` names, sorted by name, each with its hash.
+    """Returns the files that `path` names, sorted by name.
 
     `path` is a file; or a folder, which stands for every regular file below it; or a pattern such
     as `folder/**/*.md`. Of a folder or a pattern, files that hold no text (see `not_text`) are
@@ -69,9 +69,9 @@ def find_files(
     regular file. A link of a folder must not lead out of it.
 
     Args:
-      path: as above; `~` is understood.
-      suffix: if not empty, the files of a folder are those that end so, whatever they hold.
-      report: told what is passed over, and whether a file that was named holds no text.
+      path: file, folder or pattern; `~` is the home folder.
+      suffix: if not empty, the files of a folder are those that end in it, whatever they hold.
+      report: called with a line about files that are passed over or hold no text.
 
     Raises:
       UserError: there is nothing at `path`, or no file below it, a file or folder cannot be read,
@@ -147,24 +147,24 @@ def _of_pattern(path: str, pattern: Path, report: Callable[[str], None]) -> Foun
 
 
 def _with_text(found: Found, others: list[str]) -> Found:
-    """The files that hold text; the others are added to ``others``."""
+    """Returns the files that hold text; adds the others to ``others``."""
     looks = {name: not_text(file) for name, file in found}
     others += [f"{name} ({what})" for name, what in looks.items() if what]
     return [(name, file) for name, file in found if not looks[name]]
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:
-    """The first of some names in their order, and how many there are."""
+    """Formats the first names in order, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(sorted(names)[:most]) + more
 
 
 def not_text(file: Path) -> str:
-    """What a file looks like that holds no text, in words; "" if it does hold text.
+    """Describes what a file holds instead of text; returns "" if it holds text.
 
-    It holds none if what it holds begins as one of `SIGNATURES`, or if more than the share
+    A file holds no text if it begins with one of `SIGNATURES`, or if more than the share
     `MOST_CONTROLS` of its first `HEAD_BYTES` (of 512, if it is shorter) are control characters that
-    texts do not have: all below 32 and 127, but for tab, line ends, form feed, backspace, escape.
+    texts do not have: below 32 or 127, except tab, line ends, form feed, backspace and escape.
     """
     with unpacked(file) if file.name.lower().endswith(".gz") else file.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
@@ -176,7 +176,7 @@ def not_text(file: Path) -> str:
 
 
 def fingerprint(files: Sequence[UserFile]) -> str:
-    """SHA-256 over the names and contents of the files: changes when any of them does."""
+    """Returns a SHA-256 of the names and contents of files."""
     lines = "".join(f"{file.sha256} {file.name}\n" for file in files)
     return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -243,7 +243,7 @@ def json_text(line: bytes, place: str, names: Sequence[str]) -> tuple[dict[str, 
 
 
 def without_duplicates(files: Sequence[UserFile]) -> list[UserFile]:
-    """The files without those that repeat the bytes of an earlier one."""
+    """Returns the files without those whose bytes equal those of an earlier one."""
     first: dict[str, UserFile] = {}
     for file in files:
         first.setdefault(file.sha256, file)
@@ -295,7 +295,7 @@ def between(
 
 
 def _walk(folder: Path, hidden: list[str]) -> tuple[Found, list[str]]:
-    """The regular files below a folder, and the others; ``hidden`` gets the names with a dot."""
+    """Returns regular and other files below a folder; adds names with a dot to ``hidden``."""
     found: Found = []
     others: list[str] = []
     for parent, folders, names in os.walk(folder, onerror=_raise):

@@ -1,0 +1,125 @@
+"""Invariants of the programs that accelerators would run, by their own compilers.
+
+Skipped without them: ``pip install --no-deps -r benchmarks/requirements-compiled.txt``.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import hlo
+from benchmarks.compiled import as_table
+
+compilers = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("libtpu", "jax_cuda12_plugin"))),
+    reason="needs benchmarks/requirements-compiled.txt",
+)
+
+
+def rows(folder, *flags):
+    output = folder / "compiled.jsonl"
+    command = [sys.executable, "-m", "benchmarks.compiled", f"--output={output}", *flags]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+@compilers
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", ["v5e:2x4", "v6e:2x4", "h100"])
+def test_the_step_that_auto_takes(tmp_path, machine):
+    """It has the fused kernels, and beside one all-reduce no collective."""
+    (row,) = rows(
+        tmp_path,
+        f"--machines={machine}",
+        "--arms=fsn_1m",
+        "--dtypes=bfloat16",
+        "--implementations=auto",
+        "--layers=1",
+    )
+    of_a_layer = {"h100": 3}.get(machine, 2)
+    assert row["fused_kernels"] == of_a_layer
+    assert row["collectives"] == ({} if row["devices"] == 1 else {"all-reduce": 1})
+
+
+@compilers
+@pytest.mark.slow
+def test_gpu_kernels_keep_to_the_registers(tmp_path):
+    found = rows(
+        tmp_path,
+        "--measure=sum",
+        "--machines=a100,h100",
+        "--arms=fsn_1m,transformer_1m",
+        "--dtypes=float32,bfloat16",
+        "--implementations=pallas",
+    )
+    assert len(found) == 8
+    for row in found:
+        assert {kernel["kernel"] for kernel in row["fused"]} == {
+            "fsn_forward",
+            "fsn_backward_query",
+            "fsn_backward_key",
+        }
+        assert not any(k["spill_stores"] + k["spill_loads"] for k in row["fused"]), row
+
+
+@compilers
+@pytest.mark.slow
+def test_cycles_of_the_tpu_kernel(tmp_path):
+    """A length of one block and one of two: at least three tiles' work for the longer."""
+    found = rows(
+        tmp_path,
+        "--measure=sum",
+        "--machines=v5e:2x2",
+        "--arms=fsn_1m",
+        "--dtypes=float32",
+        "--implementations=pallas",
+        "--lengths=512,1024",
+    )
+    short, long = (sum(row["kernel_cycles"].values()) for row in found)
+    assert 1_000 < short < 5_500
+    assert 3 * short < long < 18_000
+
+
+STEP = """HloModule jit_steps
+
+%fused_computation (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %n = f32[8]{0} negate(%p)
+}
+
+%body (arg: (f32[8], f32[4,2])) -> (f32[8], f32[4,2]) {
+  %arg = (f32[8]{0}, f32[4,2]{1,0}) parameter(0)
+  %a = f32[8]{0} get-tuple-element(%arg), index=0
+  %f = f32[8]{0} fusion(%a), kind=kLoop, calls=%fused_computation, \
+metadata={op_name="jit(steps)/FSN/block_0/attention/score/mul"}, \
+backend_config={"estimated_cycles":"70"}
+  %r = (f32[8]{0}, f32[4,2]{1,0}) all-reduce-start(%f), metadata={op_name="shard_map/psum"}
+  %m = bf16[8]{0} fusion(%f), kind=kLoop, calls=%fused_computation, \
+metadata={op_name="jit(steps)/mul"}, backend_config={"estimated_cycles":"5"}
+  ROOT %t = (f32[8], f32[4,2]) tuple(%f, %m)
+}
+
+ENTRY %main () -> f32[8] {
+  ROOT %c = f32[8]{0} constant(0)
+}
+""".replace("\\\n", "")
+
+
+def test_what_is_read_from_a_program():
+    step = hlo.step_instructions(STEP)
+    assert hlo.cycles_by_part(step) == {"scores": 70, hlo.OPTIMIZER: 5, "model, other": 0}
+    assert hlo.bytes_by_part(step) == {"scores": 64, hlo.OPTIMIZER: 48}
+    assert hlo.collectives(STEP) == {"all-reduce": 1}
+
+
+def test_the_table_adds_the_kernels_of_a_step():
+    same = {"machine": "v5e:2x4", "arm": "a", "dtype": "float32", "length": 512, "config": "c"}
+    common = {"implementation": "pallas", "collectives": {}, "compile_seconds": 1.0}
+    step = same | common | {"measure": "step", "xla_cycles": 1000, "fused_kernels": 2, "sums": 3.0}
+    alone = step | {"measure": "sum", "xla_cycles": 7, "sums": 1.0}
+    alone["kernel_cycles"] = {"fsn_forward": 10, "fsn_backward": 20}
+    assert "| 1,090 |" in as_table([step, alone]).splitlines()[2]
+    assert "| 1,090 |" not in as_table([step])

@@ -1,0 +1,84 @@
+"""What ``auto`` becomes in a run: measured once, remembered, the same for all of its processes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from configs import enwik8
+from fsn_jax.kernels.choice import Sizes
+from train import kernel_choice
+from train.kernel_choice import FILE, sum_widths, with_implementation
+from train.mesh import data_mesh
+
+MODEL = enwik8.ONE_MILLION["fsn_1m"]
+
+
+class Device:
+    """A TPU as far as a mesh needs one."""
+
+    platform, device_kind, process_index = "tpu", "TPU v5 lite", 0
+
+    def __init__(self, number):
+        self.id = number
+
+
+class Mesh:
+    def __init__(self, devices):
+        self.devices = np.array(devices, object)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Two TPUs, a compilation cache, and a measurement that counts its calls."""
+    devices, asked = [Device(0), Device(1)], []
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+
+    def fastest(sizes):
+        asked.append(sizes)
+        return "pallas"
+
+    monkeypatch.setattr(kernel_choice, "fastest", fastest)
+    yield Mesh(devices), asked
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def choose(mesh):
+    return with_implementation(MODEL, mesh, rows=8, context=512).implementation
+
+
+def test_measured_once_and_remembered_beside_the_compilation_cache(machine, tmp_path):
+    mesh, asked = machine
+    assert [choose(mesh), choose(mesh)] == ["pallas", "pallas"]
+    assert asked == [Sizes(8, MODEL.num_heads, 512, *sum_widths(MODEL), "float32")]
+    (tmp_path / FILE).write_text(
+        json.dumps(dict.fromkeys(json.loads((tmp_path / FILE).read_text()), "xla"))
+    )
+    assert choose(mesh) == "xla"
+    (tmp_path / FILE).write_text("{")
+    assert choose(mesh) == "pallas"
+
+
+@pytest.mark.parametrize("first_says", [0, 1])
+def test_processes_do_what_the_first_found(machine, monkeypatch, first_says):
+    """A later process does not measure, and takes what it is told."""
+    mesh, asked = machine
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(
+        multihost_utils, "broadcast_one_to_all", lambda own: np.asarray(first_says, own.dtype)
+    )
+    assert choose(mesh) == ("pallas" if first_says else "xla")
+    assert not asked
+
+
+def test_a_described_machine_takes_the_kernel_and_a_cpu_stays(machine):
+    _, asked = machine
+    assert choose(Mesh([Device(7)])) == "pallas"
+    assert not asked
+    cpu = data_mesh(jax.local_devices(backend="cpu")[:1])
+    assert choose(cpu) == "auto"

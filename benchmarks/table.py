@@ -8,10 +8,10 @@ slows all of them; a ratio is the median over the rounds of the ratio within a r
 not measured again by the same code on the same machine: an interrupted table goes on.
 
 Contenders: ``fsn``, ``fsn-remat`` (its blocks recomputed in the backward pass), ``fsn-reference``
-(the plain definition), ``projected`` (the FSN with projected scores), ``transformer`` (ours), ``flax`` (ours with Flax's attention module),
-``torch`` (x-transformers in PyTorch, with ``--torch_python=PYTHON``). Measures: ``train`` (a whole
-step), ``forward`` (logits of a batch), ``sample`` (a character of cached sampling at position L; no
-peers).
+(the plain definition), ``projected`` (the FSN with projected scores), ``transformer`` (ours),
+``flax`` (ours with Flax's attention module), ``torch`` (x-transformers in PyTorch, with
+``--torch_python=PYTHON``). Measures: ``train`` (a whole step), ``forward`` (logits of a batch),
+``sample`` (a character of cached sampling at position L; no peers).
 """
 
 import argparse

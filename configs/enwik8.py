@@ -20,7 +20,7 @@ kind                model
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -35,6 +35,8 @@ from train.config import (
     TrainingConfig,
     experiment,
 )
+
+Model = TypeVar("Model", FSNConfig, TransformerConfig)
 
 VOCABULARY = 205
 CHARACTERS_PER_EPOCH = 90_000_000
@@ -102,7 +104,7 @@ MODES: dict[str, Any] = {"feedforward": "collective_modes"}
 SHIFTED: dict[str, Any] = {"token_shift": "queries_and_keys"}
 
 
-def variant(model: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
+def variant(model: Model, changes: dict[str, Any]) -> Model:
     """A model with some fields changed and as many parameters."""
     return match_parameters(dataclasses.replace(model, **changes), model.num_params())
 

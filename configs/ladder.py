@@ -30,6 +30,7 @@ width) on wider ones, for all arms alike, and not tuned again.
 
 import dataclasses
 import functools
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -117,7 +118,7 @@ def model_of(arm: str) -> ModelConfig:
         return match_parameters(wide, rung.num_params)
     num_heads = rung.num_heads * pocket.num_heads // POCKET.num_heads
     growth = rung.width / num_heads / pocket.phases_per_head
-    of_projected = {
+    of_projected: dict[str, Any] = {
         "heads_per_phase": rung.heads_per_phase,
         "score_phases": round(pocket.score_phases * growth),
     }

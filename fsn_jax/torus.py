@@ -95,12 +95,12 @@ def token_phasor(theta: Float[Array, "B L N"]) -> Complex:
 
 
 def in_float32(z: Complex) -> Complex:
-    """The same numbers in float32, from whatever dtype they were kept in."""
+    """Converts complex numbers of any shape and dtype to float32."""
     return Complex(z.re.astype(jnp.float32), z.im.astype(jnp.float32))
 
 
 def kept_in(z: Complex, dtype: str) -> Complex:
-    """Numbers of magnitude about one as they are kept between operations: half the traffic."""
+    """Converts complex numbers of any shape to the dtype they are kept in between operations."""
     return Complex(z.re.astype(dtype), z.im.astype(dtype))
 
 

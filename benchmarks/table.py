@@ -1,4 +1,4 @@
-"""Speed and memory side by side, one command: FSN in three forms, the transformer, peers.
+"""Speed and memory side by side, one command: FSN in four forms, the transformer, peers.
 
     python -m benchmarks.table --rungs=pocket,1m --lengths=256,1024 --measures=train
 
@@ -8,10 +8,10 @@ slows all of them; a ratio is the median over the rounds of the ratio within a r
 not measured again by the same code on the same machine: an interrupted table goes on.
 
 Contenders: ``fsn``, ``fsn-remat`` (its blocks recomputed in the backward pass), ``fsn-reference``
-(the plain definition), ``transformer`` (ours), ``flax`` (ours with Flax's attention module),
-``torch`` (x-transformers in PyTorch, with ``--torch_python=PYTHON``). Measures: ``train`` (a whole
-step), ``forward`` (logits of a batch), ``sample`` (a character of cached sampling at position L; no
-peers).
+(the plain definition), ``projected`` (the FSN with projected scores), ``transformer`` (ours),
+``flax`` (ours with Flax's attention module), ``torch`` (x-transformers in PyTorch, with
+``--torch_python=PYTHON``). Measures: ``train`` (a whole step), ``forward`` (logits of a batch),
+``sample`` (a character of cached sampling at position L; no peers).
 """
 
 import argparse
@@ -40,12 +40,14 @@ BASE = "transformer"
 """The contender that the others are compared with."""
 
 DEFAULT_OUTPUT = Path("results/benchmarks.jsonl")
-CONTENDERS = ("fsn", "fsn-remat", "fsn-reference", BASE, "flax", "torch")
+FSNS = ("fsn", "projected")
+CONTENDERS = ("fsn", "fsn-remat", "fsn-reference", "projected", BASE, "flax", "torch")
 
 
 def experiment_for(options: argparse.Namespace, name: str, rung: str, length: int) -> Any:
     """Returns the settings of a contender at a rung and length."""
-    arm = "fsn" if name.startswith("fsn") else "transformer"
+    kind = name.partition("-")[0]
+    arm = kind if kind in FSNS else BASE
     config = load_config(f"{options.config}:{arm}_{rung}")
     config.data.context = length
     config.training.batch_size = max(1, options.tokens // length)
@@ -202,7 +204,7 @@ def program(argv: Sequence[str]) -> None:
     for rung in options.rungs.split(","):
         for length in map(int, options.lengths.split(",")):
             for measure in options.measures.split(","):
-                kept = [n for n in names if measure != "sample" or n in ("fsn", BASE)]
+                kept = [n for n in names if measure != "sample" or n in (*FSNS, BASE)]
                 key = {
                     "config": options.config,
                     "rung": rung,

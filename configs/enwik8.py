@@ -1,12 +1,26 @@
-"""FSN and transformer on enwik8: ``--config=configs/enwik8.py:ARM``.
+"""FSNs and transformers on enwik8: ``--config=configs/enwik8.py:ARM``.
 
-Pocket arms (about 0.23M parameters) are for a CPU, 1M arms for an accelerator. Both arms of a rung
-see the same batches in the same order and have the same number of parameters within 1%.
+An arm is a kind of model at a rung, for instance ``fsn_pocket``. The pocket rung (about 0.23M
+parameters) is for a CPU, the 1M rung for an accelerator. All arms of a rung see the same batches in
+the same order and have the same number of parameters within 1%.
+
+==================  ================================================================================
+kind                model
+==================  ================================================================================
+``fsn``             the published form: a gated score without matrices, two harmonics
+``base``            the published form without frustration: one attractive harmonic, no delay
+``modes``           the published form with collective modes in place of the MLP
+``projected``       FSN with query and key matrices, one harmonic, and the local field in its MLP
+``projected_base``  the same without frustration (pocket rung)
+``projected_modes`` the same with collective modes (pocket rung)
+``transformer``     RoPE-SwiGLU transformer
+``shifted``         the same, whose queries and keys see the token before
+==================  ================================================================================
 """
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -22,8 +36,12 @@ from train.config import (
     experiment,
 )
 
+Model = TypeVar("Model", FSNConfig, TransformerConfig)
+
 VOCABULARY = 205
 CHARACTERS_PER_EPOCH = 90_000_000
+COPY_DEPTH = 4
+"""Repeated characters from which evaluations count a copy event, in every arm of the studies."""
 
 OPTIMIZER = OptimizerConfig(
     matrices="muon",
@@ -32,7 +50,9 @@ OPTIMIZER = OptimizerConfig(
     weight_decay=0.1,
     angle_factor=4.0,
 )
-"""Of both arms, whose searches ended at the same values; a transformer has no angles."""
+"""Of the transformers and the projected FSNs, whose searches ended at the same values."""
+FSN_OPTIMIZER = OPTIMIZER
+"""Of the published form."""
 
 
 TRANSFORMER_POCKET = TransformerConfig(
@@ -41,7 +61,14 @@ TRANSFORMER_POCKET = TransformerConfig(
 TRANSFORMER_1M = dataclasses.replace(
     TRANSFORMER_POCKET, num_layers=6, width=112, feedforward_width=327
 )
-FSN_POCKET = FSNConfig(
+FSN_POCKET = match_parameters(
+    FSNConfig(vocab_size=VOCABULARY, num_layers=4, num_phases=64, num_heads=4, similarity_heads=1),
+    TRANSFORMER_POCKET.num_params(),
+)
+FSN_1M = match_parameters(
+    dataclasses.replace(FSN_POCKET, num_layers=6, num_phases=112), TRANSFORMER_1M.num_params()
+)
+PROJECTED_POCKET = FSNConfig(
     vocab_size=VOCABULARY,
     num_layers=4,
     num_phases=64,
@@ -51,15 +78,16 @@ FSN_POCKET = FSNConfig(
     kernel_angle=0.0,
     score="projected",
     score_phases=8,
+    score_angles=False,
     similarity_heads=1,
     features="quadrature",
     feature_scale=1.0,
     field_features=True,
     feedforward_width=224,
 )
-FSN_1M = match_parameters(
+PROJECTED_1M = match_parameters(
     dataclasses.replace(
-        FSN_POCKET, num_layers=6, num_phases=112, heads_per_phase=1, score_phases=14
+        PROJECTED_POCKET, num_layers=6, num_phases=112, heads_per_phase=1, score_phases=14
     ),
     TRANSFORMER_1M.num_params(),
 )
@@ -69,37 +97,55 @@ BASE_LAYER: dict[str, Any] = {
     "num_harmonics": 1,
     "delay": False,
     "static_angles": False,
+    "score_angles": False,
     "signed_harmonics": False,
 }
 MODES: dict[str, Any] = {"feedforward": "collective_modes"}
+SHIFTED: dict[str, Any] = {"token_shift": "queries_and_keys"}
 
 
-def variant(fsn: FSNConfig, changes: dict[str, Any]) -> FSNConfig:
-    """An FSN with some fields changed and as many parameters."""
-    return match_parameters(dataclasses.replace(fsn, **changes), fsn.num_params())
+def variant(model: Model, changes: dict[str, Any]) -> Model:
+    """A model with some fields changed and as many parameters."""
+    return match_parameters(dataclasses.replace(model, **changes), model.num_params())
 
 
 POCKET: dict[str, ModelConfig] = {
-    "fsn_pocket": FSN_POCKET,
-    "base_pocket": variant(FSN_POCKET, BASE_LAYER),
-    "modes_pocket": variant(FSN_POCKET, MODES),
-    "transformer_pocket": TRANSFORMER_POCKET,
+    "fsn": FSN_POCKET,
+    "base": variant(FSN_POCKET, BASE_LAYER),
+    "modes": variant(FSN_POCKET, MODES),
+    "projected": PROJECTED_POCKET,
+    "projected_base": variant(PROJECTED_POCKET, BASE_LAYER),
+    "projected_modes": variant(PROJECTED_POCKET, MODES),
+    "transformer": TRANSFORMER_POCKET,
+    "shifted": variant(TRANSFORMER_POCKET, SHIFTED),
 }
 ONE_MILLION: dict[str, ModelConfig] = {
-    "fsn_1m": FSN_1M,
-    "base_1m": variant(FSN_1M, BASE_LAYER),
-    "modes_1m": variant(FSN_1M, MODES),
-    "transformer_1m": TRANSFORMER_1M,
+    "fsn": FSN_1M,
+    "base": variant(FSN_1M, BASE_LAYER),
+    "modes": variant(FSN_1M, MODES),
+    "projected": PROJECTED_1M,
+    "transformer": TRANSFORMER_1M,
+    "shifted": variant(TRANSFORMER_1M, SHIFTED),
 }
-ARMS = (*POCKET, *ONE_MILLION)
+RUNGS = {"pocket": POCKET, "1m": ONE_MILLION}
+PUBLISHED = ("fsn", "base", "modes")
+"""Kinds that are the published form or a variant of it."""
+KINDS = tuple(ONE_MILLION)
+"""Kinds that every study compares."""
+ARMS = tuple(f"{kind}_{rung}" for rung, kinds in RUNGS.items() for kind in kinds)
+
+
+def optimizer_of(kind: str) -> OptimizerConfig:
+    """The optimizer of a kind of model, as its search left it."""
+    return FSN_OPTIMIZER if kind in PUBLISHED else OPTIMIZER
 
 
 def get_config(arm: str = "fsn_pocket") -> ConfigDict:
     """A rung's arm; see ``ARMS``."""
     if arm not in ARMS:
         raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
-    pocket = arm in POCKET
-    model = POCKET[arm] if pocket else ONE_MILLION[arm]
+    kind, rung = arm.rsplit("_", maxsplit=1)
+    pocket = rung == "pocket"
     batch_size, context = (16, 256) if pocket else (64, 512)
     characters = 20_000_000 if pocket else 30 * CHARACTERS_PER_EPOCH
     steps_per_dispatch = 10 if pocket else 50
@@ -107,15 +153,19 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
     num_steps = math.ceil(characters / (batch_size * context) / every) * every
     return experiment(
         f"enwik8_{arm}",
-        model=model,
+        model=RUNGS[rung][kind],
         data=DataConfig(name="enwik8", context=context),
-        optimizer=OPTIMIZER,
+        optimizer=optimizer_of(kind),
         training=TrainingConfig(
             batch_size=batch_size,
             num_steps=num_steps,
             steps_per_dispatch=steps_per_dispatch,
             log_every=steps_per_dispatch * 5,
         ),
-        evaluation=EvaluationConfig(every=every, num_tokens=250_000 if pocket else 1_000_000),
+        evaluation=EvaluationConfig(
+            every=every,
+            num_tokens=250_000 if pocket else 1_000_000,
+            copy_depth=COPY_DEPTH,
+        ),
         checkpoints=CheckpointConfig(every=every),
     )

@@ -1,4 +1,4 @@
-"""FSN and transformer on Python source: ``--config=configs/pycode.py:ARM``; arms as for enwik8."""
+"""FSNs and transformers on Python source: ``--config=configs/pycode.py:ARM``, as for enwik8."""
 
 from ml_collections import ConfigDict
 
@@ -8,10 +8,15 @@ VOCABULARY = 198
 ARMS = enwik8.ARMS
 
 
-def get_config(arm: str = "fsn_pocket") -> ConfigDict:
-    """The enwik8 arm with the other corpus and its vocabulary."""
-    config = enwik8.get_config(arm)
-    config.name = f"pycode_{arm}"
+def on_pycode(config: ConfigDict) -> ConfigDict:
+    """The config of an enwik8 arm with this corpus and its vocabulary."""
     config.data.name = "pycode"
     config.model.vocab_size = VOCABULARY
+    return config
+
+
+def get_config(arm: str = "fsn_pocket") -> ConfigDict:
+    """The enwik8 arm with the other corpus."""
+    config = on_pycode(enwik8.get_config(arm))
+    config.name = f"pycode_{arm}"
     return config

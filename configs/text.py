@@ -23,5 +23,5 @@ def get_config(arm: str = "fsn") -> ConfigDict:
     config.model.vocab_size = 0
     if arm == "transformer":
         with config.unlocked():
-            config.match = {"architecture": "fsn", **dataclasses.asdict(POCKET["fsn_pocket"])}
+            config.match = {"architecture": "fsn", **dataclasses.asdict(POCKET["fsn"])}
     return config

@@ -33,7 +33,7 @@ def coupling_update(
     kappa: Complex64[Array, "T M N"],
     segment_ids: Int[Array, "B L"] | None = None,
 ) -> Float[Array, "B L N"]:
-    """The coupling by its definition: the reference for every faster form.
+    """Computes the coupling by its definition, the reference for every faster form.
 
     Args:
       theta: phases in radians.
@@ -58,7 +58,7 @@ def local_field(
     kappa: Complex64[Array, "T M N"],
     segment_ids: Int[Array, "B L"] | None = None,
 ) -> Complex64[Array, "B L N"]:
-    """The sum of ``coupling_update`` before its imaginary part is taken.
+    """Computes the local field: the sum of ``coupling_update`` with its real part.
 
     It is the field that each phase is in, seen from that phase: the imaginary part is the torque on
     it (its update, in radians), the real part its coherence with the field. Arguments as for
@@ -99,7 +99,7 @@ def local_field(
 
 
 def next_in_segment(segment_ids: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    """1 for a token whose successor is in its segment, 0 for one at a segment's end."""
+    """Returns 1 for a token whose successor is in its segment, 0 for the last of a segment."""
     same = segment_ids[:, 1:] == segment_ids[:, :-1]
     return jnp.pad(same.astype(jnp.float32), ((0, 0), (0, 1)))
 
@@ -179,7 +179,7 @@ def unfold_sum(
     self_weight: Float[Array, "B H L"],
     kappa: Complex,
 ) -> Complex:
-    """``sum_m z_t**-m S[t, m] + A[t, t] sum_m kappa[0, m]``, the local field.
+    """Returns the local field, ``sum_m z_t**-m S[t, m] + A[t, t] sum_m kappa[0, m]``.
 
     Args:
       z: phasors of the receiving tokens, as for ``fold_values``.
@@ -206,7 +206,7 @@ def unfold_sum(
 
 
 def _by_harmonic(sums: Array, num_harmonics: int) -> list[Complex]:
-    """What ``side_by_side`` put together."""
+    """Splits what ``side_by_side`` put together into harmonics."""
     parts = jnp.split(sums, 2 * num_harmonics, axis=-1)
     return [Complex(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
 
@@ -261,7 +261,7 @@ def _wave(z: Complex, num_harmonics: int) -> Complex:
 
 
 def _scale(waves: list[Array], kappa: Complex) -> Array:
-    """The sum of the waves of each delay times the kernel."""
+    """Sums the waves of each delay times the kernel."""
     num_delays, num_harmonics = kappa.re.shape[:2]
     # Put together, not repeated: XLA on the CPU writes out what it concatenates, and does not go
     # through the layout of the kernel again for every value.

@@ -17,7 +17,7 @@ sum_in_float32 = functools.partial(jax.lax.dot_general, preferred_element_type=j
 
 
 def _random_quadrature(groups: int, phases: int) -> nn.initializers.Initializer:
-    """Cosines and sines of uniform angles, ``[2, G, N]``."""
+    """Returns an initializer of cosines and sines of uniform angles, ``[2, G, N]``."""
 
     def init(key: Array, *_: object) -> Array:
         angle = jax.random.uniform(key, (groups, phases), jnp.float32, maxval=2 * np.pi)
@@ -33,7 +33,7 @@ def _over_tokens(x: Array, like: Array) -> Array:
 def _read(
     z: Complex, field: Complex | None, gains: Array | None, quadrature: Array | None
 ) -> Float[Array, "*shape I"]:
-    """What a matrix is given: of every phase the quadrature ``[2, N]``, or both side by side."""
+    """Returns a matrix's input: one quadrature of every phase, given ``[2, N]``, or both."""
     z = in_float32(z)
     if field is not None and gains is not None:
         coherence, torque = (_over_tokens(gain, z.re) for gain in gains)
@@ -73,7 +73,7 @@ class PhasorDense(DenseFields, nn.Module):
 
     @nn.compact
     def __call__(self, z: Complex, field: Complex | None = None) -> Float[Array, "*shape O"]:
-        """The reals in the compute dtype, from phasors of any shape that ends in N."""
+        """Maps phasors of any shape that ends in N to reals in the compute dtype."""
         num_phases = z.re.shape[-1]
         dtype = jnp.dtype(self.dtype)
         gains = None

@@ -144,7 +144,7 @@ def write_record(
         "config.json": {
             "name": folder.name,
             "seed": seed,
-            "model": {"architecture": architecture, "width": len(arm)},
+            "model": {"architecture": architecture, "width": len(arm), "score_scope": "all"},
             "data": {"name": "enwik8", "context": fact["context"]},
         },
         "summary.json": {

@@ -18,7 +18,12 @@ from fsn_jax.kernels import choice
 
 pytestmark = pytest.mark.gpu
 
-ARMS = {"pocket": (enwik8.FSN_POCKET, 256), "1m": (enwik8.FSN_1M, 512)}
+ARMS = {
+    "fsn_pocket": (enwik8.FSN_POCKET, 256),
+    "fsn_1m": (enwik8.FSN_1M, 512),
+    "projected_pocket": (enwik8.PROJECTED_POCKET, 256),
+    "projected_1m": (enwik8.PROJECTED_1M, 512),
+}
 # TF32 and bfloat16 keep 10 and 7 bits of each factor.
 TOLERANCE = {"float32": 5e-3, "bfloat16": 5e-2}
 
@@ -47,7 +52,7 @@ def test_the_kernel_compiles_and_is_the_faster(arm, dtype):
 @pytest.mark.parametrize("length", [200, 512, 1024])
 def test_the_sum_and_its_gradients_are_those_of_the_whole_matrix(length, dtype):
     rng = np.random.default_rng(0)
-    score, value = widths(enwik8.FSN_1M)
+    score, value = widths(enwik8.PROJECTED_1M)
     arrays = [jnp.asarray(rng.normal(size=(2, 4, length, w)), dtype) for w in (score, score, value)]
     arrays[0] *= score**-0.5
 
@@ -69,7 +74,7 @@ def test_the_sum_and_its_gradients_are_those_of_the_whole_matrix(length, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_model_has_the_same_loss_and_gradients_with_the_kernel(dtype):
-    config, length = ARMS["pocket"]
+    config, length = ARMS["fsn_pocket"]
     tokens = cases.tokens(4, length)
     params = jax.jit(FSN(config).init)(jax.random.key(0), tokens)
 

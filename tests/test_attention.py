@@ -189,6 +189,7 @@ def test_rotary_drift_depends_on_the_distance(implementation):
         num_phases=4,
         num_heads=1,
         score="gated",
+        score_angles=False,
         rotary_base=base,
         implementation=implementation,
         **cases.BASE_LAYER,

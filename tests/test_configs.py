@@ -1,6 +1,7 @@
 """Every file under configs/: each of its arms is valid, knows its size, and takes a step."""
 
 import dataclasses
+import functools
 import json
 import os
 import runpy
@@ -16,10 +17,11 @@ import pytest
 from ml_collections import ConfigDict
 from small_runs import mesh_of
 
-from configs import ablations, enwik8, ladder
+from configs import ablations, enwik8, ladder, long
 from train.config import ExperimentConfig
 from train.errors import UserError
 from train.flags import load_config, parse_config
+from train.ladder import plan
 from train.loop import check_devices, train_steps_of
 from train.optimizer import make_optimizer
 from train.recorded import read_experiment
@@ -49,6 +51,7 @@ def config_of(argument: str) -> ConfigDict:
     return config
 
 
+@functools.cache
 def experiment_of(argument: str) -> ExperimentConfig:
     return ExperimentConfig.from_config_dict(config_of(argument))
 
@@ -114,7 +117,7 @@ def test_a_config_may_import_what_lies_beside_it_from_anywhere(tmp_path):
 
 def test_there_are_configs():
     assert {file.stem for file in FILES} >= {
-        "quickstart", "enwik8", "pycode", "text", "ablations", "ladder",
+        "quickstart", "enwik8", "pycode", "text", "ablations", "ladder", "long",
     }  # fmt: skip
 
 
@@ -133,30 +136,86 @@ def test_each_run_has_a_folder_of_its_own():
     assert len(set(names)) == len(names)
 
 
-def rungs() -> dict[str, tuple[ExperimentConfig, ExperimentConfig]]:
-    """The two arms of each rung of the ladder, FSN first."""
-    return {
-        name: (
-            experiment_of(f"{FOLDER}/ladder.py:fsn_{name}"),
-            experiment_of(f"{FOLDER}/ladder.py:transformer_{name}"),
-        )
-        for name in ladder.RUNGS
-    }
+def matched_to_a_transformer(file: str, fsn: str, transformer: str) -> tuple[ExperimentConfig, ...]:
+    """Checks that two arms of a rung differ in the model and its tuning alone; returns both."""
+    one, other = (experiment_of(f"{FOLDER}/{file}:{arm}") for arm in (fsn, transformer))
+    assert one.model.num_params() == pytest.approx(other.model.num_params(), rel=0.01)
+    for part in ("data", "training", "evaluation", "checkpoints", "seed"):
+        assert getattr(one, part) == getattr(other, part), part
+    tuned = {"peak_learning_rate", "angle_factor", "weight_decay"}
+    assert changed(one.optimizer, other.optimizer) <= tuned
+    return one, other
 
 
 @pytest.mark.parametrize("name", ladder.RUNGS)
 def test_a_rung_is_the_size_it_is_called_by_and_its_arms_are_matched(name):
-    fsn, transformer = rungs()[name]
-    assert fsn.model.num_params() == pytest.approx(transformer.model.num_params(), rel=0.01)
-    if name != "pocket":
-        size = float(name[:-1]) * {"k": 1e3, "m": 1e6}[name[-1]]
-        assert fsn.model.num_params() == pytest.approx(size, rel=0.01)
-    assert fsn.data == transformer.data
-    assert fsn.training == transformer.training
-    assert fsn.evaluation == transformer.evaluation
-    assert fsn.seed == transformer.seed
-    tuned = {"peak_learning_rate", "angle_factor", "weight_decay"}
-    assert changed(fsn.optimizer, transformer.optimizer) <= tuned
+    for kind in ladder.RUNGS[name].kinds:
+        one, _ = matched_to_a_transformer("ladder.py", f"{kind}_{name}", f"transformer_{name}")
+        if name != "pocket":
+            size = float(name[:-1]) * {"k": 1e3, "m": 1e6}[name[-1]]
+            assert one.model.num_params() == pytest.approx(size, rel=0.01)
+
+
+@pytest.mark.parametrize("file", ["enwik8.py", "pycode.py", "long.py"])
+def test_the_arms_of_a_rung_are_matched(file):
+    arms = runpy.run_path(str(FOLDER / file))["ARMS"]
+    assert all(any(f"{kind}_" in arm for arm in arms) for kind in enwik8.KINDS)
+    for arm in arms:
+        kind = next(kind for kind in sorted(enwik8.POCKET, key=len)[::-1] if f"{kind}_" in arm)
+        matched_to_a_transformer(file, arm, arm.replace(kind, "transformer"))
+
+
+def test_the_published_form_has_no_matrix_but_those_of_its_feed_forward():
+    """Neither its score nor its coupling: gates, angles and a kernel, one entry a phase."""
+    for model in (enwik8.FSN_POCKET, enwik8.FSN_1M):
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        params = jax.eval_shape(build_model(model).init, jax.random.key(0), tokens)["params"]
+        paths = jax.tree_util.tree_flatten_with_path(params["block_0"])[0]
+        square = {
+            jax.tree_util.keystr(path)
+            for path, leaf in paths
+            if sum(size >= model.num_phases // 2 for size in leaf.shape) > 1
+        }
+        assert square
+        assert all("feedforward" in path for path in square), square
+
+
+def test_every_study_records_the_loss_on_copy_events():
+    for argument in ARMS:
+        assert experiment_of(argument).evaluation.copy_depth == (
+            0 if short_name(argument).startswith(("quickstart", "text")) else 4
+        )
+
+
+LONG = [f"long.py:{arm}" for arm in long.ARMS] + [
+    f"ladder.py:{kind}_{rung}" for kind in enwik8.KINDS for rung in ("1m", "500k")
+]
+
+
+@pytest.mark.parametrize("argument", LONG)
+def test_long_runs_are_evaluated_as_their_plan_says(argument):
+    """docs/history/protocol.md, "Long runs"."""
+    config = experiment_of(f"{FOLDER}/{argument}")
+    seen = config.training.num_steps * config.characters_per_step
+    assert seen == pytest.approx(
+        50e6 if "500k" in argument else 100e6 if "pocket" in argument else 98e6, rel=0.01
+    )
+    assert config.evaluation.num_tokens == 1_000_000
+    assert config.training.num_steps == 20 * config.evaluation.every
+    assert config.checkpoints.every == config.evaluation.every
+
+
+def test_the_commands_of_the_long_runs_are_those_of_arms():
+    commands = long.__doc__.replace("\\\n", " ").split("python -m train ")[1:]
+    planned = []
+    for words in (command.split() for command in commands):
+        assert words[0] == "ladder"
+        options = dict(word[2:].split("=") for word in words[1:] if word.startswith("--"))
+        seeds = [int(seed) for seed in options["seeds"].split(",")]
+        arms = options["arms"].split(",")
+        jobs = plan(str(FOLDER.parent / options["config"]), arms, seeds, [])
+        planned += [job.name for job in jobs]
+    assert len(set(planned)) == len(planned) == 24
 
 
 @pytest.mark.parametrize("name", ladder.RUNGS)
@@ -164,8 +223,8 @@ def test_the_page_of_the_ladder_states_each_budget(name):
     """If the pocket design changed, write the new figures into the table of configs/ladder.py."""
     row = next(r for r in ladder.__doc__.splitlines() if r.startswith(f"{name} "))
     _, parameters, layers, characters, _, *flops = row.split()
-    both = rungs()[name]
-    for config, stated in zip(both, flops, strict=True):
+    for kind, stated in zip(("fsn", "projected", "transformer"), flops, strict=True):
+        config = experiment_of(f"{FOLDER}/ladder.py:{kind}_{name}")
         seen = config.training.num_steps * config.characters_per_step
         assert seen == pytest.approx(float(characters.removesuffix("M")) * 1e6, rel=0.02)
         assert config.model.num_params() == pytest.approx(
@@ -180,11 +239,11 @@ def test_the_rungs_keep_the_design_of_the_pocket_arm():
     """A rung is wider and deeper; each switch is that of the tuned arm."""
     sizes = {
         "num_layers", "num_phases", "num_heads", "heads_per_phase", "score_phases",
-        "feedforward_width", "width",
+        "feedforward_width", "num_modes", "width",
     }  # fmt: skip
     for arm in ladder.ARMS:
         kind, _ = arm.split("_")
-        assert changed(enwik8.POCKET[f"{kind}_pocket"], ladder.model_of(arm)) <= sizes
+        assert changed(enwik8.POCKET[kind], ladder.model_of(arm)) <= sizes
 
 
 def changed(one: Any, other: Any) -> set[str]:
@@ -197,33 +256,39 @@ def changed(one: Any, other: Any) -> set[str]:
 NAMED = {
     "no_delay": ("delay", False),
     "no_angles": ("static_angles", False),
+    "no_score_angles": ("score_angles", False),
     "non_negative": ("signed_harmonics", False),
     "linear_values": ("values", "linear"),
     "no_field_features": ("field_features", False),
+    "field_features": ("field_features", True),
     "both_quadratures": ("features", "phasor"),
+    "one_quadrature": ("features", "quadrature"),
     "no_feedforward": ("feedforward", "none"),
     "one_harmonic": ("num_harmonics", 1),
     "two_harmonics": ("num_harmonics", 2),
     "three_harmonics": ("num_harmonics", 3),
     "four_harmonics": ("num_harmonics", 4),
     "one_head_per_phase": ("heads_per_phase", 1),
-    "two_heads_per_phase": ("heads_per_phase", 2),
-    "three_heads_per_phase": ("heads_per_phase", 3),
-    "four_heads_per_phase": ("heads_per_phase", 4),
+    "all_heads_per_phase": ("heads_per_phase", 4),
     "no_similarity_head": ("similarity_heads", 0),
     "only_similarity_heads": ("similarity_heads", 2),
     "four_heads": ("num_heads", 4),
+    "block_scope": ("score_scope", "block"),
     "projected_score": ("score", "projected"),
     "gated_score": ("score", "content_gated"),
+    "content_gates": ("score", "content_gated"),
     "static_score": ("score", "gated"),
     "no_score": ("score", "none"),
 }
+CHANGES = [*ablations.PROJECTED_CHANGES, *ablations.PUBLISHED_CHANGES]
 
 
-@pytest.mark.parametrize("arm", ablations.CHANGES)
+@pytest.mark.parametrize("arm", CHANGES)
 def test_an_ablation_changes_what_it_is_called_and_nothing_else(arm):
-    field, value = NAMED[arm]
-    reference, model = ablations.REFERENCE, ablations.model_of(arm)
+    published = arm.startswith("published_")
+    field, value = NAMED[arm.removeprefix("published_")]
+    reference, model = ablations.reference_of(arm), ablations.model_of(arm)
+    assert reference == enwik8.POCKET["fsn" if published else "projected"]
     assert getattr(model, field) == value != getattr(reference, field)
     # The width restores the size; some fields belong to one value of another alone.
     belong = {
@@ -233,42 +298,50 @@ def test_an_ablation_changes_what_it_is_called_and_nothing_else(arm):
     }
     allowed = {field, "feedforward_width"} | belong.get(field, set())
     assert field in changed(reference, model) <= allowed
-    if arm != "no_feedforward":
+    if not arm.endswith("no_feedforward"):
         assert model.num_params() == pytest.approx(reference.num_params(), rel=0.01)
     there = config_of(f"{FOLDER}/ablations.py:{arm}").to_dict()
-    beside = config_of(f"{FOLDER}/ablations.py:fsn").to_dict()
+    unchanged = "published" if published else "fsn"
+    beside = config_of(f"{FOLDER}/ablations.py:{unchanged}").to_dict()
     for config in (there, beside):
         del config["name"], config["model"]
     assert there == beside
 
 
-@pytest.mark.parametrize("arm", ablations.POCKET)
+@pytest.mark.parametrize("arm", ablations.KINDS)
 def test_a_pocket_arm_among_the_ablations_is_that_arm_with_a_third_of_the_steps(arm):
     there = config_of(f"{FOLDER}/ablations.py:{arm}").to_dict()
-    beside = config_of(f"{FOLDER}/enwik8.py:{arm}_pocket").to_dict()
+    beside = config_of(f"{FOLDER}/enwik8.py:{ablations.KINDS[arm]}_pocket").to_dict()
     steps = there["training"].pop("num_steps"), beside["training"].pop("num_steps")
     assert steps == pytest.approx((5000 / 3, 5000), rel=0.06)
     assert there.pop("name") == f"ablation_{arm}" != beside.pop("name")
     assert there == beside
 
 
-def test_every_value_of_a_switch_is_the_reference_or_an_arm():
-    arms = [*map(ablations.model_of, ablations.CHANGES), ablations.REFERENCE]
-    assert {m.num_harmonics for m in arms} >= {1, 2, 3, 4}
+@pytest.mark.parametrize("form", ["published", "projected"])
+def test_every_value_of_a_switch_is_the_reference_or_an_arm(form):
+    of = {"published": ablations.PUBLISHED_CHANGES, "projected": ablations.PROJECTED_CHANGES}[form]
+    reference = {"published": ablations.PUBLISHED, "projected": ablations.PROJECTED}[form]
+    modes = enwik8.POCKET[{"published": "modes", "projected": "projected_modes"}[form]]
+    arms = [*map(ablations.model_of, of), reference, modes]
+    assert {m.num_harmonics for m in arms} >= {1, 2, 3}
     assert {m.score for m in arms} == {"projected", "gated", "content_gated", "none"}
     for switch in ("delay", "static_angles", "signed_harmonics", "field_features"):
         assert {getattr(m, switch) for m in arms} == {True, False}
     assert {m.values for m in arms} == {"circular", "linear"}
-    kinds = {m.feedforward for m in arms} | {enwik8.POCKET["modes_pocket"].feedforward}
-    assert kinds == {"swiglu", "collective_modes", "none"}
+    assert {m.features for m in arms} == {"phasor", "quadrature"}
+    assert {m.feedforward for m in arms} == {"swiglu", "collective_modes", "none"}
 
 
-# Arms that differ in no more than their depth and their corpus have the same step but for its size.
-DISTINCT = {
-    (shallow(config).model, config.optimizer, config.training, config.data.context): argument
-    for argument in ARMS
-    for config in [experiment_of(argument)]
-}
+def program_of(config: ExperimentConfig) -> Any:
+    """What makes the step: depth, corpus and number of steps change no more than its size."""
+    model = dataclasses.replace(shallow(config).model, vocab_size=enwik8.VOCABULARY)
+    training = dataclasses.replace(config.training, num_steps=config.training.steps_per_dispatch)
+    training = dataclasses.replace(training, log_every=config.training.steps_per_dispatch)
+    return model, config.optimizer, training, config.data.context
+
+
+DISTINCT = {program_of(experiment_of(argument)): argument for argument in ARMS}
 
 
 @pytest.mark.parametrize("argument", DISTINCT.values(), ids=short_name)
@@ -321,7 +394,6 @@ RECORDED = sorted((FOLDER.parent / "results").glob("*/config.json"))
 def test_recorded_settings_still_load(file):
     recorded = json.loads(file.read_text())
     experiment = read_experiment(file.read_text())
-    assert experiment.name == recorded["name"]
     assert experiment.evaluation.num_tokens == recorded["evaluation"]["num_bytes"]
     assert experiment.training.layout == recorded["training"].get("parameters", "replicated")
     summary = json.loads(file.with_name("summary.json").read_text())

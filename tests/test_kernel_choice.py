@@ -13,7 +13,7 @@ from train import kernel_choice
 from train.kernel_choice import FILE, sum_widths, with_implementation
 from train.mesh import data_mesh
 
-MODEL = enwik8.ONE_MILLION["fsn_1m"]
+MODEL = enwik8.FSN_1M
 
 
 class Device:

@@ -133,8 +133,10 @@ def test_layer_against_oracle(switches):
 @pytest.mark.parametrize(
     ("length", "score_width", "value_width", "dtype"),
     [
-        (192, 16, 128, "float32"),  # configs/enwik8.py:fsn_pocket
-        (200, 28, 224, "bfloat16"),  # configs/enwik8.py:fsn_1m, odd length
+        (192, 128, 64, "float32"),  # configs/enwik8.py:fsn_pocket
+        (200, 224, 112, "bfloat16"),  # configs/enwik8.py:fsn_1m, odd length
+        (192, 16, 128, "float32"),  # configs/enwik8.py:projected_pocket
+        (200, 28, 224, "bfloat16"),  # configs/enwik8.py:projected_1m, odd length
         (64, 0, 16, "float32"),
     ],
 )

@@ -19,9 +19,9 @@ PAGES = [
     for page in sorted(ROOT.glob(pattern))
 ]
 HEADLINE = {
-    ("FSN with projected scores (ours)", "enwik8"): "enwik8_fsn_pocket",
+    ("FSN with projected scores (ours)", "enwik8"): "enwik8_projected_pocket",
     ("transformer", "enwik8"): "enwik8_transformer_pocket",
-    ("FSN with projected scores (ours)", "pycode"): "pycode_fsn_pocket",
+    ("FSN with projected scores (ours)", "pycode"): "pycode_projected_pocket",
     ("transformer", "pycode"): "pycode_transformer_pocket",
 }
 """The runs behind the README's first table: the arm by row and corpus."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict
 
+from configs import ablations, enwik8, ladder, pycode
 from fsn_jax import FSN, FSNConfig, Transformer
 from fsn_jax.config import recorded_fields
 from train.config import ExperimentConfig
+from train.recorded import in_todays_names, read_experiment
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 RECORDS = sorted(file.parent for file in RESULTS.rglob("config.json"))
@@ -35,7 +38,7 @@ def leaves_of(config):
 @pytest.mark.parametrize("record", RECORDS, ids=lambda folder: folder.name)
 def test_a_recorded_model_is_built_with_its_parameters(record):
     """The number of all; path and shape of those of the first block, the embedding, the readout."""
-    config = ExperimentConfig.from_json((record / "config.json").read_text()).model
+    config = read_experiment((record / "config.json").read_text()).model
     if (record / "summary.json").is_file():
         summary = json.loads((record / "summary.json").read_text())
         assert config.num_params() == summary["parameters"]
@@ -66,3 +69,47 @@ def test_scores_have_todays_names(before, now):
     assert fields["kernel_angle"] == (0.0 if "score_scope" not in before else 0.1)
     config = FSNConfig(**fields)
     assert recorded_fields(FSNConfig, dataclasses.asdict(config)) == dataclasses.asdict(config)
+
+
+FORMER = {"architecture": "fsn"}
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("enwik8_fsn_pocket_seed1", "enwik8_projected_pocket_seed1"),
+        ("enwik8_fsn_pocket_short", "enwik8_projected_pocket_short"),
+        ("enwik8_one_head_pocket", "enwik8_projected_one_head_pocket"),
+        ("pycode_base_1m", "pycode_projected_base_1m"),
+        ("ladder_fsn_60k_seed2", "ladder_projected_60k_seed2"),
+        ("my_enwik8_fsn_pocket", "my_enwik8_fsn_pocket"),
+        ("enwik8_fsnow", "enwik8_fsnow"),
+    ],
+)
+def test_the_fsn_before_the_published_form_is_called_projected(before, now):
+    assert in_todays_names({"name": before, "model": FORMER})["name"] == now
+    # Neither the name of a transformer nor that of a run of this version is changed.
+    for model in ({"architecture": "transformer"}, {**FORMER, "score_scope": "all"}):
+        assert in_todays_names({"name": before, "model": model})["name"] == before
+    today = in_todays_names({"name": before, "model": FORMER})
+    assert in_todays_names(today) == today
+
+
+RECORDED_RUNS = sorted(file.parent for file in RESULTS.glob("*/config.json"))
+FILES = {"enwik8": enwik8, "pycode": pycode, "ladder": ladder, "ablation": ablations}
+OF_OPTIONS = {"enwik8_projected_pocket_short", "enwik8_projected_one_head_pocket"}
+
+
+@pytest.mark.parametrize("record", RECORDED_RUNS, ids=lambda folder: folder.name)
+def test_a_record_is_called_as_the_arm_that_still_makes_it(record):
+    experiment = read_experiment((record / "config.json").read_text())
+    run = re.sub(r"_seed\d+$", "", record.name)
+    assert experiment.name in (run, record.name)
+    family, _, arm = run.partition("_")
+    if run in OF_OPTIONS or family == "quickstart":
+        return
+    config = ExperimentConfig.from_config_dict(FILES[family].get_config(arm))
+    assert config.name == run
+    assert config.model == experiment.model
+    assert config.optimizer == experiment.optimizer
+    assert config.training.num_steps == experiment.training.num_steps

@@ -1,15 +1,19 @@
 """Reads the settings of recorded runs, of this version and of earlier ones."""
 
 import json
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from fsn_jax.config import recorded_fields
+from fsn_jax.config import FSNConfig, recorded_fields
 from train.config import ARCHITECTURES, ExperimentConfig
 
 RENAMED = {("evaluation", "num_bytes"): "num_tokens", ("training", "parameters"): "layout"}
 """Present name of each setting, by its part and former name."""
+
+_FORMER_ARM = re.compile(r"^(enwik8|enwik8_clock|pycode|ladder)_(fsn|base|modes|one_head)(?=_)")
+"""Names of FSNs that now belong to the published form."""
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -35,7 +39,21 @@ def in_todays_names(fields: dict[str, Any]) -> dict[str, Any]:
             part[new] = part.pop(old)
     model = fields.get("model")
     kind = ARCHITECTURES.get(model.get("architecture", "")) if isinstance(model, dict) else None
-    return {**fields, "model": recorded_fields(kind, model)} if kind and model else fields
+    if not kind or not model:
+        return fields
+    if kind is FSNConfig and "score_scope" not in model and isinstance(fields.get("name"), str):
+        fields["name"] = _in_todays_name(fields["name"])
+    return {**fields, "model": recorded_fields(kind, model)}
+
+
+def _in_todays_name(name: str) -> str:
+    """Returns the present name of a run from before the published form was the FSN of configs.
+
+    Then ``fsn`` was the projected form, ``enwik8_base_pocket`` its base layer, and so on.
+    """
+    return _FORMER_ARM.sub(
+        lambda found: f"{found[1]}_projected" + ("" if found[2] == "fsn" else f"_{found[2]}"), name
+    )
 
 
 def read_experiment(text: str) -> ExperimentConfig:

@@ -212,18 +212,23 @@ def _summary(ledger: Mapping[str, Any], rows: Sequence[Row]) -> str:
     for claim in ledger["claim"]:
         of_claim = [row for row in rows if row.claim["id"] == claim["id"]]
         done = [row for row in of_claim if row.status != "not yet run"]
-        said = "; ".join(
-            f"**{row.status}**" + (f": {row.reason}" if row.reason else "")
-            for row in done or of_claim[:1]
-        )
+        if not any("form" not in row.evidence for row in done):
+            done = [*of_claim[:1], *done]  # the published form comes first, be it not yet run
+        said = "; ".join(map(_verdict_text, done))
         name = claim["id"]
         lines.append(f"| [{name}](#{name.lower()}) | {claim['says']} | {said} |")
     return "\n".join(lines) + "\n"
 
 
+def _verdict_text(row: Row) -> str:
+    """Returns status, form of the network if it is not the published one, and reason."""
+    form = f" ({row.evidence['form']})" if "form" in row.evidence else ""
+    return f"**{row.status}**{form}" + (f": {row.reason}" if row.reason else "")
+
+
 def _row_text(row: Row) -> str:
     """Returns one piece of evidence: verdict, commands that repeat it, records."""
-    verdict = f"**{row.status}**" + (f": {row.reason}" if row.reason else "") + "."
+    verdict = f"{_verdict_text(row)}."
     if row.measured:
         verdict += f" {row.measured} ({row.scale})."
     parts = [_wrapped(verdict), "```sh", *row.evidence["commands"], "```", ""]

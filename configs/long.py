@@ -1,0 +1,53 @@
+"""Long runs: does the lead outlive the transformer's own induction heads?
+
+The plan is in docs/history/protocol.md, "Long runs". Each run is evaluated twenty times on a
+million bytes, copy events apart, and has a checkpoint at each evaluation. The rows of the plan, in
+its order (``fsn`` stands for the better FSN of the first row where the plan says so)::
+
+    python -m train ladder --config=configs/long.py --seeds=1,2 \
+      --arms=enwik8_fsn_pocket,enwik8_projected_pocket,enwik8_transformer_pocket,enwik8_shifted_pocket
+    python -m train ladder --config=configs/long.py --seeds=1 \
+      --arms=enwik8_base_pocket,enwik8_modes_pocket
+
+    python -m train ladder --config=configs/ladder.py --seeds=1,2 --arms=fsn_1m,transformer_1m
+    python -m train ladder --config=configs/ladder.py --seeds=1 \
+      --arms=projected_1m,shifted_1m,base_1m,modes_1m
+
+    python -m train ladder --config=configs/long.py --seeds=1 \
+      --arms=pycode_fsn_1m,pycode_transformer_1m
+
+    python -m train ladder --config=configs/ladder.py --seeds=1,2 --arms=fsn_500k,transformer_500k
+
+Arms here: ``enwik8_KIND_pocket``, the pocket rung with five times its budget (100M characters, 1.1
+epochs), and ``pycode_KIND_1m``, the 1m rung of the ladder on Python source (98M characters, 2.6
+epochs). The kinds are explained in configs/enwik8.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import enwik8, ladder, pycode
+
+EVALUATIONS = 20
+EVERY = 1220
+"""Steps between evaluations of a pocket arm: 5.0 million characters."""
+VALIDATION = 1_000_000
+ARMS = (
+    *(f"enwik8_{kind}_pocket" for kind in enwik8.KINDS),
+    *(f"pycode_{kind}_1m" for kind in enwik8.KINDS),
+)
+
+
+def get_config(arm: str = "enwik8_fsn_pocket") -> ConfigDict:
+    """A long run; see ``ARMS``."""
+    if arm not in ARMS:
+        raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
+    corpus, model = arm.split("_", maxsplit=1)
+    if corpus == "pycode":
+        config = pycode.on_pycode(ladder.get_config(model))
+    else:
+        config = enwik8.get_config(model)
+        config.training.num_steps = EVERY * EVALUATIONS
+        config.evaluation.every = config.checkpoints.every = EVERY
+        config.evaluation.num_tokens = VALIDATION
+    config.name = f"{arm}_long"
+    return config

@@ -133,7 +133,7 @@ def measure(case: Case, dumps: Path) -> dict[str, Any]:
     options: dict[str, Any] = {"xla_dump_to": str(dumps)} if gpu else {}
     compiled = lowered.compile(compiler_options=options)
     seconds = time.perf_counter() - traced
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     memory: Any = compiled.memory_analysis()
     step = hlo.step_instructions(text)
     length = experiment.data.context

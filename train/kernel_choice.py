@@ -7,10 +7,10 @@ processes of a run: two that took different ones would wait for each other for e
 import contextlib
 import dataclasses
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jaxlib
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -63,7 +63,7 @@ def _remembered(sizes: Sizes) -> Implementation:
     if not folder or "://" in folder:
         return fastest(sizes)
     path = Path(folder) / FILE
-    key = " ".join(map(str, (jax.devices()[0].device_kind, jaxlib.__version__, *sizes)))
+    key = " ".join(map(str, (jax.devices()[0].device_kind, version("jaxlib"), *sizes)))
     choices: dict[str, Implementation] = {}
     with contextlib.suppress(OSError, ValueError):  # nothing yet, or nothing that can be read
         choices = json.loads(path.read_text())

@@ -93,7 +93,7 @@ def _by_platform(
 
 def _fused(name: str, platforms: Iterable[str]) -> dict[str, Callable[..., tuple[Array, ...]]]:
     """Returns ``forward`` or ``backward`` of the fused kernels, of those that can be imported."""
-    found = {}
+    found: dict[str, Callable[..., tuple[Array, ...]]] = {}
     for platform in platforms:
         with contextlib.suppress(ImportError):
             found[platform] = functools.partial(

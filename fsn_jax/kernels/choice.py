@@ -49,7 +49,8 @@ def of_auto(query: Array, value: Array) -> Implementation:
         return "xla"
     if jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
         return "xla"  # a kernel in a program that jax.jit divides by itself is gathered or refused
-    sizes = Sizes(*query.shape, value.shape[3], value.dtype.name)
+    batch, heads, length, score_width = query.shape
+    sizes = Sizes(batch, heads, length, score_width, value.shape[3], value.dtype.name)
     return "auto" if fastest(sizes) == "pallas" else "xla"
 
 

@@ -21,6 +21,9 @@ from fsn_jax.kernels.xla import MASKED
 Ref = Any
 """A reference to a block of an array, inside of a kernel."""
 
+Rows = Any
+"""What ``pl.ds`` returns."""
+
 Pieces = list[Array]
 """The columns of a block of rows, in pieces."""
 
@@ -171,11 +174,11 @@ class _At(NamedTuple):
     segments: Ref | None
 
     @property
-    def own(self) -> pl.Slice:
+    def own(self) -> Rows:
         """The rows of the program."""
         return pl.ds(self.here * self.tile.block, self.tile.block)
 
-    def other(self, step: Array) -> pl.Slice:
+    def other(self, step: Array) -> Rows:
         """The rows of a step."""
         return pl.ds(step * self.tile.step, self.tile.step)
 
@@ -254,11 +257,11 @@ def padded_width(width: int) -> int:
     return start + size
 
 
-def _load(ref: Ref, rows: pl.Slice) -> Pieces:
+def _load(ref: Ref, rows: Rows) -> Pieces:
     return [ref[0, rows, pl.ds(start, size)] for start, size in _pieces(ref.shape[2])]
 
 
-def _store(ref: Ref, rows: pl.Slice, pieces: Pieces) -> None:
+def _store(ref: Ref, rows: Rows, pieces: Pieces) -> None:
     for (start, size), piece in zip(_pieces(ref.shape[2]), pieces, strict=True):
         ref[0, rows, pl.ds(start, size)] = piece.astype(ref.dtype)
 

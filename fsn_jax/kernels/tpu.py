@@ -22,6 +22,9 @@ from fsn_jax.kernels.xla import MASKED
 Ref = Any
 """A reference to a block of an array, inside of a kernel."""
 
+Columns = Any
+"""What ``pl.ds`` returns."""
+
 LANES = 128
 """Tokens come in multiples of this."""
 
@@ -124,7 +127,7 @@ def backward(
                 d_query = _dot(key[0, :, :stop], d_scores, (1, 0))
                 if diagonal:
                     d_query += d_own[0, :, columns] * key[0, :, columns]
-                rows = pl.ds(pl.multiple_of(tile.query * block + start, LANES), chunk)
+                rows = pl.ds(pl.multiple_of(jnp.int32(tile.query * block + start), LANES), chunk)
                 _put(d_query_ref, rows, d_query, add=not first)
                 add = not diagonal or stop < block
                 _put(d_key_ref, pl.ds(0, stop), _dot(q, d_scores, (1, 1)), add=add)
@@ -176,7 +179,7 @@ def _scores(
     key: Ref,
     query: Array,
     segments: Sequence[Ref],
-    columns: pl.Slice,
+    columns: Columns,
     stop: int,
     diagonal: bool,
 ) -> Array:
@@ -192,7 +195,7 @@ def _scores(
     return scores
 
 
-def _put(ref: Ref, columns: pl.Slice, value: Array, *, add: bool) -> None:
+def _put(ref: Ref, columns: Columns, value: Array, *, add: bool) -> None:
     if add:
         ref[0, :, columns] += value
     else:

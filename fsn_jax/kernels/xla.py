@@ -34,12 +34,12 @@ def forward(
 ) -> tuple[Array, ...]:
     """Computes the strict sum block by block; see ``fsn_jax.kernels.forward``."""
     length = query.shape[2]
-    query, key, value, segments = (_pad_rows(x, length) for x in (query, key, value, segments))
+    query, key, value = (_pad_rows(x, length) for x in (query, key, value))
+    segments = None if segments is None else _pad_rows(segments, length)
     own_score = own_inner(query, key)
     parts = []
     for stretch in _stretches(query.shape[2]):
-        prefix = (x if x is None else x[:, :, : stretch.stop] for x in (key, value, segments))
-        work = functools.partial(_forward_block, *prefix)
+        work = functools.partial(_forward_block, *_prefix(stretch, key, value, segments))
         parts.append(_over_blocks(work, stretch, query, own_score, segments))
     return tuple(
         jnp.concatenate(arrays, axis=2)[:, :, :length] for arrays in zip(*parts, strict=True)
@@ -58,10 +58,11 @@ def backward(
 ) -> tuple[Array, ...]:
     """Differentiates the strict sum block by block; see ``fsn_jax.kernels.backward``."""
     length = query.shape[2]
-    query, key, value, log_normalizer, d_total, mean, d_own_score, segments = (
+    query, key, value, log_normalizer, d_total, mean, d_own_score = (
         _pad_rows(x, length)
-        for x in (query, key, value, log_normalizer, d_total, mean, d_own_score, segments)
+        for x in (query, key, value, log_normalizer, d_total, mean, d_own_score)
     )
+    segments = None if segments is None else _pad_rows(segments, length)
     own_query, own_key = query, key
     query, key, value = delay_until(d_total, (query, key, value))
     d_query = []
@@ -69,8 +70,7 @@ def backward(
     _, d_key, d_value = match_varying_axes((d_total, *zeros))
     # The last stretch first, whose keys are all keys: then XLA starts from it, not from zeros.
     for stretch in reversed(_stretches(query.shape[2])):
-        prefix = (x if x is None else x[:, :, : stretch.stop] for x in (key, value, segments))
-        work = functools.partial(_backward_block, *prefix)
+        work = functools.partial(_backward_block, *_prefix(stretch, key, value, segments))
         arrays = (query, log_normalizer, d_total, mean, segments)
         dq, d_key, d_value = _over_blocks(work, stretch, *arrays, totals=(d_key, d_value))
         d_query.append(dq)
@@ -83,10 +83,18 @@ def backward(
     return tuple(x[:, :, :length].astype(query.dtype) for x in cotangents)
 
 
-def _pad_rows(x: Array | None, length: int) -> Array | None:
+def _prefix(
+    stretch: "_Stretch", key: Array, value: Array, segments: Array | None
+) -> tuple[Array, Array, Array | None]:
+    """The rows that the queries of a stretch can see."""
+    rows = (slice(None), slice(None), slice(stretch.stop))
+    return key[rows], value[rows], None if segments is None else segments[rows]
+
+
+def _pad_rows(x: Array, length: int) -> Array:
     # Padded keys come after every real query, and padded queries are cut off.
     missing = -length % _block(length)
-    if x is None or not missing:
+    if not missing:
         return x
     return jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))[: x.ndim])
 

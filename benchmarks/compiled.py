@@ -9,6 +9,7 @@ fused kernels come from their static schedules; a GPU's time is bounded below by
 """
 
 import argparse
+import collections
 import dataclasses
 import itertools
 import json
@@ -162,6 +163,7 @@ def _gpu_figures(step: list[hlo.Instruction], dumps: Path) -> dict[str, Any]:
     by_part = hlo.bytes_by_part(step)
     return {
         "kernels": len(hlo.kernels_of(step)),
+        "kernels_by_part": dict(collections.Counter(k.part for k in hlo.kernels_of(step))),
         "bytes": sum(by_part.values()),
         "bytes_by_part": by_part,
         "fused": listings.gpu_registers(dumps, nvcc / "bin" / "ptxas"),

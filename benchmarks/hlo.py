@@ -34,7 +34,7 @@ OPTIMIZER = "optimizer"
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
 WHOLE = 80_000_000
-"""Bytes above which an operand, such as a corpus, is taken to be read in part."""
+"""Bytes above which an operand, such as a corpus, is read in part: as much as the result has."""
 
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
 _ARRAY = re.compile(rf"\b({'|'.join(ITEM_SIZE)})\[([\d,]*)\]")
@@ -61,7 +61,11 @@ class Instruction:
 
 def step_instructions(text: str) -> list[Instruction]:
     """The instructions of the step: the longest computation that is not the inside of a fusion."""
-    computations = [c for c in re.split(r"\n(?=%|ENTRY)", text) if "fused" not in c.split("(")[0]]
+    computations = [
+        c
+        for c in re.split(r"\n(?=%|ENTRY)", text)[1:]  # after the head of the module
+        if "fused" not in c.split("(")[0]
+    ]
     step = max(computations, key=lambda computation: computation.count("\n"))
     shapes: dict[str, str] = {}
     found = []
@@ -82,7 +86,7 @@ def step_instructions(text: str) -> list[Instruction]:
                 opcode,
                 part_of(name.group(1) if name else ""),
                 int(cycles.group(1)) if cycles else None,
-                _size(shape) + sum(min(_size(s), WHOLE) for s in arrays),
+                _size(shape) + sum(_read(s, shape) for s in arrays),
                 name.group(1) if name else "",
             )
         )
@@ -101,6 +105,11 @@ def _size(shape: str) -> int:
         ITEM_SIZE[dtype] * math.prod(int(n) for n in sizes.split(",") if n)
         for dtype, sizes in _ARRAY.findall(shape)
     )
+
+
+def _read(operand: str, result: str) -> int:
+    size = _size(operand)
+    return size if size <= WHOLE else min(size, _size(result))
 
 
 def cycles_by_part(step: list[Instruction]) -> dict[str, int]:

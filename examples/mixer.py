@@ -1,10 +1,13 @@
 """A small transformer in plain Flax, and the three lines that make it an FSN-mixer.
 
-Both learn to repeat: a sequence is 16 random symbols, written twice, and the second half can be
-known from the first. The mixer's lines turn the residual stream into phases, couple them, and turn
-them back; everything else is the transformer's.
+Both learn to repeat: a sequence has random symbols with a random period, so that from the second
+period on each symbol can be known from the first. The mixer's lines turn the residual stream into
+phases, couple them, and turn them back; everything else is the transformer's.
 
-    python examples/mixer.py --output mixer.png
+    python examples/mixer.py --output mixer.png   # half a minute of one core
+
+At the 400 steps of the default, seed 0, the mixer is right in 91.8% of the last 20 steps and passes
+90% at step 64; the transformer is at 47.8% (jax 0.10.2 on a CPU).
 """
 
 import argparse
@@ -19,7 +22,8 @@ from jax import Array
 
 from fsn_jax import FrustratedAttention
 
-SYMBOLS, HALF, WIDTH, HEADS, LAYERS, BATCH = 16, 16, 64, 2, 2, 32
+SYMBOLS, LENGTH, WIDTH, HEADS, LAYERS, BATCH = 32, 32, 64, 2, 2, 32
+PERIODS = 6, 16
 
 
 class Block(nn.Module):
@@ -52,7 +56,7 @@ class Model(nn.Module):
         """Logits ``[B, L, V]`` of tokens ``[B, L]``."""
         x = nn.Embed(SYMBOLS, WIDTH)(tokens)
         if not self.mixer:  # the mixer knows distances by itself
-            x = x + nn.Embed(2 * HALF, WIDTH)(jnp.arange(tokens.shape[1]))[None]
+            x = x + nn.Embed(LENGTH, WIDTH)(jnp.arange(tokens.shape[1]))[None]
         for _ in range(LAYERS):
             x = Block(self.mixer)(x)
         return nn.Dense(SYMBOLS)(nn.LayerNorm()(x))
@@ -60,21 +64,26 @@ class Model(nn.Module):
 
 @functools.partial(jax.jit, static_argnames=("mixer", "steps"))
 def train(mixer: bool, steps: int, seed: int = 0) -> Array:
-    """Returns the share of the second half that is predicted right, at each step of training."""
+    """Returns the share of what can be known that is predicted right, at each step of training."""
     model, optimizer = Model(mixer), optax.adam(optax.cosine_decay_schedule(3e-3, steps))
     init, draws = jax.random.split(jax.random.key(seed))
-    params: Any = model.init(init, jnp.zeros((1, 2 * HALF - 1), jnp.int32))
+    params: Any = model.init(init, jnp.zeros((1, LENGTH - 1), jnp.int32))
 
-    def loss(params: Any, tokens: Array) -> tuple[Array, Array]:
+    def loss(params: Any, tokens: Array, known: Array) -> tuple[Array, Array]:
         logits: Any = model.apply(params, tokens[:, :-1])
-        logits, wanted = logits[:, HALF - 1 :], tokens[:, HALF:]
-        right = (logits.argmax(axis=-1) == wanted).mean()
-        return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean(), right
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        right = logits.argmax(axis=-1) == tokens[:, 1:]
+        return (nats * known).sum() / known.sum(), (right & known).sum() / known.sum()
 
     def step(state: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], Array]:
         params, memory = state
-        half = jax.random.randint(key, (BATCH, HALF), 0, SYMBOLS)
-        gradient, right = jax.grad(loss, has_aux=True)(params, jnp.concatenate([half, half], 1))
+        of_symbols, of_periods = jax.random.split(key)
+        symbols = jax.random.randint(of_symbols, (BATCH, LENGTH), 0, SYMBOLS)
+        period = jax.random.randint(of_periods, (BATCH, 1), *PERIODS)
+        place = jnp.arange(LENGTH)[None]
+        tokens = jnp.take_along_axis(symbols, place % period, axis=1)
+        known = place[:, :-1] >= period
+        gradient, right = jax.grad(loss, has_aux=True)(params, tokens, known)
         updates, memory = optimizer.update(gradient, memory)
         return (optax.apply_updates(params, updates), memory), right
 
@@ -86,7 +95,7 @@ def train(mixer: bool, steps: int, seed: int = 0) -> Array:
 def main() -> None:
     """Trains both, prints when each is right nine times in ten, and draws the curves."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--steps", type=int, default=600, help="training steps")
+    p.add_argument("--steps", type=int, default=400, help="training steps")
     p.add_argument("--seed", type=int, default=0, help="seed of parameters and sequences")
     p.add_argument("--output", default="", help="file for the picture; none if empty")
     options = p.parse_args()
@@ -107,7 +116,7 @@ def main() -> None:
         figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
         for name, curve in curves.items():
             axes.plot(curve, label=name)
-        axes.set(xlabel="training step", ylabel="second half predicted right", ylim=(0, 1.02))
+        axes.set(xlabel="training step", ylabel="share predicted right", ylim=(0, 1.02))
         axes.legend()
         figure.savefig(options.output, dpi=150)
 

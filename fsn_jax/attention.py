@@ -26,11 +26,11 @@ from fsn_jax.coupling import (
 )
 from fsn_jax.fields import CouplingFields, documented
 from fsn_jax.recompute import recomputed
-from fsn_jax.torus import Complex
+from fsn_jax.torus import Complex, kept_in
 
 
 def initial_kernel(layer: CouplingFields, num_phases: int) -> np.ndarray:
-    """Initial in-phase coefficients of the kernel.
+    """Returns the initial in-phase coefficients of the kernel.
 
     ``[T, M, N]``, or ``[T, M, J, N]`` if a phase hears J > 1 heads; all but the first head have
     coefficients of zero. Where the kernel must be positive (``signed_harmonics=False``) the least
@@ -46,7 +46,7 @@ def initial_kernel(layer: CouplingFields, num_phases: int) -> np.ndarray:
 
 
 def initial_quadrature(layer: CouplingFields, num_phases: int) -> nn.initializers.Initializer:
-    """Initializer of the kernel's imaginary part: ``-rho tan(alpha)`` for normal angles alpha."""
+    """Returns an initializer of the imaginary part: ``-rho tan(alpha)`` for normal angles alpha."""
     rho = jnp.asarray(initial_kernel(layer, num_phases))
     if not layer.kernel_angle:
         return nn.initializers.zeros
@@ -59,7 +59,7 @@ def initial_quadrature(layer: CouplingFields, num_phases: int) -> nn.initializer
 
 
 def _by_head(by_rank: Sequence[Array], axis: int) -> Array:
-    """From arrays by block, one a rank, to what each head couples, side by side.
+    """Puts side by side what each head couples, from arrays by block, one a rank.
 
     The head of rank j for block h is h + j, so that head h couples blocks h, h - 1, ...
     """
@@ -115,7 +115,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         return Complex(real.reshape(shape), imag.reshape(shape))
 
     def kappa(self) -> Complex:
-        """The coupling kernel ``[T, M, J, N]`` of the layer's variables, real and imaginary parts.
+        """Returns the coupling kernel ``[T, M, J, N]``, real and imaginary parts.
 
         ``jax.lax.complex(*kappa)[:, :, j]`` is what ``fsn_jax.coupling`` takes, for the j-th of the
         heads that a phase hears.
@@ -129,7 +129,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         segment_ids: Int[Array, "B L"] | None = None,
         positions: Int[Array, "*B L"] | None = None,
     ) -> Float[Array, "B L N"]:
-        """The update of the phases, in radians, float32.
+        """Computes the update of the phases, in radians, float32.
 
         Differentiable in reverse mode; for forward mode take ``implementation="reference"``.
 
@@ -151,7 +151,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         segment_ids: Int[Array, "B L"] | None = None,
         positions: Int[Array, "*B L"] | None = None,
     ) -> Complex:
-        """The local field of every phase, ``[B, L, N]``, seen from that phase.
+        """Computes the local field of every phase, ``[B, L, N]``, seen from that phase.
 
         ``im`` is the torque, the update of the phases in radians; ``re`` is the coherence of a
         phase with its field. Arguments as for ``__call__``.
@@ -162,11 +162,14 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
             self._sow_entropy(query, key, segment_ids)
             attention = attention_weights(query, key, segment_ids)
             return self._reference(theta, attention, kappa, segment_ids)
-        kappa, zh = self._kappa_by_head(kappa), self._coupled(z)
+        kappa, zh = self._kappa_by_head(kappa), self._coupled(kept_in(z, self.dtype))
         follows = None if segment_ids is None else next_in_segment(segment_ids)[:, None, :, None]
-        value = recomputed(fold_values)(zh, kappa, follows).astype(self.dtype)
+        value = recomputed(self._fold)(zh, kappa, follows)
         summed = self._causal_sum(query, key, value, segment_ids, include_self=False)
         return self._gather(unfold_sum(zh, summed.total, summed.self_weight, kappa))
+
+    def _fold(self, z: Complex, kappa: Complex, follows: Array | None) -> Array:
+        return fold_values(z, kappa, follows, self.dtype)
 
     def extend(
         self,
@@ -177,7 +180,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Float[Array, "B S N"], LayerCache]:
-        """``__call__`` for S tokens at ``position`` and on, after those in the cache."""
+        """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
         field, cache = self.extend_field(
             theta, cache, position, segment_ids=segment_ids, positions=positions
         )
@@ -192,7 +195,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Complex, LayerCache]:
-        """``field`` for S tokens at ``position`` and on, after those in the cache."""
+        """Applies ``field`` to S tokens at ``position`` and on, after those in the cache."""
         z, query, key = self._score_at(theta, cache.capacity, position, positions)
         kappa, zh = self._kernel(theta.shape[-1]), self._heads(z)
         waves = side_by_side(zh, self.num_harmonics)

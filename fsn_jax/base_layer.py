@@ -1,4 +1,4 @@
-"""What the phase layers share, and those that sum one value a token.
+"""The base layer of synchronization attention, and what all phase layers share.
 
 ``KuramotoAttention`` is the unfrustrated base layer (arXiv 2606.11585), ``LinearValueAttention`` an
 ablation. Both map ``theta[B, L, N]`` to ``dtheta[B, L, N]``, in radians, and read N from their
@@ -27,12 +27,12 @@ from fsn_jax.torus import (
 
 
 def attention_entropy(weights: Float[Array, "*shape L"]) -> Float[Array, "*shape"]:
-    """Entropy of each row of attention weights, in nats."""
+    """Computes the entropy of each row of attention weights, in nats."""
     return -jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1)
 
 
 class PhaseAttention(ScoreFields, nn.Module):
-    """What the phase layers share: score, full and cached passes, diagnostics."""
+    """Base class of the phase layers: score, full and cached passes, diagnostics."""
 
     def setup(self) -> None:
         self.scores = PhaseScore(**shared_settings(self, PhaseScore), name="score")
@@ -44,14 +44,14 @@ class PhaseAttention(ScoreFields, nn.Module):
         segment_ids: Int[Array, "B L"] | None = None,
         positions: Int[Array, "*B L"] | None = None,
     ) -> Float[Array, "B H L L"]:
-        """The attention ``A`` itself, which the layer's sum does not form; see ``__call__``."""
+        """Returns the attention weights ``A``, for inspection: ``__call__`` does not form them."""
         _, query, key = self._score(theta, positions)
         return attention_weights(query, key, segment_ids)
 
     def empty_cache(
         self, batch: int, capacity: int, num_phases: int, *, segments: bool = False
     ) -> LayerCache:
-        """A cache for ``capacity`` tokens of each of ``batch`` sequences.
+        """Returns an empty cache for ``capacity`` tokens of each of ``batch`` sequences.
 
         Args:
           batch: B.
@@ -65,13 +65,13 @@ class PhaseAttention(ScoreFields, nn.Module):
         )
 
     def _score(self, theta: Array, positions: Array | None) -> tuple[Complex, Array, Array]:
-        """Phasors, queries and keys of whole sequences."""
+        """Returns phasors, queries and keys of whole sequences."""
         return self._score_at(theta, theta.shape[1], None, positions)
 
     def _score_at(
         self, theta: Array, capacity: int, position: Array | None, positions: Array | None
     ) -> tuple[Complex, Array, Array]:
-        """Phasors, queries and keys of tokens at ``position`` and on, of ``capacity`` at most."""
+        """Returns phasors, queries and keys of tokens at ``position`` and on."""
         z = token_phasor(theta)
         num_phases, length = theta.shape[2], theta.shape[1]
         self.check_width(num_phases)
@@ -122,7 +122,7 @@ SOFTPLUS_FLOOR = 0.01
 
 
 def softplus_inverse(x: np.ndarray) -> np.ndarray:
-    """The parameter of a positive coefficient, elementwise; see ``SOFTPLUS_FLOOR``."""
+    """Inverts the softplus elementwise, for coefficients of at least ``SOFTPLUS_FLOOR``."""
     return np.log(np.expm1(np.maximum(x, SOFTPLUS_FLOOR)))
 
 
@@ -136,7 +136,7 @@ class _SummedAttention(PhaseAttention):
         segment_ids: Int[Array, "B L"] | None = None,
         positions: Int[Array, "*B L"] | None = None,
     ) -> Float[Array, "B L N"]:
-        """The update of the phases, in radians, float32; see ``FrustratedAttention``."""
+        """Computes the update of the phases, in radians, float32; see ``FrustratedAttention``."""
         z, query, key = self._score(theta, positions)
         value = self._values(z)
         summed = self._causal_sum(query, key, value, segment_ids, include_self=True)
@@ -151,7 +151,7 @@ class _SummedAttention(PhaseAttention):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Float[Array, "B S N"], LayerCache]:
-        """``__call__`` for S tokens at ``position`` and on, after those in the cache."""
+        """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
         z, query, key = self._score_at(theta, cache.capacity, position, positions)
         total, cache = extend_sum(query, key, self._values(z), cache, position, segment_ids)
         return self._update(z, total), cache
@@ -211,7 +211,7 @@ class LinearValueAttention(_SummedAttention):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Complex, LayerCache]:
-        """``field`` for S tokens at ``position`` and on, after those in the cache."""
+        """Applies ``field`` to S tokens at ``position`` and on, after those in the cache."""
         update, cache = self.extend(
             theta, cache, position, segment_ids=segment_ids, positions=positions
         )

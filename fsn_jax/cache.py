@@ -1,4 +1,4 @@
-"""Caches of generation, and attention over them: what layers keep of the tokens they have seen."""
+"""Caches of generation, and attention over them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from fsn_jax.kernels.xla import MASKED, slots_before
 
 @flax.struct.dataclass
 class LayerCache:
-    """What a layer keeps of the tokens it has seen: slot u holds position u.
+    """Keys and values of the tokens that a layer has seen: slot u holds position u.
 
     Tokens past its last slot cannot be kept: what is computed for them is NaN. Batch and heads are
     one axis, and the slots of the keys the last: the layout that the products take as it is, so
@@ -35,13 +35,13 @@ class LayerCache:
 
     @property
     def capacity(self) -> int:
-        """C, how many tokens there is room for."""
+        """C, number of tokens that fit."""
         return self.value.shape[1]
 
     def visible(
         self, end: Int[Array, ""], num_tokens: int, segment_ids: Int[Array, "B S"] | None
     ) -> Bool[Array, "*BH S C"]:
-        """Which slots tokens see, ``[S, C]`` or with segments ``[B, 1, S, C]``.
+        """Returns which slots tokens see, ``[S, C]`` or with segments ``[B, 1, S, C]``.
 
         Args:
           end: the first slot that the first token does not see; one more for each token after it.
@@ -57,7 +57,7 @@ class LayerCache:
     def before(
         self, position: Int[Array, ""], num_tokens: int, segment_ids: Int[Array, "B S"] | None
     ) -> Float[Array, "B S D"]:
-        """The states of the tokens before those at ``position`` and on, as ``shifted`` has them.
+        """Returns the states of the tokens before those at ``position`` and on; see ``shifted``.
 
         Raises:
           ValueError: the cache holds no states.
@@ -77,7 +77,7 @@ class LayerCache:
 def shifted(
     states: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None
 ) -> Float[Array, "B L D"]:
-    """The state of the token before each token; zero for the first token of a segment."""
+    """Returns the state of the token before each token; zero for the first of a segment."""
     before = jnp.pad(states[:, :-1], ((0, 0), (1, 0), (0, 0)))
     if segment_ids is None:
         return before
@@ -95,7 +95,7 @@ def empty_layer_cache(
     *,
     segments: bool = False,
 ) -> LayerCache:
-    """A cache for ``capacity`` tokens of each of ``batch`` sequences.
+    """Returns an empty cache for ``capacity`` tokens of each of ``batch`` sequences.
 
     Args:
       batch: B.
@@ -123,7 +123,7 @@ def extend_weights(
     position: Array,
     segment_ids: Array | None = None,
 ) -> tuple[Float[Array, "B H S C"], LayerCache]:
-    """Writes S new keys and values at ``position``; weighs all that the cache then holds.
+    """Writes S new keys and values at ``position`` and returns attention over the cache.
 
     Queries and keys are ``[B, H, S, E]``, values ``[B, H, S, G]``, ``position`` an int32 scalar,
     ``segment_ids`` ``[B, S]``.
@@ -160,7 +160,7 @@ def extend_sum(
     position: Array,
     segment_ids: Array | None = None,
 ) -> tuple[Float[Array, "B H S G"], LayerCache]:
-    """The weighted sum, own value included, for S new tokens; arrays as for ``extend_weights``.
+    """Writes S new keys and values and returns the attention-weighted sum of all values.
 
     The values of the cache are ``[B, H, C, G]``.
     """
@@ -173,7 +173,7 @@ def attention_weights_cached(
     key: Float[Array, "BH E C"],
     visible: Bool[Array, "*BH S C"],
 ) -> Float[Array, "B H S C"]:
-    """The softmax of the scores of S queries over the slots of a cache that they see."""
+    """Computes the attention weights of S queries over the slots of a cache that they see."""
     scores = jnp.where(visible, _product_with_cache(query, key), MASKED)
     return jax.nn.softmax(scores, axis=-1)  # float32 whatever the inputs
 
@@ -181,7 +181,7 @@ def attention_weights_cached(
 def weighted_sum(
     weights: Float[Array, "B H S C"], value: Float[Array, "BH C G"]
 ) -> Float[Array, "B H S G"]:
-    """``sum_u weights[t, u] value[u]`` over the slots of a cache, float32, for a few queries."""
+    """Computes ``sum_u weights[t, u] value[u]`` over the slots of a cache, float32."""
     return _product_with_cache(weights.astype(value.dtype), value)
 
 
@@ -194,7 +194,7 @@ def _product_with_cache(x: Array, y: Array) -> Array:
 
 @flax.struct.dataclass
 class Cache:
-    """State of generation, of either model.
+    """Cache of a language model: those of its layers, and the position.
 
     Attributes:
       layers: one ``LayerCache`` a block.

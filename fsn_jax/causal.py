@@ -25,7 +25,7 @@ class CausalSum(NamedTuple):
     """A causal weighted sum.
 
     Attributes:
-      total: ``sum_u A[t, u] v_u``, float32 ``[B, H, L, G]``.
+      total: ``sum_u A[t, u] v_u`` in the dtype of the values, ``[B, H, L, G]``.
       self_weight: ``A[t, t]``, float32 ``[B, H, L]``.
     """
 
@@ -102,7 +102,7 @@ def _causal_sum_reference(
     own = np.eye(query.shape[2], dtype=bool)
     self_weight = jnp.where(own, weights, 0).sum(axis=-1)
     summed = weights if include_self else jnp.where(own, 0, weights)
-    return CausalSum(combine(summed, value), self_weight)
+    return CausalSum(combine(summed, value).astype(value.dtype), self_weight)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -129,7 +129,7 @@ def _causal_sum_forward(
         query, key, value, segments, implementation=implementation
     )
     if include_self:
-        total += self_weight[..., None] * value
+        total = (total + self_weight[..., None] * value).astype(value.dtype)
     residuals = (query, key, value, segments, total, self_weight, log_normalizer)
     return CausalSum(total, self_weight), residuals
 
@@ -142,7 +142,7 @@ def _causal_sum_backward(
 ) -> tuple[Any, ...]:
     query, key, value, segments, total, self_weight, log_normalizer = residuals
     d_total, d_self = cotangent
-    mean = jnp.sum(d_total * total, axis=-1) + d_self * self_weight
+    mean = own_inner(d_total, total) + d_self * self_weight
     d_own = d_self + own_inner(d_total, value) if include_self else d_self
     d_own_score = self_weight * (d_own - mean)
     d_query, d_key, d_value = kernels.backward(
@@ -150,16 +150,15 @@ def _causal_sum_backward(
         key,
         value,
         log_normalizer,
-        d_total.astype(value.dtype),
+        d_total,
         mean,
         d_own_score,
         segments,
         implementation=implementation,
     )
     if include_self:
-        d_value += self_weight[..., None] * d_total
-    cotangents = ((d_query, query), (d_key, key), (d_value, value))
-    return *(d.astype(x.dtype) for d, x in cotangents), None
+        d_value = (d_value + self_weight[..., None] * d_total).astype(value.dtype)
+    return d_query, d_key, d_value, None
 
 
 _causal_sum.defvjp(_causal_sum_forward, _causal_sum_backward)

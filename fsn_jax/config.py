@@ -53,7 +53,7 @@ TRAINING_FLOPS_FACTOR = 3
 
 
 def _mean_causal_pairs(context: int) -> float:
-    """Average number of positions ``u <= t`` over the ``t`` of a window."""
+    """Returns the average number of positions ``u <= t`` over the ``t`` of a window."""
     if context < 1:
         raise ConfigError(f"context must be at least 1; got {context}")
     return (context + 1) / 2
@@ -97,7 +97,7 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
 
     @property
     def phases_per_head(self) -> int:
-        """P."""
+        """P, phases of a head's block."""
         return self.num_phases // self.num_heads
 
     @property
@@ -117,16 +117,16 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
 
     @property
     def _inputs(self) -> int:
-        """Reals that an output of a ``PhasorDense`` sees."""
+        """Number of reals that a ``PhasorDense`` reads."""
         return self.num_phases * (2 if self.features == "phasor" else 1)
 
     def _phasor_dense(self, outputs: int, groups: int = 1) -> int:
-        """Parameters of a ``PhasorDense`` without bias."""
+        """Number of parameters of a ``PhasorDense`` without bias."""
         quadratures = 0 if self.features == "phasor" else 2 * groups * self.num_phases
         return self._inputs * outputs + quadratures
 
     def num_params(self) -> int:
-        """Number of learned scalars, equal to the size of the parameter tree."""
+        """Returns the number of learned scalars, the size of the parameter tree."""
         n, h, v = self.num_phases, self.num_heads, self.vocab_size
         gates = self.num_score_pairs(n) * h
         score = {
@@ -155,7 +155,7 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
         return self.num_layers * (score + coupling + feedforward) + ends
 
     def flops_per_token(self, context: int) -> float:
-        """Floating-point operations of training, per token, in windows of ``context`` tokens.
+        """Returns the floating-point operations of training, per token, in windows of ``context``.
 
         Counts the multiplications and additions of matrix products, forward and backward, and of
         attention only the causal pairs; leaves out what is elementwise (sines, softmax, gates).
@@ -217,7 +217,7 @@ class TransformerConfig(Frozen, ModelFields):
             )
 
     def num_params(self) -> int:
-        """Number of learned scalars, equal to the size of the parameter tree."""
+        """Returns the number of learned scalars, the size of the parameter tree."""
         d = self.width
         shifts = {"none": 0, "keys": 1, "queries_and_keys": 2}[self.token_shift]
         layer = 4 * d * d + 3 * d * self.feedforward_width + (2 + shifts) * d
@@ -225,7 +225,7 @@ class TransformerConfig(Frozen, ModelFields):
         return self.num_layers * layer + ends
 
     def flops_per_token(self, context: int) -> float:
-        """Floating-point operations of training per token; counted as for the FSN."""
+        """Returns the floating-point operations of training, per token, counted as for the FSN."""
         d = self.width
         attention = _mean_causal_pairs(context) * 2 * d
         layer = 4 * d * d + attention + 3 * d * self.feedforward_width
@@ -236,7 +236,7 @@ class TransformerConfig(Frozen, ModelFields):
 def recorded_fields(
     kind: type[FSNConfig] | type[TransformerConfig], fields: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All fields of a config that this or an earlier version wrote, in today's names.
+    """Returns all fields of a config that this or an earlier version wrote, in today's names.
 
     Before ``score_scope`` was a field, ``gated`` meant gates that depend on content, ``static`` was
     one gate a phase, and kernels began without frustration angles. Before ``feature_scale`` was,
@@ -261,7 +261,7 @@ _Model = typing.TypeVar("_Model", FSNConfig, TransformerConfig)
 
 
 def match_parameters(config: _Model, num_params: int) -> _Model:
-    """The config with the width of its feed-forward for a size as near ``num_params`` as can be.
+    """Returns the config with the feed-forward width that brings it nearest ``num_params``.
 
     The width is F, or K of collective modes.
 

@@ -16,6 +16,7 @@ before the imaginary part is taken. ``fold_values`` and
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Complex64, Float, Int
 
 from fsn_jax.recompute import match_varying_axes
-from fsn_jax.torus import Complex, multiply, powers
+from fsn_jax.torus import Complex, in_float32, multiply, powers
 
 
 def coupling_update(
@@ -32,7 +33,7 @@ def coupling_update(
     kappa: Complex64[Array, "T M N"],
     segment_ids: Int[Array, "B L"] | None = None,
 ) -> Float[Array, "B L N"]:
-    """The coupling by its definition: the reference for every faster form.
+    """Computes the coupling by its definition, the reference for every faster form.
 
     Args:
       theta: phases in radians.
@@ -57,7 +58,7 @@ def local_field(
     kappa: Complex64[Array, "T M N"],
     segment_ids: Int[Array, "B L"] | None = None,
 ) -> Complex64[Array, "B L N"]:
-    """The sum of ``coupling_update`` before its imaginary part is taken.
+    """Computes the local field: the sum of ``coupling_update`` with its real part.
 
     It is the field that each phase is in, seen from that phase: the imaginary part is the torque on
     it (its update, in radians), the real part its coherence with the field. Arguments as for
@@ -98,13 +99,16 @@ def local_field(
 
 
 def next_in_segment(segment_ids: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    """1 for a token whose successor is in its segment, 0 for one at a segment's end."""
+    """Returns 1 for a token whose successor is in its segment, 0 for the last of a segment."""
     same = segment_ids[:, 1:] == segment_ids[:, :-1]
     return jnp.pad(same.astype(jnp.float32), ((0, 0), (0, 1)))
 
 
 def fold_values(
-    z: Complex, kappa: Complex, follows: Float[Array, "B 1 L 1"] | None = None
+    z: Complex,
+    kappa: Complex,
+    follows: Float[Array, "B 1 L 1"] | None = None,
+    dtype: str = "float32",
 ) -> Float[Array, "B H L twoMP"]:
     """Folds the kernel into the values: ``v[u, m] = kappa[0, m] z_u**m + kappa[1, m] z_{u+1}**m``.
 
@@ -116,11 +120,48 @@ def fold_values(
         they couple the same phases.
       kappa: the kernel by head, ``[T, M, H, P]``.
       follows: ``next_in_segment``; None: all tokens of a row are in one segment.
+      dtype: of the result; the sums are float32.
 
     Returns:
       For each harmonic the real and then the imaginary parts, side by side. The last position has
       no successor, and a strictly causal sum never asks for it.
     """
+    z = in_float32(z)
+
+    def rows(*arrays: Any) -> Array:
+        return _fold_rows(*arrays).astype(dtype)
+
+    def parts(*arrays: Any) -> Array:
+        # Cast before they are put together: no cotangent as wide as the values is float32.
+        return jnp.concatenate([part.astype(dtype) for part in _fold_parts(*arrays)], axis=-1)
+
+    return jax.lax.platform_dependent(z, kappa, follows, cpu=rows, default=parts)
+
+
+def _fold_parts(z: Complex, kappa: Complex, follows: Array | None) -> list[Array]:
+    """The values of ``fold_values`` by harmonic and real or imaginary part, for GPUs and TPUs.
+
+    Nothing is put together on the way, so the phasors are read once and the values written.
+    """
+    num_delays, num_harmonics = kappa.re.shape[:2]
+    parts = []
+    for m, zm in enumerate(powers(z, num_harmonics)):
+        waves = [zm]
+        if num_delays == 2:
+            successor = _shift(zm)
+            if follows is not None:
+                successor = Complex(successor.re * follows, successor.im * follows)
+            waves.append(successor)
+        by_delay = [
+            multiply(Complex(*(part[tau, m][None, :, None] for part in kappa)), wave)
+            for tau, wave in enumerate(waves)
+        ]
+        parts += [functools.reduce(jnp.add, part) for part in zip(*by_delay, strict=True)]
+    return parts
+
+
+def _fold_rows(z: Complex, kappa: Complex, follows: Array | None) -> Array:
+    """``fold_values`` row by row, for CPUs."""
     num_delays, num_harmonics = kappa.re.shape[:2]
     wave = _wave(z, num_harmonics)
     waves = [wave]
@@ -138,7 +179,7 @@ def unfold_sum(
     self_weight: Float[Array, "B H L"],
     kappa: Complex,
 ) -> Complex:
-    """``sum_m z_t**-m S[t, m] + A[t, t] sum_m kappa[0, m]``, the local field.
+    """Returns the local field, ``sum_m z_t**-m S[t, m] + A[t, t] sum_m kappa[0, m]``.
 
     Args:
       z: phasors of the receiving tokens, as for ``fold_values``.
@@ -153,17 +194,19 @@ def unfold_sum(
       head of ``z`` stands for all. The update of the phases is its imaginary part.
     """
     num_harmonics, num_heads = kappa.re.shape[1:3]
+    z = in_float32(z)
     at_rest = (part[0].sum(axis=0) for part in kappa)
     if z.re.shape[1] == num_heads:
         re, im = (self_weight[..., None] * part[None, :, None, :] for part in at_rest)
     else:
-        total = functools.reduce(jnp.add, jnp.split(total, num_heads, axis=1))
+        by_head = jnp.split(total.astype(jnp.float32), num_heads, axis=1)
+        total = functools.reduce(jnp.add, by_head)
         re, im = (jnp.einsum("bht,hp->btp", self_weight, part)[:, None] for part in at_rest)
     return _add_seen(Complex(re, im), z, _by_harmonic(total, num_harmonics))
 
 
 def _by_harmonic(sums: Array, num_harmonics: int) -> list[Complex]:
-    """What ``side_by_side`` put together."""
+    """Splits what ``side_by_side`` put together into harmonics."""
     parts = jnp.split(sums, 2 * num_harmonics, axis=-1)
     return [Complex(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
 
@@ -171,7 +214,7 @@ def _by_harmonic(sums: Array, num_harmonics: int) -> list[Complex]:
 def _add_seen(field: Complex, z: Complex, sums: list[Complex]) -> Complex:
     """Adds ``sum_m z**-m sums[m]``: mean fields as they are seen from the phases of ``z``."""
     re, im = field
-    for zm, mean in zip(powers(z, len(sums)), sums, strict=True):
+    for zm, mean in zip(powers(z, len(sums)), map(in_float32, sums), strict=True):
         re += zm.re * mean.re + zm.im * mean.im
         im += zm.re * mean.im - zm.im * mean.re
     return Complex(re, im)
@@ -218,7 +261,7 @@ def _wave(z: Complex, num_harmonics: int) -> Complex:
 
 
 def _scale(waves: list[Array], kappa: Complex) -> Array:
-    """The sum of the waves of each delay times the kernel."""
+    """Sums the waves of each delay times the kernel."""
     num_delays, num_harmonics = kappa.re.shape[:2]
     # Put together, not repeated: XLA on the CPU writes out what it concatenates, and does not go
     # through the layout of the kernel again for every value.

@@ -10,14 +10,14 @@ from jaxtyping import Array, Float
 
 from fsn_jax.fields import DenseFields, documented, setting
 from fsn_jax.recompute import recomputed
-from fsn_jax.torus import Complex, features
+from fsn_jax.torus import Complex, features, in_float32, kept_in
 
 sum_in_float32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 """Product of any shape summed in float32, for logits: bfloat16 sums would merge close logits."""
 
 
 def _random_quadrature(groups: int, phases: int) -> nn.initializers.Initializer:
-    """Cosines and sines of uniform angles, ``[2, G, N]``."""
+    """Returns an initializer of cosines and sines of uniform angles, ``[2, G, N]``."""
 
     def init(key: Array, *_: object) -> Array:
         angle = jax.random.uniform(key, (groups, phases), jnp.float32, maxval=2 * np.pi)
@@ -33,7 +33,8 @@ def _over_tokens(x: Array, like: Array) -> Array:
 def _read(
     z: Complex, field: Complex | None, gains: Array | None, quadrature: Array | None
 ) -> Float[Array, "*shape I"]:
-    """What a matrix is given: of every phase the quadrature ``[2, N]``, or both side by side."""
+    """Returns a matrix's input: one quadrature of every phase, given ``[2, N]``, or both."""
+    z = in_float32(z)
     if field is not None and gains is not None:
         coherence, torque = (_over_tokens(gain, z.re) for gain in gains)
         z = Complex(z.re + coherence * field.re, z.im + torque * field.im)
@@ -72,7 +73,7 @@ class PhasorDense(DenseFields, nn.Module):
 
     @nn.compact
     def __call__(self, z: Complex, field: Complex | None = None) -> Float[Array, "*shape O"]:
-        """The reals in the compute dtype, from phasors of any shape that ends in N."""
+        """Maps phasors of any shape that ends in N to reals in the compute dtype."""
         num_phases = z.re.shape[-1]
         dtype = jnp.dtype(self.dtype)
         gains = None
@@ -95,6 +96,8 @@ class PhasorDense(DenseFields, nn.Module):
                 grouped = kernel.reshape(1, num_phases, self.groups, -1)
                 by_phase = quadrature.swapaxes(1, 2)[..., None]
                 kernel = (by_phase * grouped).reshape(2 * num_phases, self.outputs)
+        z = kept_in(z, self.dtype)
+        field = None if field is None else kept_in(field, self.dtype)
         inputs = recomputed(_read, self.implementation)(z, field, gains, read)
         if self.feature_scale != 1:
             inputs *= self.feature_scale

@@ -1,4 +1,4 @@
-"""What a token does by itself: a SwiGLU on its phasors, or coupling to collective modes."""
+"""Feed-forward layers: a SwiGLU on phasors, or coupling to collective modes."""
 
 import functools
 from typing import Any
@@ -44,7 +44,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*shape I"]) -> Float[Array, "*shape O"]:
-        """The last axis becomes ``features`` wide; float32."""
+        """Maps the last axis to ``features`` reals, float32."""
         dense: dict[str, Any] = {"use_bias": False, "dtype": jnp.dtype(self.dtype)}
         gate = nn.Dense(self.width, name="gate", **dense)(x)
         up = nn.Dense(self.width, name="up", **dense)(x)
@@ -66,7 +66,7 @@ class CollectiveModes(ModesFields, nn.Module):
     def __call__(
         self, theta: Float[Array, "B L N"], field: Complex | None = None
     ) -> Float[Array, "B L N"]:
-        """The update of the phases, in radians, float32.
+        """Computes the update of the phases, in radians, float32.
 
         Args:
           theta: phases in radians.
@@ -106,7 +106,7 @@ class PhasorSwiGLU(SwiGLUFields, nn.Module):
     def __call__(
         self, theta: Float[Array, "B L N"], field: Complex | None = None
     ) -> Float[Array, "B L N"]:
-        """The update of the phases, in radians, float32.
+        """Computes the update of the phases, in radians, float32.
 
         Args:
           theta: phases in radians.

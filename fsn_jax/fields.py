@@ -32,7 +32,7 @@ class ConfigError(ValueError):
 def setting(
     default: _Value, doc: str, *, least: int | float | None = None, above: int | float | None = None
 ) -> _Value:
-    """A field of a dataclass with its meaning and its range.
+    """Returns a dataclass field with its meaning and its range.
 
     Args:
       default: its default.
@@ -57,7 +57,7 @@ def check_fields(config: object) -> None:
 
 
 def _problem(hint: Any, value: Any) -> str:
-    """What a value of this type must be and is not; empty if all is well."""
+    """Says what a value of this type must be and is not; empty if it is."""
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if not isinstance(value, str) or value not in choices:
@@ -114,7 +114,7 @@ def documented(kind: _Class) -> _Class:
 
 
 def shared_settings(source: "Fields", target: type["Fields"]) -> dict[str, Any]:
-    """The settings of ``source`` that ``target`` has too: what a model hands to its layers."""
+    """Returns the settings that two classes share: what a model hands to a layer."""
     names = {field.name for field in _settings(type(source))}
     return {f.name: getattr(source, f.name) for f in _settings(target) if f.name in names}
 
@@ -151,7 +151,7 @@ class Fields:
 @typing.no_type_check
 @dataclasses.dataclass(kw_only=True)
 class ComputeFields(Fields):
-    """How a layer computes."""
+    """Settings of the computation."""
 
     dtype: DType = setting(
         "float32", "type of the matrix products; angles, softmax and logits are float32 always"
@@ -167,7 +167,7 @@ class ComputeFields(Fields):
 @typing.no_type_check
 @dataclasses.dataclass(kw_only=True)
 class DenseFields(ComputeFields):
-    """What a dense layer reads of a phase."""
+    """Settings of dense layers that read phasors."""
 
     features: Features = setting(
         "phasor",
@@ -184,7 +184,7 @@ class DenseFields(ComputeFields):
 @typing.no_type_check
 @dataclasses.dataclass(kw_only=True)
 class ScoreFields(DenseFields):
-    """Which tokens couple."""
+    """Settings of the score, which selects the tokens that couple."""
 
     num_heads: int = setting(4, "H, number of attention heads", least=1)
     score: Score = setting(
@@ -254,7 +254,7 @@ class ScoreFields(DenseFields):
             self.refuse("num_heads", f"divide the number of phases ({num_phases})")
 
     def compared_phases(self, num_phases: int) -> int:
-        """Phases that a head compares, in each harmonic, of N."""
+        """Returns how many of N phases a head compares, in each harmonic."""
         if self.score == "none":
             return 0
         per_head = num_phases // self.num_heads
@@ -263,14 +263,14 @@ class ScoreFields(DenseFields):
         return num_phases if self.score_scope == "all" else per_head
 
     def num_score_pairs(self, num_phases: int) -> int:
-        """R, complex pairs a head whose inner product is the score (0 without a score)."""
+        """Returns R, the complex pairs of a head's score (0 without a score)."""
         return self.score_harmonics * self.compared_phases(num_phases)
 
 
 @typing.no_type_check
 @dataclasses.dataclass(kw_only=True)
 class CouplingFields(ScoreFields):
-    """The coupling kernel."""
+    """Settings of the coupling kernel, beside those of the score."""
 
     heads_per_phase: int = setting(
         1,
@@ -311,14 +311,14 @@ class CouplingFields(ScoreFields):
 
     @property
     def num_delays(self) -> int:
-        """T."""
+        """T, number of delays."""
         return 2 if self.delay else 1
 
 
 @typing.no_type_check
 @dataclasses.dataclass(kw_only=True)
 class SwiGLUFields(DenseFields):
-    """A SwiGLU from phasors to phases."""
+    """Settings of the SwiGLU on phasors."""
 
     feedforward_width: int = setting(128, "F, hidden width of the SwiGLU", least=1)
 
@@ -326,7 +326,7 @@ class SwiGLUFields(DenseFields):
 @typing.no_type_check
 @dataclasses.dataclass(kw_only=True)
 class ModesFields(DenseFields):
-    """Collective modes."""
+    """Settings of the collective modes."""
 
     num_modes: int = setting(32, "K, number of collective modes", least=1)
 
@@ -334,7 +334,7 @@ class ModesFields(DenseFields):
 @typing.no_type_check
 @dataclasses.dataclass(kw_only=True)
 class ModelFields(ComputeFields):
-    """What both language models share."""
+    """Settings that both language models have."""
 
     vocab_size: int = setting(256, "V, number of token values", least=1)
     num_layers: int = setting(4, "number of blocks", least=1)
@@ -357,7 +357,7 @@ class ModelFields(ComputeFields):
 
 
 class Frozen:
-    """Refuses assignment after construction, as ``dataclass(frozen=True)`` does.
+    """Base of configs that cannot be changed, as with ``dataclass(frozen=True)``.
 
     A frozen dataclass cannot inherit from one that is not, and Flax modules are not.
     """

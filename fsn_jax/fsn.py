@@ -39,7 +39,7 @@ class PhaseEmbedding(nn.Module):
     def __call__(
         self, tokens: Int[Array, "B L"], deterministic: bool = True
     ) -> Float[Array, "B L N"]:
-        """The tokens' phases before the first block, in radians, float32.
+        """Returns the tokens' phases before the first block, in radians, float32.
 
         Dropout draws a phase anew from the circle: its mean phasor is zero.
         """
@@ -54,7 +54,7 @@ class PhaseEmbedding(nn.Module):
 
 
 def initial_angles(config: FSNConfig) -> jax.nn.initializers.Initializer:
-    """Initializer of the embedding angles, in radians."""
+    """Returns the initializer of the embedding angles, in radians."""
     if config.embedding_init == "normal":
         return nn.initializers.normal(config.embedding_scale)
     return nn.initializers.uniform(2 * np.pi)
@@ -96,7 +96,7 @@ class Block(nn.Module):
         positions: Int[Array, "*B L"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B L N"]:
-        """The phases after the block, in radians, float32; arguments as for ``FSN``."""
+        """Returns the phases after the block, in radians, float32; arguments as for ``FSN``."""
         field = self.attention.field(theta, segment_ids=segment_ids, positions=positions)
         theta = theta + self._dropped(field.im, deterministic)
         if self.is_mutable_collection("diagnostics") and not self.is_initializing():
@@ -111,14 +111,14 @@ class Block(nn.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Float[Array, "B S N"], LayerCache]:
-        """``__call__`` for S tokens at ``position`` and on, after those in the cache."""
+        """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
         field, cache = self.attention.extend_field(
             theta, cache, position, segment_ids=segment_ids, positions=positions
         )
         return self._feed_forward(theta + field.im, field, True), cache
 
     def empty_cache(self, batch: int, capacity: int, segments: bool) -> LayerCache:
-        """A cache for ``capacity`` tokens of each of ``batch`` sequences."""
+        """Returns an empty cache for ``capacity`` tokens of each of ``batch`` sequences."""
         width = self.config.num_phases
         return self.attention.empty_cache(batch, capacity, width, segments=segments)
 

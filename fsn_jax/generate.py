@@ -43,7 +43,7 @@ def likeliest(
     top_k: int | Int[Array, ""],
     top_p: float | Float[Array, ""],
 ) -> Bool[Array, "B V"]:
-    """Which tokens may be drawn; of equally likely ones those with the lower number come first.
+    """Returns which tokens top-k and top-p leave; of equally likely ones the first ones.
 
     Args:
       logits: of a row's next token.
@@ -71,7 +71,7 @@ def sample_token(
     top_k: int | Int[Array, ""],
     top_p: float | Float[Array, ""],
 ) -> Int[Array, " B"]:
-    """Draws a token a row.
+    """Draws one token for each row of logits.
 
     Args:
       logits: float32.
@@ -92,7 +92,7 @@ def _likeliest_of_noisy(
     top_k: int | Array,
     top_p: float | Array,
 ) -> Array:
-    """What ``sample_token`` draws, given the Gumbel noise of its key."""
+    """Draws as ``sample_token`` does, with the Gumbel noise given."""
     greedy = jnp.equal(temperature, 0)
     scaled = logits / jnp.where(greedy, 1.0, temperature)
 
@@ -155,7 +155,7 @@ def stream(
     top_p: float = 1.0,
     stop: Sequence[Tokens] = (),
 ) -> Iterator[Int[Array, "B n"]]:
-    """The tokens that follow ``prompt``, a few at a time.
+    """Yields the tokens that follow ``prompt``, a few at a time.
 
     When ``context`` tokens are reached, or the prompt is longer, the model goes on from the last
     half of a context: neither model was trained to look further back.
@@ -191,7 +191,7 @@ def stream(
 
 
 def _checked_prompt(prompt: npt.ArrayLike, vocab_size: int) -> npt.NDArray[Any]:
-    """The prompt ``[B, S]``; raises ConfigError if it is none."""
+    """Returns the prompt ``[B, S]``; raises ConfigError if it is none."""
     text = np.asarray(prompt)
     if text.ndim != 2 or not np.issubdtype(text.dtype, np.integer):
         raise ConfigError(
@@ -248,7 +248,7 @@ def _drawn(
 
 
 class _Ending:
-    """Where rows that are drawn chunk by chunk end."""
+    """Finds the ends of rows that are drawn chunk by chunk."""
 
     def __init__(self, stop: Sequence[Tokens], batch: int) -> None:
         for sequence in stop:
@@ -260,7 +260,7 @@ class _Ending:
         self.rows = np.zeros(batch, bool)
 
     def cut(self, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The rows up to their ends, as wide as the longest, then filled with NO_TOKEN."""
+        """Returns the rows up to their ends, filled up to the longest with NO_TOKEN."""
         width = tokens.shape[1]
         seen = np.concatenate([self._tail, tokens], axis=1)
         ends = np.zeros(tokens.shape, bool)
@@ -286,7 +286,7 @@ def generate(
     top_p: float = 1.0,
     stop: Sequence[Tokens] = (),
 ) -> Int[Array, "B n"]:
-    """The tokens that follow ``prompt``; arguments and errors as for ``stream``.
+    """Returns the tokens that follow ``prompt``; arguments and errors as for ``stream``.
 
     Returns:
       ``num_tokens`` a row; with ``stop`` as many as the longest row has.

@@ -25,7 +25,7 @@ class LanguageModel(nn.Module):
         positions: Int[Array, "*B L"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B L V"]:
-        """Logits, float32, before any softmax.
+        """Computes the logits, float32.
 
         Args:
           tokens: token ids; one that is not in the vocabulary gives NaN.
@@ -48,7 +48,7 @@ class LanguageModel(nn.Module):
         positions: Int[Array, "*B L"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B L D"]:
-        """The states after the last block, float32: an FSN's phases ``[B, L, N]``, in radians.
+        """Computes the states after the last block, float32: an FSN's phases, in radians.
 
         Arguments as for ``__call__``.
         """
@@ -65,7 +65,7 @@ class LanguageModel(nn.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Float[Array, "B S V"], Cache]:
-        """Logits of S tokens that follow those in the cache, and the cache with them in it.
+        """Computes the logits of S tokens that follow those in the cache; extends the cache.
 
         They are NaN for tokens that the cache has no room for.
         """
@@ -77,7 +77,7 @@ class LanguageModel(nn.Module):
         return self._read_out(state), Cache(layers, cache.position + tokens.shape[1])
 
     def empty_cache(self, batch: int, capacity: int, *, segments: bool = False) -> Cache:
-        """A cache for up to ``capacity`` tokens of each of ``batch`` sequences.
+        """Returns an empty cache for ``capacity`` tokens of each of ``batch`` sequences.
 
         Args:
           batch: B.

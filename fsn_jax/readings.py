@@ -29,20 +29,20 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(kappa: Complex[Array, "*shape"]) -> Coefficients:
-    """Strength and frustration angle of kernel entries; the sign is that of the in-phase part."""
+    """Returns strength and frustration angle of kernel entries, signed as the in-phase part."""
     sign = jnp.where(kappa.real < 0, -1.0, 1.0)
     return Coefficients(sign * jnp.abs(kappa), -jnp.angle(sign * kappa))
 
 
 def repulsiveness(strength: Float[Array, "T M *phases"]) -> Float[Array, "T M"]:
-    """Share of a harmonic's strength that repels: 0 if every phase attracts, 1 if none does."""
+    """Computes the share of a harmonic's strength that repels: 0 if every phase attracts."""
     total = jnp.abs(strength).reshape(*strength.shape[:2], -1).sum(axis=-1)
     repelling = jnp.maximum(-strength, 0.0).reshape(*strength.shape[:2], -1).sum(axis=-1)
     return repelling / jnp.maximum(total, jnp.finfo(total.dtype).tiny)
 
 
 class LayerState(NamedTuple):
-    """What a block does to some text.
+    """Phases before, within and after a block, its attention and its kernel, for some text.
 
     Attributes:
       before: phases that enter it, radians.
@@ -62,7 +62,7 @@ class LayerState(NamedTuple):
 def trace_layers(
     model: FSN, variables: dict[str, Any], tokens: Int[Array, "B L"]
 ) -> list[LayerState]:
-    """The state of every block of an FSN over some text.
+    """Computes the state of every block of an FSN over some text.
 
     Raises:
       ValueError: the model has linear values, so there is no kernel.
@@ -104,7 +104,7 @@ class AttentionTargets(NamedTuple):
 def attention_targets(
     attention: Float[Array, "B H L L"], tokens: Int[Array, "B L"]
 ) -> AttentionTargets:
-    """Where the weights of each head go, over the tokens that have such a target."""
+    """Computes the mean weights of each head on each target, over the tokens that have one."""
     batch, length = tokens.shape
     same = tokens[:, :, None] == tokens[:, None, :]
     before = jnp.pad(same[:, :-1, :-1], ((0, 0), (1, 0), (1, 0)))
@@ -129,7 +129,7 @@ class WeightedAngles(NamedTuple):
 def data_frustration(
     theta: Float[Array, "B L N"], attention: Float[Array, "B H L L"], heads_per_phase: int
 ) -> WeightedAngles:
-    """The frustration that the text itself brings into the delayed coupling.
+    """Computes the frustration angles that the text itself brings into the delayed coupling.
 
     A token couples to the successor of what it attends to, and ``sin(theta_{u+1} - theta_t) =
     sin(theta_u - theta_t - alpha_u)`` with ``alpha_u = -(theta_{u+1} - theta_u)``: the text's
@@ -153,7 +153,7 @@ def data_frustration(
 
 
 def resultant(angles: WeightedAngles) -> Complex[Array, " N"]:
-    """Weighted mean of ``exp(i angle)`` of each phase over the text.
+    """Computes the weighted mean of ``exp(i angle)`` of each phase over the text.
 
     Its argument is the mean angle in radians; its length is 1 if the angle is always the same, 0
     if it is anything.

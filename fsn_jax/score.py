@@ -1,4 +1,4 @@
-"""Scores: which tokens couple.
+"""Scores, which select the tokens that couple.
 
 The score of tokens t and u in head h is an inner product of complex queries and keys, turned by
 their distance; attention is its softmax over ``u <= t``::
@@ -29,7 +29,7 @@ from fsn_jax.torus import Complex, multiply, powers, rotary_frequencies
 
 
 def drift_frequencies(score: ScoreFields, num_phases: int) -> npt.NDArray[np.float64]:
-    """The drift ``omega`` of each pair of a head, in radians a position, ``[R]``.
+    """Returns the drift ``omega`` of each pair of a head, in radians a position, ``[R]``.
 
     Where a head compares all phases every block of N / H phases has the whole range of frequencies.
     """

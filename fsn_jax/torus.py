@@ -66,7 +66,7 @@ def _phasor_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Complex,
 
 
 def phasor(theta: Float[Array, "*shape"]) -> Complex:
-    """``exp(i theta)``, computed once and reused by the derivative.
+    """Computes ``exp(i theta)``; the derivative reuses it.
 
     Args:
       theta: angles in radians, any shape, below about 1e4; worked on in float32. Keep them so:
@@ -84,7 +84,7 @@ def phasor(theta: Float[Array, "*shape"]) -> Complex:
 
 
 def token_phasor(theta: Float[Array, "B L N"]) -> Complex:
-    """``phasor`` of the states of tokens, whose shape it checks.
+    """Computes ``phasor`` of the states of tokens, and checks their shape.
 
     Raises:
       ValueError: ``theta`` is not ``[B, L, N]``.
@@ -94,13 +94,23 @@ def token_phasor(theta: Float[Array, "B L N"]) -> Complex:
     return phasor(theta)
 
 
+def in_float32(z: Complex) -> Complex:
+    """The same numbers in float32, from whatever dtype they were kept in."""
+    return Complex(z.re.astype(jnp.float32), z.im.astype(jnp.float32))
+
+
+def kept_in(z: Complex, dtype: str) -> Complex:
+    """Numbers of magnitude about one as they are kept between operations: half the traffic."""
+    return Complex(z.re.astype(dtype), z.im.astype(dtype))
+
+
 def multiply(x: Complex, y: Complex) -> Complex:
-    """Complex product, elementwise with broadcasting."""
+    """Multiplies complex numbers elementwise, with broadcasting."""
     return Complex(x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re)
 
 
 def powers(z: Complex, num_harmonics: int) -> list[Complex]:
-    """``[z, z**2, ..., z**M]``, each of the shape of ``z``, by multiplication: no new sines."""
+    """Computes ``[z, z**2, ..., z**M]``, each of the shape of ``z``, by multiplication."""
     result = [z]
     for _ in range(num_harmonics - 1):
         result.append(multiply(result[-1], z))
@@ -113,12 +123,12 @@ def features(z: Complex) -> Float[Array, "*shape twoN"]:
 
 
 def rotary_frequencies(num_pairs: int, base: float) -> npt.NDArray[np.float64]:
-    """RoPE's frequencies ``omega_p = base ** (-p / num_pairs)``, in radians a position, ``[R]``."""
+    """Returns RoPE's frequencies ``base ** (-p / num_pairs)``, in radians a position, ``[R]``."""
     return base ** (-np.arange(num_pairs, dtype=np.float64) / max(num_pairs, 1))
 
 
 def rotary_phasor(length: int, frequencies: npt.NDArray[np.float64], step: int = 1) -> Complex:
-    """``exp(i t omega_p)`` for positions t = 0, step, ..., (length - 1) step.
+    """Returns ``exp(i t omega_p)`` for positions t = 0, step, ..., (length - 1) step.
 
     Made in float64 NumPy: a constant of the compiled program, and exact at every position.
 
@@ -137,7 +147,7 @@ def rotary_phasor(length: int, frequencies: npt.NDArray[np.float64], step: int =
 def rotary_phasor_from(
     position: Int[Array, ""], length: int, capacity: int, frequencies: npt.NDArray[np.float64]
 ) -> Complex:
-    """``exp(i t omega_p)`` for L positions from ``position`` on, of ``capacity`` at most.
+    """Returns ``exp(i t omega_p)`` for L positions from ``position`` on.
 
     Args:
       position: int32 scalar; moved back where ``position + length`` exceeds the capacity.
@@ -160,7 +170,7 @@ MAX_POSITIONS = _DIGIT**2
 def rotary_phasor_at(
     positions: Int[Array, "*shape"], frequencies: npt.NDArray[np.float64]
 ) -> Complex:
-    """``exp(i t omega_p)`` for given positions t: the product of two tables, one a digit of t.
+    """Computes ``exp(i t omega_p)`` for given positions t, from a table for each digit of t.
 
     Exact to float32, where the sine of a product ``t omega`` in float32 is not.
 
@@ -180,12 +190,12 @@ def rotary_phasor_at(
 
 
 def over_heads(x: Complex) -> Complex:
-    """From ``[L, R]`` or ``[B, L, R]`` to what broadcasts against ``[B, H, L, R]``."""
+    """Reshapes ``[L, R]`` or ``[B, L, R]`` to broadcast against ``[B, H, L, R]``."""
     return Complex(*((part if part.ndim == 3 else part[None])[:, None] for part in x))
 
 
 def order_parameter(theta: Float[Array, "*shape N"], harmonic: int = 1) -> Float[Array, "*shape"]:
-    """``|mean_n exp(i m theta_n)|``: 1 when all phases agree, 0 when they are spread evenly.
+    """Computes ``|mean_n exp(i m theta_n)|``: 1 when all phases agree, 0 when spread evenly.
 
     The Kuramoto order parameter for ``harmonic`` m = 1, Daido's for m > 1.
     """

@@ -64,7 +64,7 @@ class RotaryAttention(nn.Module):
         segment_ids: Int[Array, "B L"] | None = None,
         positions: Int[Array, "*B L"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """What is added to the residual stream, float32; arguments as for ``Transformer``."""
+        """Returns the update of the residual stream, float32; arguments as for ``Transformer``."""
         frequencies = self._frequencies()
         if positions is None:
             rotary = rotary_phasor(x.shape[1], frequencies)
@@ -88,7 +88,7 @@ class RotaryAttention(nn.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
-        """``__call__`` for S tokens at ``position`` and on, after those in the cache."""
+        """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
         frequencies = self._frequencies()
         if positions is None:
             rotary = rotary_phasor_from(position, x.shape[1], cache.capacity, frequencies)
@@ -104,7 +104,7 @@ class RotaryAttention(nn.Module):
         return self._output(total), cache
 
     def empty_cache(self, batch: int, capacity: int, segments: bool) -> LayerCache:
-        """A cache for ``capacity`` tokens of each of ``batch`` sequences."""
+        """Returns an empty cache for ``capacity`` tokens of each of ``batch`` sequences."""
         c = self.config
         widths = (c.width // c.num_heads,) * 2
         cache = empty_layer_cache(batch, capacity, c.num_heads, widths, c.dtype, segments=segments)
@@ -171,7 +171,7 @@ class TransformerBlock(nn.Module):
         positions: Int[Array, "*B L"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B L D"]:
-        """The residual stream after the block, float32; arguments as for ``Transformer``."""
+        """Returns the residual stream after it, float32; arguments as for ``Transformer``."""
         update = self.attention(self.attention_norm(x), segment_ids, positions)
         x = x + self._dropped(update, deterministic)
         return x + self._dropped(self.feedforward(self.feedforward_norm(x)), deterministic)
@@ -184,7 +184,7 @@ class TransformerBlock(nn.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
-        """``__call__`` for S tokens at ``position`` and on, after those in the cache."""
+        """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
         update, cache = self.attention.extend(
             self.attention_norm(x), cache, position, segment_ids, positions
         )
@@ -192,7 +192,7 @@ class TransformerBlock(nn.Module):
         return x + self.feedforward(self.feedforward_norm(x)), cache
 
     def empty_cache(self, batch: int, capacity: int, segments: bool) -> LayerCache:
-        """A cache for ``capacity`` tokens of each of ``batch`` sequences."""
+        """Returns an empty cache for ``capacity`` tokens of each of ``batch`` sequences."""
         return self.attention.empty_cache(batch, capacity, segments)
 
     def _dropped(self, update: Array, deterministic: bool) -> Array:
@@ -218,7 +218,7 @@ class TokenEmbedding(nn.Module):
         self.embedding = self.param("embedding", init, (c.vocab_size, c.width), jnp.float32)
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """The tokens' vectors, float32."""
+        """Returns the tokens' vectors, float32."""
         return lookup(self.embedding, tokens)
 
 

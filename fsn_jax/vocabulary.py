@@ -1,4 +1,4 @@
-"""What the tokens of a text stand for: its bytes, or its Unicode characters.
+"""Vocabularies of bytes or Unicode characters.
 
 A token is the rank of its byte or character among those that occur in the text.
 """
@@ -28,7 +28,7 @@ Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """The tokens of a text and what each stands for.
+    """A vocabulary: the byte or character of each token.
 
     Attributes:
       values: ascending; uint8[V] byte values, or uint32[V] code points.
@@ -54,7 +54,7 @@ class Vocabulary:
         return np.min_scalar_type(max(len(self) - 1, 0))
 
     def tokens(self, text: Bytes) -> Tokens:
-        """The tokens of a text that holds nothing else: uint8[n] or wider, see ``dtype``.
+        """Encodes a text of known values alone: uint8[n] or wider, see ``dtype``.
 
         Args:
           text: uint8, bytes or UTF-8.
@@ -69,7 +69,7 @@ class Vocabulary:
         return np.concatenate([np.zeros(0, self.dtype), *(r.astype(self.dtype) for r in ranks)])
 
     def encode(self, text: bytes, *, source: str) -> npt.NDArray[np.int32]:
-        """The tokens of any text, int32[n].
+        """Encodes any text, int32[n].
 
         Args:
           text: bytes, or UTF-8.
@@ -97,7 +97,7 @@ class Vocabulary:
         return np.searchsorted(self.values, data).astype(np.int32)
 
     def decode(self, tokens: npt.ArrayLike) -> bytes:
-        """The bytes, or the UTF-8, of some tokens.
+        """Decodes tokens to bytes, or to UTF-8.
 
         Raises:
           ValueError: a number is no token.
@@ -111,12 +111,12 @@ class Vocabulary:
         return found.astype("<u4").tobytes().decode("utf-32-le").encode()
 
     def num_bytes(self, tokens: npt.ArrayLike) -> int:
-        """How many bytes some tokens stand for."""
+        """Returns the number of bytes that tokens stand for."""
         ranks = np.asarray(tokens)
         return int(ranks.size if self.unit == "bytes" else self._widths[ranks].sum(dtype=np.int64))
 
     def to_text(self) -> str:
-        """Byte values as hexadecimal digits, characters as they are: what a manifest holds."""
+        """Returns the values as text: bytes as hexadecimal digits, characters as they are."""
         return (
             self.decode(range(len(self))).decode()
             if self.unit == "characters"
@@ -125,7 +125,7 @@ class Vocabulary:
 
     @classmethod
     def from_text(cls, text: str, unit: Unit = "bytes") -> "Vocabulary":
-        """The inverse of ``to_text``.
+        """Inverts ``to_text``.
 
         Raises:
           ValueError: there is no such unit, or the text is not of it.
@@ -151,7 +151,7 @@ class Vocabulary:
 
 
 def code_points(pieces: Iterable[bytes]) -> Iterator[npt.NDArray[np.uint32]]:
-    """The code points of UTF-8 text, piece by piece; a character may be in two pieces.
+    """Yields the code points of UTF-8 text by pieces; a character may be in two pieces.
 
     Raises:
       UnicodeDecodeError: it is no UTF-8; `start` counts from the beginning of the text.

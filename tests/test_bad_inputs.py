@@ -246,7 +246,7 @@ CASES = [
     Case(
         "heads that do not divide the phases",
         f"{FRESH} --config.model.num_heads=3",
-        "config.model.num_heads must divide num_phases; got 3 heads and 8 phases",
+        "config.model.num_heads must divide the number of phases (8); got 3",
     ),
     Case(
         "a transformer's width that its heads do not divide",
@@ -267,7 +267,8 @@ CASES = [
     Case(
         "an unknown score",
         f"{FRESH} --config.model.score=dot",
-        "config.model.score must be one of 'projected', 'gated', 'static', 'none'; got 'dot'",
+        "config.model.score must be one of 'gated', 'content_gated', 'projected', 'none'; "
+        "got 'dot'",
     ),
     Case(
         "an unknown architecture",
@@ -283,7 +284,7 @@ CASES = [
     Case(
         "a negative learning rate",
         f"{FRESH} --config.optimizer.peak_learning_rate=-1e-3",
-        "config.optimizer.peak_learning_rate must be above zero; got -0.001",
+        "config.optimizer.peak_learning_rate must be above 0; got -0.001",
     ),
     Case(
         "a learning rate that is no number",
@@ -350,13 +351,13 @@ CASES = [
     Case(
         "a context longer than the corpus",
         f"{FRESH} --config.data.context=3000",
-        "config.data.context=3000 needs a training split of at least 6000 bytes, and "
+        "config.data.context=3000 needs a training split of at least 6000 tokens, and "
         "this one has 4000: lower the context or give more text",
     ),
     Case(
         "an evaluation shorter than a context",
         f"{FRESH} --config.evaluation.num_tokens=10",
-        "config.data.context=16 needs at least 17 bytes to evaluate on, and there are "
+        "config.data.context=16 needs at least 17 tokens to evaluate on, and there are "
         "10: lower the context, or give more text or a larger "
         "config.evaluation.num_tokens",
     ),
@@ -543,7 +544,7 @@ CASES = [
         "a checkpoint of another architecture",
         "train --config=small.py:transformer --config.run_dir=other",
         "the checkpoint other/checkpoints/10 is of another model: "
-        "block_0/attention/kernel_imag is (2, 2, 8) there and absent in the config (18 "
+        "block_0/attention/kernel_imag is (2, 2, 8) there and absent in the config (19 "
         "arrays differ); use the run's own config, or another folder with "
         "--config.run_dir=FOLDER",
         checkpoints_of_another_model,
@@ -576,13 +577,14 @@ CASES = [
     Case(
         "a trace of steps beyond the last",
         f"{FRESH} --profile=5:50",
-        "--profile=5:50: the first step must be before the last, and the last at most "
-        "config.training.num_steps (10)",
+        "--profile takes FIRST:LAST, two steps such as 20:40, the last at most "
+        "config.training.num_steps (10); got '5:50'",
     ),
     Case(
         "a trace of steps that are not two",
         f"{FRESH} --profile=all",
-        "--profile takes FIRST:LAST, two steps such as 20:40; got 'all'",
+        "--profile takes FIRST:LAST, two steps such as 20:40, the last at most "
+        "config.training.num_steps (10); got 'all'",
     ),
     Case(
         "inspecting without a config",

@@ -72,7 +72,7 @@ RAW_SPLITS = {"train": RAW[:90_000], "validation": RAW[90_000:95_000], "test": R
 def small_enwik8(tmp_path, monkeypatch) -> Path:
     pin(monkeypatch, "enwik8", {"enwik8": RAW}, RAW_SPLITS)
     # Many records, an odd number of bytes each: their order and their edges must not show.
-    monkeypatch.setattr("train.data.recipes.RECORD_BYTES", 777)
+    monkeypatch.setattr("train.data.recipes.EXAMPLE_BYTES", 777)
     file = tmp_path / "raw"
     file.write_bytes(RAW)
     return file
@@ -318,7 +318,7 @@ def test_a_manifest_cannot_pass_for_a_pinned_corpus(small_enwik8, cache, monkeyp
 
 
 def test_a_file_is_split_by_position(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr("train.data.recipes.RECORD_BYTES", 999)
+    monkeypatch.setattr("train.data.recipes.EXAMPLE_BYTES", 999)
     text = bytes(range(256)) * 200 + b"\0\0end"  # binary is fine
     (tmp_path / "own.bin").write_bytes(text)
     corpus = opened("text", tmp_path / "own.bin", cache)

@@ -8,6 +8,8 @@ import oracle
 import pytest
 
 from fsn_jax import coupling
+from fsn_jax.coupling import _fold_parts, _fold_rows
+from fsn_jax.torus import Complex
 
 coupling_update = jax.jit(coupling.coupling_update)
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -171,3 +173,27 @@ def test_refuses_shapes_that_do_not_fit(heads, delays):
     theta, attention = cases.angles(1, 5, 8), cases.random_attention(1, heads, 5)
     with pytest.raises(ValueError, match=r"heads|delays"):
         coupling_update(theta, attention, random_kernel(delays, 1, 8))
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("blocks", [1, 3], ids=["one_for_all", "of_each_head"])
+def test_accelerators_fold_the_same_values(blocks, segments):
+    """Number by number as row by row, values and gradients."""
+    rng = np.random.default_rng(0)
+    shape, kernel = (2, blocks, 5, 4), (2, 2, 3, 4)
+
+    def normal(shape):
+        return Complex(*jnp.asarray(rng.normal(size=(2, *shape)), jnp.float32))
+
+    z, kappa = normal(shape), normal(kernel)
+    follows = jnp.asarray(rng.integers(2, size=(2, 1, 5, 1)), jnp.float32) if segments else None
+
+    def both(fold):
+        loss = lambda z, kappa: jnp.sum(jnp.sin(fold(z, kappa, follows)))  # noqa: E731
+        return jax.tree.leaves((fold(z, kappa, follows), jax.grad(loss, (0, 1))(z, kappa)))
+
+    def parts(*arrays):
+        return jnp.concatenate(_fold_parts(*arrays), axis=-1)
+
+    for ours, plain in zip(both(parts), both(_fold_rows), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)

@@ -92,6 +92,9 @@ def test_a_run_that_was_moved_is_sampled_without_its_data(finished, tmp_path, ca
     evaluate.program(["evaluate", str(moved), f"--data_path={corpus.folder}"])
     assert b"BPC on" in capfdbinary.readouterr().out
 
+    (moved / "vocabulary.json").write_text('{"unit": "bytes", "values": "6162"}')
+    with pytest.raises(UserError, match=r"vocabulary\.json holds 2 tokens, .* has 12; restore it"):
+        sample.program(["sample", str(moved), *options])
     (moved / "vocabulary.json").unlink()  # a run of an earlier version
     with pytest.raises(UserError, match="gone does not exist"):
         sample.program(["sample", str(moved), *options])

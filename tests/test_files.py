@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_runs import tiny_experiment
 
 from train.data.corpus import default_cache
 from train.errors import UserError
 from train.files import check_json_output, default_output, user_path
+from train.run import create_or_resume
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,6 +31,13 @@ def test_a_path_that_may_not_be_looked_at_is_named(monkeypatch):
     monkeypatch.setattr(os, "stat", stat)
     with pytest.raises(UserError, match=r"--x=a cannot be reached \(Permission denied\)"):
         user_path("--x", "a")
+
+
+def test_a_run_folder_whose_path_is_not_utf_8_is_refused(corpus, tmp_path):
+    experiment = tiny_experiment(corpus.folder, tmp_path / "caf\udce9")
+    with pytest.raises(UserError, match=r"is not UTF-8, .* choose another with --config\.run_dir"):
+        create_or_resume(experiment, corpus)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_home_folder_the_variables_are_named(monkeypatch, tmp_path):

@@ -26,6 +26,7 @@ CONFIG = {
     "num_heads": 1,
     "num_harmonics": 1,
     "static_angles": False,
+    "score": "projected",
     "score_phases": PAIRS,
     "feedforward": "none",
     # omega_p = base^(-p / R): at most 1e-6 radians a step in the second half of the pairs.

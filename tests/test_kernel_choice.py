@@ -55,9 +55,8 @@ def test_measured_once_and_remembered_beside_the_compilation_cache(machine, tmp_
     mesh, asked = machine
     assert [choose(mesh), choose(mesh)] == ["pallas", "pallas"]
     assert asked == [Sizes(8, MODEL.num_heads, 512, *sum_widths(MODEL), "float32")]
-    (tmp_path / FILE).write_text(
-        json.dumps(dict.fromkeys(json.loads((tmp_path / FILE).read_text()), "xla"))
-    )
+    file = tmp_path / FILE
+    file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()), "xla")))
     assert choose(mesh) == "xla"
     (tmp_path / FILE).write_text("{")
     assert choose(mesh) == "pallas"

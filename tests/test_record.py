@@ -1,10 +1,13 @@
 """Evidence of finished runs: what is copied, and which runs are refused."""
 
 import json
+from unittest import mock
 
+import numpy as np
 import pytest
 import small_runs
 
+from train import finish
 from train.analysis import figures
 from train.errors import UserError
 from train.record import EVIDENCE, record
@@ -131,3 +134,12 @@ def test_seeds_have_records_of_their_own(finished, tmp_path, name, seed, folder)
     config = json.loads((finished / "config.json").read_text())
     (finished / "config.json").write_text(json.dumps({**config, "name": name, "seed": seed}))
     assert record(finished, tmp_path / "results").name == folder
+
+
+@pytest.mark.parametrize(
+    ("values", "prompt"), [(b" Teh", "The "), (b"\n!ab", "!"), (b"\x80\xff", "The ")]
+)
+def test_the_prompt_that_is_shown_is_of_the_corpus(values, prompt):
+    corpus = mock.Mock()
+    corpus.vocabulary.values = np.frombuffer(values, np.uint8)
+    assert finish._prompt(corpus) == prompt

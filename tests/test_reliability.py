@@ -36,7 +36,7 @@ from train.data.corpus import Corpus
 from train.data.windows import WindowOrder
 from train.errors import EXIT_USER_ERROR, UserError
 from train.run import RunFolder, cannot_write, create_or_resume
-from train.spikes import Spikes
+from train.spikes import find_spikes
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -277,8 +277,8 @@ def test_a_jump_of_the_loss_is_a_row_of_its_own(strange, tmp_path, monkeypatch, 
 
 def test_only_what_stands_out_is_a_spike():
     losses = np.asarray([2.0, 2.9, 3.1, np.nan, np.inf, 9.0], np.float32)
-    found = Spikes(2.0).find(100, losses)
+    found = find_spikes(2.0, 100, losses)
     assert [step for step, _ in found] == [103, 106]
-    assert Spikes(None).find(0, losses) == []
+    assert find_spikes(None, 0, losses) == []
     small = np.asarray([0.05, 0.2], np.float32)  # five times the mean, and yet near
-    assert [step for step, _ in Spikes(0.01).find(0, small)] == [2]
+    assert [step for step, _ in find_spikes(0.01, 0, small)] == [2]

@@ -74,7 +74,7 @@ def test_features_are_all_cosines_then_all_sines():
 def test_rotary_phasor(pairs, base):
     """exp(i t base^(-p / pairs)), accurate at the end of a long window too."""
     length = 5000
-    z = torus.rotary_phasor(length, pairs, base)
+    z = torus.rotary_phasor(length, torus.rotary_frequencies(pairs, base))
     omega = base ** (-np.arange(pairs) / pairs)
     expected = np.exp(1j * np.arange(length)[:, None] * omega)
     assert z[0].shape == z[1].shape == (length, pairs)

@@ -1,15 +1,16 @@
 """Writes what a finished run leaves: a summary, the loss curve, a sample of text."""
 
 import json
+import shlex
 from typing import Any
 
+from fsn_jax.hub import Pretrained
 from train.analysis.figures import loss_curve
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus
 from train.files import write_atomically
-from train.load import TrainedModel
 from train.loop import Outcome
-from train.mesh import data_mesh, on_host
+from train.mesh import on_host
 from train.metrics import read_rows
 from train.run import RunFolder
 from train.step import build_model
@@ -50,7 +51,7 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
         "data_sha256": corpus.sha256,
     }
     loss_curve([run.path], run.path / "loss.png")
-    text = _sample(experiment, corpus, run, params, outcome.step)
+    text = _sample(experiment, corpus, params)
     (run.path / "sample.txt").write_bytes(text)
     # Last: a run with a summary has ended, and has everything.
     write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -63,25 +64,27 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
     )
     print(f"\n{text.decode(errors='replace')}\n")
     print(f"curve     {run.path / 'loss.png'}")
-    print(f"evaluate  python -m train evaluate {run.path}     (the whole validation split)")
-    print(f"sample    python -m train sample {run.path} --prompt 'The '")
-    print(f"watch     tensorboard --logdir {run.path.parent}")
+    folder = shlex.quote(str(run.path))
+    print(f"evaluate  python -m train evaluate {folder}     (the whole validation split)")
+    print(f"sample    python -m train sample {folder} --prompt {shlex.quote(_prompt(corpus))}")
+    print(f"watch     tensorboard --logdir {shlex.quote(str(run.path.parent))}")
 
 
-def _sample(
-    experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, params: Any, step: int
-) -> bytes:
-    trained = TrainedModel(
-        run=run,
-        experiment=experiment,
-        corpus=corpus,
+def _prompt(corpus: Corpus) -> str:
+    """A prompt for the command that is shown, of characters that the corpus has."""
+    values = corpus.vocabulary.values.tolist()
+    shown = [chr(value) for value in values if 32 < value < 127]
+    return "The " if {*b"The "} <= {*values} or not shown else shown[0]
+
+
+def _sample(experiment: ExperimentConfig, corpus: Corpus, params: Any) -> bytes:
+    trained = Pretrained(
         model=build_model(experiment.model),
         params=params,
-        step=step,
-        mesh=data_mesh(),
+        vocabulary=corpus.vocabulary,
+        context=experiment.data.context,
+        corpus_name=corpus.name,
     )
     prompt = corpus.vocabulary.decode(corpus.tokens("validation")[:64])
-    chunks = trained.language_model.stream(
-        prompt, num_tokens=SAMPLE_LENGTH, seed=experiment.seed, temperature=0.8
-    )
+    chunks = trained.stream(prompt, num_tokens=SAMPLE_LENGTH, seed=experiment.seed, temperature=0.8)
     return prompt + b"".join(chunks)

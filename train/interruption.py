@@ -8,8 +8,7 @@ a second time          it ends at once, also in the middle of a compilation
 =====================  ==========================================================================
 
 The status is 130 each time. Python runs a signal's handler between two instructions of the main
-thread, which a compilation can delay by minutes; so a separate thread is notified of the signal,
-too.
+thread, which a compilation can delay by minutes; so a second thread is notified of it, too.
 """
 
 import contextlib

@@ -15,7 +15,7 @@ from train.data.prepare import open_corpus
 from train.errors import UserError
 from train.mesh import data_mesh
 from train.optimizer import make_optimizer
-from train.run import RunFolder, open_run, refuse_other_data
+from train.run import VOCABULARY, RunFolder, open_run, refuse_other_data
 from train.step import abstract_state, build_model
 
 
@@ -105,6 +105,11 @@ def load_language_model(run_dir: str | Path, *, which: str = "best") -> Pretrain
     if vocabulary is None:
         return load(run_dir, which=which).language_model
     experiment = run.read_config()
+    if len(vocabulary) != experiment.model.vocab_size:
+        raise UserError(
+            f"{run.path / VOCABULARY} holds {len(vocabulary)} tokens, and the model of the run has "
+            f"{experiment.model.vocab_size}; restore it, or remove it to take them from the data"
+        )
     model, params, _ = _restored(run, experiment, which, data_mesh())
     return Pretrained(
         model=model,

@@ -19,7 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
-from train.spikes import Spikes
+from train.spikes import find_spikes
 
 METRICS = "metrics.jsonl"
 
@@ -101,7 +101,7 @@ class Metrics:
         self._rows = RowLog(folder / METRICS, resume_step=resume_step)
         self._timing = RowLog(folder / "timing.jsonl", resume_step=resume_step)
         trained = [row["loss"] for row in read_rows(folder / METRICS) if row["kind"] == "train"]
-        self._spikes = Spikes(trained[-1] if trained else None)
+        self._expected = trained[-1] if trained else None  # loss of the last row
         self._events = EventFileWriter(str(folder / "tensorboard"))
         self._characters_per_step = characters_per_step
         self._clock = time.perf_counter()
@@ -139,8 +139,8 @@ class Metrics:
             "learning_rate": learning_rate,
             "skipped": skipped,
         }
-        self._record(row)
-        self._spikes.expected = loss
+        self._log(row)
+        self._expected = loss
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         speed = (step - self._clocked_step) * self._characters_per_step / max(seconds, 1e-9)
@@ -163,13 +163,13 @@ class Metrics:
         if evaluated.copy_mean is not None:
             row["copy_bpc"] = bits_per_character(evaluated.copy_mean)
             row["copies"] = evaluated.copy_count
-        self._record(row)
+        self._log(row)
         self._show(step, validation=f"{bpc:.3f}")
 
     def losses(self, before: int, losses: np.ndarray) -> None:
         """Records which of the steps after ``before`` have a loss far above the last row's."""
-        for step, loss in self._spikes.find(before, losses):
-            expected = self._spikes.expected
+        for step, loss in find_spikes(self._expected, before, losses):
+            expected = self._expected
             self._rows.write({"kind": "spike", "step": step, "loss": loss, "expected": expected})
             self.say(f"step {step}: the loss is {loss:.3f} nats after a mean of {expected:.3f}")
 
@@ -188,7 +188,7 @@ class Metrics:
         self._timing.close()
         self._events.close()
 
-    def _record(self, row: dict[str, Any]) -> None:
+    def _log(self, row: dict[str, Any]) -> None:
         self._rows.write(row)
         for name, value in row.items():
             if name not in ("kind", "step", "bytes"):

@@ -50,13 +50,7 @@ def provenance(corpus: Corpus) -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Returns the versions of the packages that affect the numbers."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def device_description() -> str:

@@ -171,6 +171,13 @@ def _open_beside(path: Path) -> RunFolder:
 
 
 def _open_to_write(path: Path, experiment: ExperimentConfig, corpus: Corpus) -> RunFolder:
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"the path of the run folder {path} is not UTF-8, as what is written there needs it; "
+            f"choose another with --config.run_dir=FOLDER"
+        ) from None
     mirror = Mirror(path, experiment.mirror_dir) if experiment.mirror_dir else None
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -9,31 +9,20 @@ LEAST = 0.1
 """A spike is above FACTOR times the mean of the last row of metrics, and LEAST nats above it."""
 
 
-class Spikes:
-    """Compares each step's loss with the row of metrics before it.
+def find_spikes(expected: float | None, before: int, losses: np.ndarray) -> list[tuple[int, float]]:
+    """Returns (step, loss) of each spike among K steps, with steps counted from 1.
 
-    It depends on the rows alone, so a resumed run finds the same spikes as an uninterrupted one.
+    The result depends on the rows of metrics alone, so a resumed run finds the same spikes as an
+    uninterrupted one. Losses that are not finite are counted elsewhere.
+
+    Args:
+      expected: mean loss of the last row in nats; None, or 0 after a row of skipped steps, finds
+        nothing.
+      before: the step before the first of the K steps.
+      losses: float32[K], nats.
     """
-
-    def __init__(self, expected: float | None = None):
-        """Takes the loss of the newest row in nats as ``expected``; None before the first row."""
-        self.expected = expected
-
-    def find(self, before: int, losses: np.ndarray) -> list[tuple[int, float]]:
-        """Returns the spikes among K steps.
-
-        Args:
-          before: the step before the first of the K steps.
-          losses: float32[K], nats; losses that are not finite are counted elsewhere.
-
-        Returns:
-          (step, loss) of each spike, with steps counted from 1.
-        """
-        if not self.expected:  # nor after a row of which every step was skipped
-            return []
-        limit = max(FACTOR * self.expected, self.expected + LEAST)
-        return [
-            (before + 1 + i, float(loss))
-            for i, loss in enumerate(losses)
-            if math.isfinite(loss) and loss > limit
-        ]
+    if not expected:
+        return []
+    limit = max(FACTOR * expected, expected + LEAST)
+    found = enumerate(map(float, losses), before + 1)
+    return [(step, loss) for step, loss in found if math.isfinite(loss) and loss > limit]

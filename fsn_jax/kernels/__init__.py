@@ -28,7 +28,7 @@ def forward(
     *,
     implementation: Implementation,
 ) -> tuple[Array, ...]:
-    """Computes ``sum_{u < t} A[t, u] v_u``, ``A[t, t]`` and the log normalizers, float32.
+    """Computes ``sum_{u < t} A[t, u] v_u``, ``A[t, t]`` and the log normalizers.
 
     ``A[t, u] = softmax_u(q_t . k_u)`` over ``u <= t`` in the segment of t.
 
@@ -41,7 +41,8 @@ def forward(
         ``auto`` (fused kernel where the program runs on this machine's GPU or TPU, else blocks).
 
     Returns:
-      ``[B, H, L, G]``, ``[B, H, L]`` and ``[B, H, L]``.
+      ``[B, H, L, G]`` in the dtype of ``value``, and float32 ``[B, H, L]`` twice. Sums are
+      float32 on the way.
     """
     return _by_platform("forward", implementation, query, key, value, segments)
 
@@ -58,7 +59,7 @@ def backward(
     *,
     implementation: Implementation,
 ) -> tuple[Array, ...]:
-    """Computes the cotangents of query, key and value by the strict sum, float32.
+    """Computes the cotangents of query, key and value by the strict sum, in their dtype.
 
     Args:
       query: ``[B, H, L, E]``.

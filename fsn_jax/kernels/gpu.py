@@ -260,7 +260,7 @@ def _load(ref: Ref, rows: pl.Slice) -> Pieces:
 
 def _store(ref: Ref, rows: pl.Slice, pieces: Pieces) -> None:
     for (start, size), piece in zip(_pieces(ref.shape[2]), pieces, strict=True):
-        ref[0, rows, pl.ds(start, size)] = piece
+        ref[0, rows, pl.ds(start, size)] = piece.astype(ref.dtype)
 
 
 def tile_for(dtype: Any, width: int) -> Tile:
@@ -281,8 +281,8 @@ def _call(
 ) -> tuple[Array, ...]:
     """Runs a kernel on the blocks of all heads of all sequences.
 
-    Inputs are ``[B, H, L, W]`` or ``[B, H, L]``; outputs, of which the widths are given (None: no
-    such axis), are float32 of that form.
+    Inputs are ``[B, H, L, W]`` or ``[B, H, L]``; so are outputs, of which the widths are given.
+    They have the dtype of the values, or float32 without a width.
     """
     batch, heads, length = inputs[0].shape[:3]
     tile = tile_for(inputs[2].dtype, max(x.shape[3] for x in inputs[:3]))
@@ -311,15 +311,17 @@ def _call(
         kernel(at, refs[: len(arrays)], refs[len(arrays) :])
 
     shapes = [
-        (batch * heads, padded, *(() if width is None else (padded_width(width),)))
+        jax.ShapeDtypeStruct((batch * heads, padded), jnp.float32)
+        if width is None
+        else jax.ShapeDtypeStruct((batch * heads, padded, padded_width(width)), inputs[2].dtype)
         for width in widths
     ]
     results = pl.pallas_call(
         body,
-        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        out_shape=shapes,
         grid=(batch * heads, padded // tile.block),
         in_specs=in_specs,
-        out_specs=[spec(shape) for shape in shapes],
+        out_specs=[spec(shape.shape) for shape in shapes],
         compiler_params=triton.CompilerParams(num_warps=tile.num_warps, num_stages=2),
         interpret=interpret,
         name=name,

@@ -88,7 +88,7 @@ def forward(
         scratch=[tpu.VMEM((1, block), jnp.float32)] * 2,
         interpret=interpret,
     )
-    return total, own[..., 0], log[..., 0]
+    return total.astype(value.dtype), own[..., 0], log[..., 0]
 
 
 def backward(
@@ -137,7 +137,7 @@ def backward(
 
     rows = [log_normalizer, mean, d_own_score]
     log_normalizer, mean, d_own_score = (x[..., None] for x in rows)
-    return _call(
+    cotangents = _call(
         kernel,
         "fsn_backward",
         [(query, _BY_QUERY), (key, _BY_KEY), (value, _BY_KEY)]
@@ -147,6 +147,7 @@ def backward(
         keys_outside=True,
         interpret=interpret,
     )
+    return tuple(x.astype(query.dtype) for x in cotangents)
 
 
 def block_size(length: int) -> int:

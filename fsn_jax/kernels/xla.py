@@ -80,7 +80,7 @@ def backward(
         d_key + d_own_score * own_query,
         d_value,
     )
-    return tuple(x[:, :, :length] for x in cotangents)
+    return tuple(x[:, :, :length].astype(query.dtype) for x in cotangents)
 
 
 def _pad_rows(x: Array | None, length: int) -> Array | None:
@@ -147,7 +147,7 @@ def _forward_block(
     own_weight = jnp.exp(own_score - largest)
     normalizer = weights.sum(axis=-1) + own_weight
     total = combine(weights, value) / normalizer[..., None]
-    return total, own_weight / normalizer, largest + jnp.log(normalizer)
+    return total.astype(value.dtype), own_weight / normalizer, largest + jnp.log(normalizer)
 
 
 def _backward_block(

@@ -26,18 +26,18 @@ class _Builder(tfds.dataset_builders.AdhocBuilder, skip_registration=True):  # t
 
 
 def store(
-    name: str, records: Callable[[str], Iterator[tuple[str, bytes]]], folder: Path
+    name: str, examples: Callable[[str], Iterator[tuple[str, bytes]]], folder: Path
 ) -> dict[str, Iterator[bytes]]:
     """Stores a dataset and returns the texts of each split, read back in order.
 
     Args:
       name: name of the dataset.
-      records: returns (name, text) of each example of a split, in order.
+      examples: returns (name, text) of each example of a split, in order.
       folder: folder of the dataset's folder ``<name>/<version>``.
     """
 
-    def examples(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index, (source, text) in enumerate(records(split)):
+    def with_index(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, (source, text) in enumerate(examples(split)):
             # A file name need not be UTF-8.
             name = source.encode("utf-8", "surrogateescape")
             yield index, {"text": text, "name": name, "index": index}
@@ -47,7 +47,7 @@ def store(
         name=name,
         version=VERSION,
         features=tfds.features.FeaturesDict({"text": text, "name": text, "index": np.int64}),
-        split_datasets={split: examples(split) for split in SPLITS},
+        split_datasets={split: with_index(split) for split in SPLITS},
         data_dir=str(folder),
         description=f"The corpus {name} of fsn_jax.",
         file_format="array_record",

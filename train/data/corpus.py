@@ -80,7 +80,8 @@ class Corpus:
         "vocabulary <hex of the byte values>", or "characters <hex of their UTF-8>", each ended
         by a newline.
         """
-        lines = [f"{name} {info.num_bytes} {info.sha256}" for name, info in self._ordered_splits()]
+        infos = ((name, self.splits[name]) for name in SPLITS)
+        lines = [f"{name} {info.num_bytes} {info.sha256}" for name, info in infos]
         values, unit = self.vocabulary, self.vocabulary.unit
         kind = "vocabulary" if unit == "bytes" else unit
         lines.append(f"{kind} {values.decode(range(len(values))).hex()}")
@@ -118,9 +119,6 @@ class Corpus:
     def path(self, name: str) -> Path:
         """Returns the file of a split."""
         return self.folder / f"{name}.bin"
-
-    def _ordered_splits(self) -> list[tuple[str, SplitInfo]]:
-        return [(name, self.splits[name]) for name in SPLITS]
 
 
 def default_cache() -> Path:

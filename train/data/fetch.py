@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from train.errors import UserError
 from train.files import file_sha256
@@ -43,21 +43,6 @@ _FAILURES = (
     http.client.HTTPException, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError,
     subprocess.SubprocessError,
 )  # fmt: skip
-
-
-class Source(Protocol):
-    """A place that may hold the file, or an archive of it."""
-
-    @property
-    def label(self) -> str:
-        """Name of the source in messages."""
-
-    @property
-    def member(self) -> str | None:
-        """Name of the file inside an archive; None to take an archive as it is."""
-
-    def obtain(self, folder: Path, progress: Progress) -> Path:
-        """Returns the path of the file or archive, for which ``folder`` has room."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +126,10 @@ class PackageFile:
             raise SourceFailure(errors[-1].removeprefix("ERROR: ")[:300])
         [file] = package.iterdir()
         return file
+
+
+Source = LocalFile | UrlArchive | PackageFile
+"""A place that may hold the file, or an archive with the file under the name ``member``."""
 
 
 def fetch(

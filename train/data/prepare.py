@@ -150,7 +150,7 @@ def _write_splits(name: str, recipe: Recipe, folder: Path, unit: Unit) -> Corpus
 
     of_characters = unit == "characters"
     splits, seen = {}, np.zeros(sys.maxunicode + 1 if of_characters else 256, bool)
-    for split, texts in store(name, recipe.records, folder / DATASET).items():
+    for split, texts in store(name, recipe.examples, folder / DATASET).items():
         file, count = folder / f"{split}.bin", 0
         with file.open("wb") as out:
             out.writelines(texts)

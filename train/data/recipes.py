@@ -1,4 +1,4 @@
-"""The recipe of each corpus: how its files are found, cut into records, and split."""
+"""The recipe of each corpus: how its files are found, cut into examples, and split."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from train.data.user_files import (
 from train.errors import UserError
 from train.files import user_path
 
-RECORD_BYTES = 1 << 20  # longer texts are cut into records of this size
+EXAMPLE_BYTES = 1 << 20  # longer texts are cut into examples of this size
 MIN_SPLIT_BYTES = 2048  # of every split: some windows
 MIN_BYTES = 20 * MIN_SPLIT_BYTES
 
@@ -33,7 +33,7 @@ SHARD_SUFFIX = ".json.gz"  # of codeparrot-clean
 
 FILE_RULE = "tests, empty files and exact duplicates left out; split by the SHA-256 of each file"
 
-Records = Iterator[tuple[str, bytes]]
+Examples = Iterator[tuple[str, bytes]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Recipe:
     """What a corpus is made of.
 
     Attributes:
-      records: returns (name, text) of each record of a split, in order.
+      examples: returns (name, text) of each example of a split, in order.
       source: what the files are, in words.
       sha256: hexadecimal SHA-256 that stands for the files.
       rule: how they become the splits, in words.
     """
 
-    records: Callable[[str], Records]
+    examples: Callable[[str], Examples]
     source: str
     sha256: str
     rule: str
@@ -91,15 +91,15 @@ def _enwik8(path: str, scratch: Path, progress: Progress) -> Recipe:
         progress=progress,
     )
 
-    def records(split: str) -> Records:
+    def examples(split: str) -> Examples:
         start, stop = cut_at(wanted.size)[split]
         with raw.open("rb") as stream:
             stream.seek(start)
-            for first in range(start, stop, RECORD_BYTES):
-                yield f"enwik8:{first}", stream.read(min(RECORD_BYTES, stop - first))
+            for first in range(start, stop, EXAMPLE_BYTES):
+                yield f"enwik8:{first}", stream.read(min(EXAMPLE_BYTES, stop - first))
 
     return Recipe(
-        records,
+        examples,
         source=f"enwik8, {wanted.size} bytes",
         sha256=wanted.sha256,
         rule="in order: all but the last 10 %, 5 %, 5 %",
@@ -126,7 +126,7 @@ def _pycode(path: str, scratch: Path, progress: Progress) -> Recipe:
         for wanted in files
     ]
 
-    def records(split: str) -> Records:
+    def examples(split: str) -> Examples:
         # The order of the digests is as good as random: every part of a split has some of each.
         for digest, name, text in sorted((d, n, t) for n, t, d in select(wheel_sources(wheels))):
             if split_of(digest) == split:
@@ -134,7 +134,7 @@ def _pycode(path: str, scratch: Path, progress: Progress) -> Recipe:
 
     hashes = "".join(f"{wanted.sha256} {wanted.name}\n" for wanted in files)
     return Recipe(
-        records,
+        examples,
         source=f"the Python files of {', '.join(wheel.name for wheel in wheels)}",
         sha256=hashlib.sha256(hashes.encode()).hexdigest(),
         rule=f"{FILE_RULE}, in the order of it",
@@ -145,7 +145,7 @@ def _codeparrot(path: str) -> Recipe:
     found = find_files(path, SHARD_SUFFIX)
     shards = [shard.path for shard in found]
 
-    def records(split: str) -> Records:
+    def examples(split: str) -> Examples:
         for name, text, digest in select(shard_sources(shards)):
             if split_of(digest) == split:
                 yield name, text + SEPARATOR
@@ -159,7 +159,7 @@ def _codeparrot(path: str) -> Recipe:
     else:
         raise _too_small(path, sum(sizes.values()))
     return Recipe(
-        records,
+        examples,
         source=f"codeparrot-clean shards: {len(shards)} at {path}",
         sha256=fingerprint(found),
         rule=FILE_RULE,
@@ -184,7 +184,7 @@ def _text(path: str, progress: Progress, unit: Unit) -> Recipe:
     rule = "by file" if by_file else "by position"
     progress(f"files: {len(files)}, of {total} bytes together, split {rule}")
 
-    def pieces(split: str) -> Records:
+    def pieces(split: str) -> Examples:
         if by_file:
             return joined([files[index] for index in by_file[split]], separated=True)
         start, stop = cut_at(total)[split]
@@ -192,20 +192,20 @@ def _text(path: str, progress: Progress, unit: Unit) -> Recipe:
             start, stop = (_character_start(every(), cut) for cut in (start, stop))
         return between(every(), start, stop)
 
-    def records(split: str) -> Records:
+    def examples(split: str) -> Examples:
         for name, piece in pieces(split):
-            for offset in range(0, len(piece), RECORD_BYTES):
-                yield name, piece[offset : offset + RECORD_BYTES]
+            for offset in range(0, len(piece), EXAMPLE_BYTES):
+                yield name, piece[offset : offset + EXAMPLE_BYTES]
 
     return Recipe(
-        records,
+        examples,
         source=f"files: {len(files)} at {path}",
         sha256=fingerprint(found),
         rule=f"exact duplicates left out; 90 / 5 / 5 {rule}",
     )
 
 
-def _character_start(pieces: Records, offset: int) -> int:
+def _character_start(pieces: Examples, offset: int) -> int:
     """Returns where the character begins that the byte at ``offset`` of UTF-8 pieces belongs to."""
     first = max(offset - 3, 0)  # no character is longer than four bytes
     near = b"".join(piece for _, piece in between(pieces, first, offset + 1))

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Trains FSN and transformer at 1M parameters on enwik8, as far towards 30 epochs as the time goes.
+#
+#   tools/headline.sh FOLDER [MINUTES] [--config.FIELD=VALUE ...]
+#
+# For one machine with one GPU, or one TPU host, and no network. Run it again with the same FOLDER to
+# go on. It needs a Python with the project and an accelerator's JAX (PYTHON=..., default python) and
+# the prepared corpus (`python -m train prepare --name=enwik8` elsewhere, then carry
+# ~/.cache/fsn_jax/enwik8 there). FOLDER is what to bring home: runs, records, checkpoints.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+folder=${1:?usage: tools/headline.sh FOLDER [MINUTES] [--config.FIELD=VALUE ...]}
+minutes=${2:-15}
+shift; [ $# -gt 0 ] && shift
+python=${PYTHON:-python}
+deadline=$((SECONDS + minutes * 60))
+arms=(transformer_1m fsn_1m)
+
+# SIGTERM lets a run finish its dispatch and save; it then ends with 75.
+for i in "${!arms[@]}"; do
+  share=$(((deadline - SECONDS) / (${#arms[@]} - i)))
+  [ "$share" -gt 0 ] || break
+  status=0
+  timeout --signal=TERM --kill-after=120 "$share" "$python" -m train \
+    --config="configs/enwik8.py:${arms[i]}" --config.run_dir="$folder/${arms[i]}" \
+    --config.model.dtype=bfloat16 "$@" || status=$?
+  # 124: timeout sent SIGTERM, and the run saved.
+  case $status in 0 | 75 | 124) ;; *) exit "$status" ;; esac
+done
+echo "records: $folder/*/metrics.jsonl; the same command goes on where they stopped"

@@ -139,7 +139,15 @@ def rotary_phasor(length: int, frequencies: npt.NDArray[np.float64], step: int =
 
     Returns:
       float32 arrays ``[L, R]``.
+
+    Raises:
+      ValueError: the length is a symbol of ``jax.export``.
     """
+    if not isinstance(length, (int, np.integer)):
+        raise ValueError(
+            f"the sequence length must be a number, not {length}: export one program for each "
+            f"length; the batch size may be symbolic"
+        )
     angle = step * np.arange(length, dtype=np.float64)[:, None] * frequencies
     return Complex(jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32))
 

@@ -2,6 +2,8 @@
 
 import doctest
 import functools
+import subprocess
+import sys
 
 import cases
 import flax.linen as nn
@@ -169,6 +171,36 @@ def test_no_rows_and_rows_of_one_token_or_none(name, shape):
     leaves = jax.tree.leaves(gradient)
     assert all(np.isfinite(leaf).all() for leaf in leaves)
     assert any(leaf.any() for leaf in leaves) == (tokens.size > 0)
+
+
+EXPORTED = """
+import jax, jax.export, jax.numpy as jnp
+from fsn_jax import FSN, FSNConfig, Transformer, TransformerConfig
+
+fsn = FSN(FSNConfig(vocab_size=11, num_layers=1, num_phases=8))
+for model in (fsn, Transformer(TransformerConfig(vocab_size=11, num_layers=1, width=8))):
+    tokens = jnp.arange(12).reshape(3, 4) % 11
+    variables = model.init(jax.random.key(0), tokens)
+
+    def exported(shape):
+        shape = jax.export.symbolic_shape(shape)
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+        return jax.export.export(jax.jit(model.apply))(variables, tokens)
+
+    same = jnp.allclose(exported("b, 4").call(variables, tokens), model.apply(variables, tokens))
+    try:
+        exported("2, l")
+    except ValueError as error:
+        print(same, error)
+"""
+
+
+def test_an_exported_program_may_leave_its_batch_open_but_not_its_length():
+    """In a process of its own: the run-time type checks of the tests know no symbolic lengths."""
+    command = [sys.executable, "-c", EXPORTED]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    line = "True the sequence length must be a number, not l: export one program for each length"
+    assert [text[: len(line)] for text in printed.splitlines()] == [line, line]
 
 
 def test_weights_that_are_not_causal_give_nan():

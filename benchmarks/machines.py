@@ -83,6 +83,7 @@ def prepare(listings: Path | None) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a server for its TPU
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is claimed
     if listings:
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_mosaic_dump_to={listings} --xla_jf_dump_to={listings} "

@@ -26,6 +26,7 @@ def kernel(request, monkeypatch):
     """Runs one of the kernels in JAX, with small blocks."""
     chosen = KERNELS[request.param]
     monkeypatch.setattr(gpu, "TILES", {2: gpu.Tile(16, 16, 4), 4: gpu.Tile(32, 16, 4)})
+    monkeypatch.setattr(gpu, "WIDE_TILES", {4: gpu.Tile(16, 16, 4)})
     monkeypatch.setattr(tpu, "LANES", 8)
     monkeypatch.setattr(tpu, "MAX_BLOCK", 32)
 

@@ -45,8 +45,11 @@ class Tile(NamedTuple):
 TILES = {2: Tile(64, 64, 8), 4: Tile(64, 32, 8)}
 """By bytes of a number: the largest that keep to the registers of an A100 and an H100."""
 
+WIDE_TILES = {2: Tile(64, 16, 8), 4: Tile(16, 16, 8)}
+"""The same for rows wider than WIDE."""
+
 WIDE = 128
-"""Most columns of a piece; wider rows take blocks of half the size."""
+"""Most columns of a piece."""
 
 PIECE = 16
 """Fewest columns of a piece: the least that Triton multiplies."""
@@ -267,11 +270,8 @@ def _store(ref: Ref, rows: Rows, pieces: Pieces) -> None:
 
 
 def tile_for(dtype: Any, width: int) -> Tile:
-    """Returns how a kernel is cut for values of a dtype and width."""
-    tile = TILES[jnp.dtype(dtype).itemsize]
-    if width <= WIDE:
-        return tile
-    return tile._replace(block=tile.block // 2, step=tile.step // 2)
+    """Returns how a kernel is cut for rows of a dtype and a greatest width."""
+    return (TILES if width <= WIDE else WIDE_TILES)[jnp.dtype(dtype).itemsize]
 
 
 def _call(

@@ -5,6 +5,7 @@ Warnings are errors and shapes are checked at run time, both set in pyproject.to
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Settles JAX's platform before any test module is imported."""
+    """Settles JAX's platform and Ctrl-C before any test module is imported."""
+    # Ignored in a shell's background jobs, and so in the processes that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     marks = config.getoption("markexpr", default="")
     if "gpu" not in marks or "not gpu" in marks:
         # In the environment too, so that the programs a test starts stay on the CPU; the number

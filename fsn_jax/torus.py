@@ -95,12 +95,12 @@ def token_phasor(theta: Float[Array, "B L N"]) -> Complex:
 
 
 def in_float32(z: Complex) -> Complex:
-    """The same numbers in float32, from whatever dtype they were kept in."""
+    """Converts complex numbers of any shape and dtype to float32."""
     return Complex(z.re.astype(jnp.float32), z.im.astype(jnp.float32))
 
 
 def kept_in(z: Complex, dtype: str) -> Complex:
-    """Numbers of magnitude about one as they are kept between operations: half the traffic."""
+    """Converts complex numbers of any shape to the dtype they are kept in between operations."""
     return Complex(z.re.astype(dtype), z.im.astype(dtype))
 
 
@@ -139,7 +139,15 @@ def rotary_phasor(length: int, frequencies: npt.NDArray[np.float64], step: int =
 
     Returns:
       float32 arrays ``[L, R]``.
+
+    Raises:
+      ValueError: the length is a symbol of ``jax.export``.
     """
+    if not isinstance(length, (int, np.integer)):
+        raise ValueError(
+            f"the sequence length must be a number, not {length}: export one program for each "
+            f"length; the batch size may be symbolic"
+        )
     angle = step * np.arange(length, dtype=np.float64)[:, None] * frequencies
     return Complex(jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32))
 

@@ -44,6 +44,9 @@ TINY_FSN = FSNConfig(
     num_phases=8,
     num_heads=2,
     score="gated",
+    score_scope="block",
+    score_angles=False,
+    kernel_angle=0.0,
     feedforward="none",
 )
 TINY_TRANSFORMER = TransformerConfig(

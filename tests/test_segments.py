@@ -216,4 +216,4 @@ def test_a_dropped_phase_is_drawn_anew_from_the_circle():
     whole = model.apply(variables, tokens, method=lambda model, t: model.embedding(t))
     drawn = np.asarray(theta)[np.asarray(theta != whole)]
     assert abs(drawn.size / theta.size - 0.25) < 0.02
-    assert np.abs(np.exp(1j * drawn).mean()) < 0.05  # 1152 draws: 0.03 is one standard deviation
+    assert np.abs(np.exp(1j * drawn).mean()) < 0.1  # of some 1,150 draws: 0.03 on average

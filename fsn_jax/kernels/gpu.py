@@ -295,9 +295,8 @@ def _call(
         # Padded keys come after every real query, padded queries and columns are cut off, and
         # zeros add nothing to an inner product.
         x = x.reshape(batch * heads, length, *x.shape[3:])
-        return jnp.pad(
-            x, [(0, 0), (0, padded - length), *((0, padded_width(w) - w) for w in x.shape[2:])]
-        )
+        columns = [(0, padded_width(w) - w) for w in x.shape[2:]]
+        return jnp.pad(x, [(0, 0), (0, padded - length), *columns])
 
     def spec(shape: Sequence[int]) -> pl.BlockSpec:
         return pl.BlockSpec((1, *shape[1:]), lambda s, i: (s, *(0,) * (len(shape) - 1)))

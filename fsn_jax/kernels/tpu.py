@@ -238,6 +238,21 @@ def _tiles(num_blocks: int, keys_outside: bool) -> tuple[np.ndarray, ...]:
     return tuple(np.array(pairs, np.int32).T)
 
 
+def _packed(x: Array, padded: int) -> Array:
+    """``[B, H, L, W]`` as the kernels take it, ``[B H, W, padded]``."""
+    batch, heads, length, width = x.shape
+    x = x.reshape(batch * heads, length, width).swapaxes(1, 2)
+    # Padded keys come after every real query, and padded queries are cut off.
+    return jnp.pad(x, ((0, 0), (0, int(width == 0)), (0, padded - length)))
+
+
+def _spec(width: int, columns: str, *, block: int, length: int) -> pl.BlockSpec:
+    if columns == _WHOLE:
+        return pl.BlockSpec((1, width, length), lambda s, tile, query, key: (s, 0, 0))
+    pick = {_BY_QUERY: 0, _BY_KEY: 1}[columns]
+    return pl.BlockSpec((1, width, block), lambda s, tile, *blocks: (s, 0, blocks[pick][tile]))
+
+
 def _call(
     kernel: Callable[[_Tile, Sequence[Ref], Sequence[Ref]], None],
     name: str,
@@ -259,18 +274,8 @@ def _call(
     num_blocks = padded // block
     tiles = _tiles(num_blocks, keys_outside)
 
-    def packed(x: Array) -> Array:
-        # Padded keys come after every real query, and padded queries are cut off.
-        x = x.reshape(batch * heads, length, x.shape[3]).swapaxes(1, 2)
-        return jnp.pad(x, ((0, 0), (0, int(x.shape[1] == 0)), (0, padded - length)))
-
-    def spec(width: int, columns: str) -> pl.BlockSpec:
-        if columns == _WHOLE:
-            return pl.BlockSpec((1, width, padded), lambda s, tile, query, key: (s, 0, 0))
-        pick = {_BY_QUERY: 0, _BY_KEY: 1}[columns]
-        return pl.BlockSpec((1, width, block), lambda s, tile, *blocks: (s, 0, blocks[pick][tile]))
-
-    arrays = [packed(x) for x, _ in inputs]
+    spec = functools.partial(_spec, block=block, length=padded)
+    arrays = [_packed(x, padded) for x, _ in inputs]
     in_specs = [spec(x.shape[1], c) for x, (_, c) in zip(arrays, inputs, strict=True)]
     if segments is not None:
         row = jnp.pad(segments, ((0, 0), (0, 0), (0, padded - length)))

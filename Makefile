@@ -2,7 +2,7 @@
 # hash-locked requirements; `make PYTHON=/path/to/python3.12 TARGET` chooses the interpreter.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all lint format types lock ci clean distclean
+.PHONY: help setup train test test-all test-newest lint format types lock ci clean distclean
 
 PY := .venv/bin/python
 SOURCES := fsn_jax train configs tests benchmarks examples tools
@@ -29,6 +29,11 @@ test: setup  ## Run the default tests
 
 test-all: setup  ## Run the slow tests too (they fetch enwik8)
 	$(PY) -m pytest -m "not gpu" $(ARGS)
+
+test-newest:  ## Run the default tests on the newest packages (PYTHON=/path/to/python3.13)
+	$(or $(PYTHON),python3) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet -e '.[dev]'
+	.venv-newest/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: setup  ## Check style and formatting
 	$(PY) -m ruff check .

@@ -73,7 +73,7 @@ def test_cycles_of_the_tpu_kernel(tmp_path):
         tmp_path,
         "--measure=sum",
         "--machines=v5e:2x2",
-        "--arms=fsn_1m",
+        "--arms=projected_1m",
         "--dtypes=float32",
         "--implementations=pallas",
         "--lengths=512,1024",

@@ -192,13 +192,6 @@ def test_a_corpus_too_long_for_the_device_is_refused_before_the_run_folder(corpu
         loop.check_experiment(experiment, corpus, 1)
 
 
-def test_a_missing_grain_is_told_before_the_run_folder(corpus, monkeypatch):
-    experiment = tiny_experiment(corpus.folder, Path("unused"), data__placement="host")
-    monkeypatch.setattr(windows.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="config.data.placement=host needs Grain"):
-        loop.check_experiment(experiment, corpus, 1)
-
-
 # Losses and gradients
 
 

@@ -18,7 +18,7 @@ from small_runs import (
     text_of,
     tiny_experiment,
 )
-from test_preemption import terminate_in_dispatch
+from test_preemption import signal_in_dispatch
 
 from train import loop
 from train.config import OptimizerConfig
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def run_on(num_devices: int, corpus: Corpus, folder: Path, parameters: str) -> Outcome:
-    experiment = tiny_experiment(corpus.folder, folder, training__parameters=parameters)
+    experiment = tiny_experiment(corpus.folder, folder, training__layout=parameters)
     with create_or_resume(experiment, corpus) as run:
         return loop.train(experiment, corpus, run, show_progress=False, mesh=mesh_of(num_devices))
 
@@ -62,7 +62,7 @@ def test_a_run_goes_on_with_other_devices_and_another_layout(corpus, whole, tmp_
     moves = [(1, "replicated"), (8, "sharded"), (2, "sharded"), (4, "replicated")]
     for num_devices, parameters in moves:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(TryAgain):
-            terminate_in_dispatch(patch, 1)
+            signal_in_dispatch(patch, 1)
             run_on(num_devices, corpus, tmp_path / "run", parameters)
     outcome = run_on(1, corpus, tmp_path / "run", "replicated")
     assert outcome.resumed_from == 5 * len(moves)

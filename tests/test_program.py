@@ -38,6 +38,7 @@ def test_what_a_library_makes_of_an_interruption_is_one(capsys, monkeypatch):
         raise ImportError("numpy.core.multiarray failed to import")
 
     monkeypatch.setattr(interruptions, "came", True)
+    monkeypatch.setattr(interruptions, "kept", lambda: "")
     assert run_program(program, []) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
 

@@ -66,7 +66,7 @@ def copy_file(source: epath.Path, target: epath.Path) -> None:
 
 
 def copy_folder(source: epath.Path, target: epath.Path, *, marker: str) -> None:
-    """Copies a folder; not if its copy is there already.
+    """Copies a folder in place of an older copy of it; not if its copy is there already.
 
     Args:
       source: the folder.
@@ -78,7 +78,11 @@ def copy_folder(source: epath.Path, target: epath.Path, *, marker: str) -> None:
         if (target / marker).read_bytes() == version:
             return
         (target / marker).unlink()
-    for name in files_below(source):
+    names = list(files_below(source))
+    if target.exists():
+        for name in set(files_below(target)) - set(names):
+            (target / name).unlink()
+    for name in names:
         if name != marker:
             copy_file(source / name, target / name)
     copy_file(source / marker, target / marker)

@@ -61,12 +61,13 @@ class Pretrained:
 
     def logits(self, text: str | bytes) -> Float[Array, "B L V"]:
         """Returns the logits after each token of a text, as a batch of one."""
-        logits: Any = self.model.apply({"params": self.params}, self.encode(text)[None])
+        tokens = jnp.asarray(self.encode(text))[None]
+        logits: Any = self.model.apply({"params": self.params}, tokens)
         return logits
 
     def states(self, text: str | bytes) -> Float[Array, "B L N"]:
         """Returns what the readout reads, as a batch of one: an FSN's phases, in radians."""
-        tokens = self.encode(text)[None]
+        tokens = jnp.asarray(self.encode(text))[None]
         states: Any = self.model.apply({"params": self.params}, tokens, method="states")
         return states
 

@@ -225,7 +225,7 @@ def _train(
         if start < num_steps:
             begun_before = run.has_begun
             write_provenance(run, corpus, resume_step=start)
-            loop = _Loop(experiment, corpus, run, checkpoints, mesh, start, show_progress)
+            loop = _Loop(experiment, corpus, run, checkpoints, model, mesh, start, show_progress)
             if start:
                 loop.metrics.say(f"going on from the checkpoint of step {start}")
             elif begun_before:
@@ -245,6 +245,7 @@ class _Loop:
         corpus: Corpus,
         run: RunFolder,
         checkpoints: Checkpoints,
+        model: nn.Module,
         mesh: jax.sharding.Mesh,
         start: int,
         show_progress: bool,
@@ -256,7 +257,7 @@ class _Loop:
         limit = experiment.evaluation.num_tokens or None
         validation = corpus.tokens("validation")[:limit]
         self.validation_bytes = corpus.vocabulary.num_bytes(validation[1:])
-        rows = make_evaluate_rows(model_for(experiment, mesh), mesh=mesh)
+        rows = make_evaluate_rows(model, mesh=mesh)
         self.evaluate = Evaluator(experiment, rows, mesh, validation)
         self.pending: tuple[int, DispatchMetrics] | None = None
         self.metrics: Metrics | Unwritten = Unwritten()

@@ -31,6 +31,8 @@ _EVALUATION: dict[str, type] = {
     "stride": int,
     "data_sha256": str,
 }
+LOGGED = ("train", "validation")
+"""Kinds of rows of metrics that hold a loss."""
 _LOSS: dict[str, type] = {"step": int, "characters": int, "bpc": float}
 _CONTENTS: dict[str, dict[str, type]] = {
     "config.json": {
@@ -103,11 +105,21 @@ class RunRecord:
 
     @functools.cached_property
     def losses(self) -> dict[str, dict[int, float]]:
-        """BPC by characters seen, for ``train`` and ``validation``."""
-        kinds: dict[str, dict[int, float]] = {"train": {}, "validation": {}}
+        """BPC by characters seen, for ``train``, ``validation`` and its two parts.
+
+        The parts are ``copies``, the copy events, and ``others``, all other characters; they are
+        empty unless the run evaluated copy events (``evaluation.copy_depth``).
+        """
+        kinds: dict[str, dict[int, float]] = {k: {} for k in (*LOGGED, "copies", "others")}
         for row in self._log:
-            if row["kind"] in kinds:
-                kinds[row["kind"]][row["characters"]] = row["bpc"]
+            if row["kind"] not in LOGGED:
+                continue
+            seen, bpc = row["characters"], row["bpc"]
+            kinds[row["kind"]][seen] = bpc
+            if copies := row.get("copies"):
+                kinds["copies"][seen] = row["copy_bpc"]
+                others = row["bytes"] - copies
+                kinds["others"][seen] = (bpc * row["bytes"] - row["copy_bpc"] * copies) / others
         return kinds
 
     @functools.cached_property
@@ -138,7 +150,7 @@ class RunRecord:
         return {
             row["characters"]: round(row["step"] * by_step, 3)
             for row in self._log
-            if row["kind"] in self.losses
+            if row["kind"] in LOGGED
         }
 
     @property
@@ -184,7 +196,7 @@ class RunRecord:
                     raise ValueError("no list of starts")
             for row in rows:
                 _check(row, _CONTENTS[name])
-                if name == "metrics.jsonl" and row["kind"] in ("train", "validation"):
+                if name == "metrics.jsonl" and row["kind"] in LOGGED:
                     _check(row, _LOSS)
         except (OSError, ValueError) as error:
             raise UserError(

@@ -115,7 +115,7 @@ POCKET: dict[str, ModelConfig] = {
     "modes": variant(FSN_POCKET, MODES),
     "projected": PROJECTED_POCKET,
     "projected_base": variant(PROJECTED_POCKET, BASE_LAYER),
-    "projected_modes": variant(PROJECTED_POCKET, MODES),
+    "projected_modes": variant(PROJECTED_POCKET, {**MODES, "mode_weights": "dense"}),
     "transformer": TRANSFORMER_POCKET,
     "shifted": variant(TRANSFORMER_POCKET, SHIFTED),
 }

@@ -60,7 +60,7 @@ class Rung:
       num_params: aimed at.
       num_layers: blocks.
       width: N of an FSN and D of a transformer.
-      num_heads: H of transformer and published form; the projected FSN has half as many.
+      num_heads: H of the transformer; an FSN has half as many.
       heads_per_phase: J of the projected FSN: one from 1m on, as it lost nothing and costs less
         (docs/protocol.md).
       batch_size: B.

@@ -2,9 +2,9 @@
 
 A RUN is a finished run's folder or its record under ``results/``. Rungs of a scale ladder, arms
 named ``KIND_RUNG``, are drawn against parameters and training FLOPs, each kind a line from point to
-point. Variants of one size are drawn one below the other. Losses are those of the whole validation split if every
-run was evaluated on it, otherwise those of the slice that each run evaluates at its end. Writes the
-table as JSON and, beside it, as text and as a figure.
+point. Variants of one size are drawn one below the other. Losses are those of the whole validation
+split if every run was evaluated on it, otherwise those of the slice that each run evaluates at its
+end. Writes the table as JSON and, beside it, as text and as a figure.
 """
 
 import itertools

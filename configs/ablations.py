@@ -65,7 +65,7 @@ PUBLISHED_CHANGES: dict[str, dict[str, Any]] = {
     "published_all_phases": {"score_scope": "all"},
     "published_no_similarity_head": {"similarity_heads": 0},
     "published_one_head_per_phase": {"heads_per_phase": 1},
-    "published_four_heads": {"num_heads": 4, "heads_per_phase": 1},
+    "published_four_heads": {"num_heads": 4},
     "published_projected_score": {"score": "projected", "score_scope": "all"},
     "published_content_gates": {
         "score": "content_gated",

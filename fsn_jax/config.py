@@ -255,7 +255,7 @@ def recorded_fields(
       fields: what ``dataclasses.asdict`` gave; what it lacks gets its default.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-    if kind is FSNConfig and "mode_weights" not in fields:
+    if fields.get("feedforward") == "collective_modes" and "mode_weights" not in fields:
         defaults |= {"mode_weights": "dense"}
     if kind is FSNConfig and "feature_scale" not in fields:
         defaults |= {"feature_scale": 1.0, "score_angles": False}

@@ -25,8 +25,8 @@ TOLERANCE = {"float32": {"rtol": 1e-4, "atol": 1e-4}, "bfloat16": {"rtol": 0.1, 
 def kernel(request, monkeypatch):
     """Runs one of the kernels in JAX, with small blocks."""
     chosen = KERNELS[request.param]
-    monkeypatch.setattr(gpu, "TILES", {2: gpu.Tile(16, 16, 4), 4: gpu.Tile(32, 16, 4)})
-    monkeypatch.setattr(gpu, "WIDE_TILES", {4: gpu.Tile(16, 16, 4)})
+    narrow = {2: gpu.Tile(16, 16), 4: gpu.Tile(32, 16)}
+    monkeypatch.setattr(gpu, "TILES", {128: narrow, 1 << 30: {4: gpu.Tile(16, 16)}})
     monkeypatch.setattr(tpu, "LANES", 8)
     monkeypatch.setattr(tpu, "MAX_BLOCK", 32)
 

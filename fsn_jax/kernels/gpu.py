@@ -35,18 +35,22 @@ class Tile(NamedTuple):
       block: rows of a program.
       step: rows of the other side that it takes at a time.
       num_warps: warps of a program.
+      num_stages: steps that are loaded ahead, and 1.
     """
 
     block: int
     step: int
-    num_warps: int
+    num_warps: int = 8
+    num_stages: int = 2
 
 
-TILES = {2: Tile(64, 64, 8), 4: Tile(64, 32, 8)}
-"""By bytes of a number: the largest that keep to the registers of an A100 and an H100."""
-
-WIDE_TILES = {2: Tile(64, 16, 8), 4: Tile(16, 16, 8)}
-"""The same for rows wider than WIDE."""
+TILES = {
+    128: {2: Tile(64, 64), 4: Tile(64, 32)},
+    256: {2: Tile(64, 16), 4: Tile(16, 16)},
+    1 << 30: {2: Tile(32, 32), 4: Tile(16, 16, num_stages=1)},
+}
+"""By the greatest width of rows and the bytes of a number: the largest that keep to the registers
+of an A100 and an H100."""
 
 WIDE = 128
 """Most columns of a piece."""
@@ -271,7 +275,7 @@ def _store(ref: Ref, rows: Rows, pieces: Pieces) -> None:
 
 def tile_for(dtype: Any, width: int) -> Tile:
     """Returns how a kernel is cut for rows of a dtype and a greatest width."""
-    return (TILES if width <= WIDE else WIDE_TILES)[jnp.dtype(dtype).itemsize]
+    return TILES[next(most for most in TILES if width <= most)][jnp.dtype(dtype).itemsize]
 
 
 def _call(
@@ -324,7 +328,7 @@ def _call(
         grid=(batch * heads, padded // tile.block),
         in_specs=in_specs,
         out_specs=[spec(shape.shape) for shape in shapes],
-        compiler_params=triton.CompilerParams(num_warps=tile.num_warps, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
         interpret=interpret,
         name=name,
     )(*arrays)

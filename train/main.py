@@ -10,7 +10,8 @@ from train.finish import finish
 from train.flags import parse_config, parse_options
 from train.interruption import interruptions
 from train.load import open_experiment_corpus
-from train.loop import check_experiment, cpu_devices, train
+from train.loop import train
+from train.plan import check_experiment, cpu_devices
 from train.processes import agree, first_does, loss_of_a_process, together
 from train.profiling import TracedSteps
 from train.program import num_cores, start_jax

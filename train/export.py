@@ -48,12 +48,20 @@ def export_sampler(trained: Pretrained) -> bytes:
         top_p: Array,
     ) -> Array:
         key = jax.random.key(seed)
-        cache: Any = trained.model.apply(variables, 1, context, method="empty_cache")
+        segments = trained.separator is not None
+        cache: Any = trained.model.apply(
+            variables, 1, context, segments=segments, method="empty_cache"
+        )
+        Carry = tuple[Array, Array | None, Any]
 
-        def body(carry: tuple[Array, Any], position: Array) -> tuple[tuple[Array, Any], Array]:
-            token, cache = carry
+        def body(carry: Carry, position: Array) -> tuple[Carry, Array]:
+            token, document, cache = carry
+            ids = None
+            if document is not None:
+                document += token == trained.separator
+                ids = document[None, None]
             extended: Any = trained.model.apply(
-                variables, token[None, None], cache, method="extend"
+                variables, token[None, None], cache, segment_ids=ids, method="extend"
             )
             logits, cache = extended
             new = sample_token(
@@ -64,9 +72,10 @@ def export_sampler(trained: Pretrained) -> bytes:
                 top_p=top_p,
             )[0]
             token = jnp.where(position < length, window[position], new)
-            return (token, cache), token
+            return (token, document, cache), token
 
-        _, rest = jax.lax.scan(body, (window[0], cache), jnp.arange(1, context))
+        document = jnp.int32(0) if segments else None
+        _, rest = jax.lax.scan(body, (window[0], document, cache), jnp.arange(1, context))
         return jnp.concatenate([window[:1], rest])
 
     def scalar(dtype: Any) -> jax.ShapeDtypeStruct:

@@ -84,6 +84,7 @@ def _sample(experiment: ExperimentConfig, corpus: Corpus, params: Any) -> bytes:
         vocabulary=corpus.vocabulary,
         context=experiment.data.context,
         corpus_name=corpus.name,
+        separator=experiment.data.separator(corpus.vocabulary),
     )
     prompt = corpus.vocabulary.decode(corpus.tokens("validation")[:64])
     chunks = trained.stream(prompt, num_tokens=SAMPLE_LENGTH, seed=experiment.seed, temperature=0.8)

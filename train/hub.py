@@ -45,6 +45,7 @@ def write_model(trained: TrainedModel, folder: Path) -> None:
         "format": hub.FORMAT,
         "model": dataclasses.asdict(trained.experiment.model),
         "context": language_model.context,
+        "segments": trained.experiment.data.segments,
         "vocabulary": {
             "of": language_model.corpus_name,
             "unit": language_model.vocabulary.unit,

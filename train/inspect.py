@@ -64,7 +64,8 @@ def inspect(
         **dict.fromkeys(("scratch", "code", "total", "compile_seconds")),
     }
     if compiled:
-        steps = train_steps_of(experiment, model, optimizer, mesh)
+        separator = experiment.data.separator(corpus.vocabulary)
+        steps = train_steps_of(experiment, model, optimizer, mesh, separator=separator)
         memory |= _compiled_memory(steps, state, inputs)
     parameters = [
         _parameter(name, leaf) for name, leaf in flatten_dict(state.params, sep="/").items()

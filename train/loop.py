@@ -108,7 +108,8 @@ def _train(
     check_experiment(experiment, corpus, mesh.size)
     model = model_for(experiment, mesh)
     optimizer = make_optimizer(experiment.optimizer, num_steps, mesh=mesh)
-    train_steps = train_steps_of(experiment, model, optimizer, mesh)
+    separator = experiment.data.separator(corpus.vocabulary)
+    train_steps = train_steps_of(experiment, model, optimizer, mesh, separator=separator)
     first_does(lambda: refuse_lost_checkpoints(run, experiment))
     with Checkpoints(run.checkpoints, experiment.checkpoints) as checkpoints:
         placed: dict[str, Any] = {"mesh": mesh, "layout": experiment.training.layout}
@@ -153,8 +154,9 @@ class _Loop:
         limit = experiment.evaluation.num_tokens or None
         validation = corpus.tokens("validation")[:limit]
         self.validation_bytes = corpus.vocabulary.num_bytes(validation[1:])
-        rows = make_evaluate_rows(model, mesh=mesh)
-        self.evaluate = Evaluator(experiment, rows, mesh, validation)
+        separator = experiment.data.separator(corpus.vocabulary)
+        rows = make_evaluate_rows(model, mesh=mesh, separator=separator)
+        self.evaluate = Evaluator(experiment, rows, mesh, validation, separator=separator)
         self.pending: tuple[int, DispatchMetrics] | None = None
         self.metrics: Metrics | Unwritten = Unwritten()
         if run.writes:

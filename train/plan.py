@@ -59,8 +59,9 @@ def check_experiment(experiment: ExperimentConfig, corpus: Corpus, num_devices: 
 
     Raises:
       UserError: a batch does not divide, a split is too short for a window, or the corpus does not
-        fit ``data.placement``.
+        fit ``data.placement`` or ``data.segments``.
     """
+    experiment.data.separator(corpus.vocabulary)
     check_devices(experiment, num_devices)
     check_placement(experiment.data.placement, corpus.num_tokens("train"))
     window_order(experiment, corpus)
@@ -92,8 +93,13 @@ def train_steps_of(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
+    *,
+    separator: int | None = None,
 ) -> jax.stages.Wrapped:
-    """Calls ``make_train_steps`` with the settings of an experiment."""
+    """Calls ``make_train_steps`` with the settings of an experiment.
+
+    ``separator`` is what ``DataConfig.separator`` returns for the corpus.
+    """
     return make_train_steps(
         model,
         optimizer,
@@ -104,4 +110,5 @@ def train_steps_of(
         log_every=experiment.training.log_every,
         layout=experiment.training.layout,
         dropout_seed=experiment.seed if experiment.model.dropout else None,
+        separator=separator,
     )

@@ -7,7 +7,8 @@ import dataclasses
 from typing import Any, Literal
 
 from fsn_jax.config import ConfigError, check_at_least, check_fields, check_positive
-from fsn_jax.vocabulary import Unit
+from fsn_jax.vocabulary import Unit, Vocabulary
+from train.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,8 @@ class DataConfig:
         compiled step; ``host`` feeds them through Grain. Both give the same batches, bit for bit.
       vocabulary: tokens of ``text``: its bytes or its Unicode characters. Tokens of all other
         corpora are bytes.
+      segments: what a token may see of its window: ``none`` all before it; ``documents``, of a
+        ``text`` of several files or of JSON lines, only what is before it in its own document.
       context: L, number of tokens in a window.
     """
 
@@ -30,6 +33,7 @@ class DataConfig:
     cache_dir: str = ""
     placement: Literal["resident", "host"] = "resident"
     vocabulary: Unit = "bytes"
+    segments: Literal["none", "documents"] = "none"
     context: int = 256
 
     def __post_init__(self) -> None:
@@ -40,6 +44,27 @@ class DataConfig:
                 f"DataConfig.vocabulary=characters is for DataConfig.name=text; {self.name} is a "
                 f"corpus of bytes"
             )
+        if self.segments == "documents" and self.name != "text":
+            raise ConfigError(
+                f"DataConfig.segments=documents is for DataConfig.name=text; windows of "
+                f"{self.name} are read as one text"
+            )
+
+    def separator(self, vocabulary: Vocabulary) -> int | None:
+        """Returns the token that begins each segment; None if a window is one.
+
+        Raises:
+          UserError: ``segments`` is ``documents`` and the text has no more than one.
+        """
+        if self.segments == "none":
+            return None
+        if vocabulary.separator is None:
+            raise UserError(
+                f"config.data.segments=documents needs several documents, and config.data.path="
+                f"{self.path} gives one: name a folder of files or JSON lines, or say "
+                f"config.data.segments=none"
+            )
+        return vocabulary.separator
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,8 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
     params = on_host(outcome.state.params)
     if not run.writes:
         return
-    validation = [row for row in read_rows(run.metrics) if row["kind"] == "validation"]
+    rows = [row for row in read_rows(run.metrics) if row["step"] <= outcome.step]
+    validation = [row for row in rows if row["kind"] == "validation"]
     last = validation[-1]
     best = min(validation, key=lambda row: row["loss"])
     timing = read_rows(run.path / "timing.jsonl")
@@ -48,6 +49,7 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
             "context": experiment.data.context,
             "stride": experiment.evaluation_stride,
         },
+        "ended_early": outcome.ended_early,
         "data_sha256": corpus.sha256,
     }
     loss_curve([run.path], run.path / "loss.png")

@@ -22,6 +22,7 @@ from train.evaluate import Evaluator
 from train.mesh import by_step_and_row, data_mesh, placed, replicated
 from train.metrics import Metrics, Unwritten
 from train.optimizer import learning_rate, make_optimizer
+from train.patience import Patience
 from train.plan import check_experiment, model_for, train_steps_of, window_order
 from train.preemption import Preemption
 from train.processes import first_does
@@ -51,11 +52,13 @@ class Outcome:
       state: train state after the last step.
       step: the last step.
       resumed_from: the step at which this start began.
+      ended_early: whether the validation loss had stopped falling (``training.patience``).
     """
 
     state: TrainState
     step: int
     resumed_from: int
+    ended_early: bool
 
 
 def train(
@@ -119,18 +122,22 @@ def _train(
         else:
             start, state = 0, init_state(model, optimizer, seed=experiment.seed, **placed)
             write_parameter_table(run, state.params)
-        if start < num_steps:
+        patience = Patience.of_log(experiment.training.patience, run.metrics, step=start)
+        step = start
+        if start < num_steps and not patience.is_over:
             begun_before = run.has_begun
             write_provenance(run, corpus, resume_step=start)
-            loop = _Loop(experiment, corpus, run, checkpoints, model, mesh, start, show_progress)
+            loop = _Loop(
+                experiment, corpus, run, checkpoints, patience, model, mesh, start, show_progress
+            )
             if start:
                 loop.metrics.say(f"going on from the checkpoint of step {start}")
             elif begun_before:
                 loop.metrics.say(
                     "no checkpoint of the run was saved before: it begins again at step 0"
                 )
-            state = loop.run(train_steps, state, preemption, Profiler(run.path, profile))
-        return Outcome(state, num_steps, resumed_from=start)
+            step, state = loop.run(train_steps, state, preemption, Profiler(run.path, profile))
+        return Outcome(state, step, resumed_from=start, ended_early=step < num_steps)
 
 
 class _Loop:
@@ -142,13 +149,14 @@ class _Loop:
         corpus: Corpus,
         run: RunFolder,
         checkpoints: Checkpoints,
+        patience: Patience,
         model: nn.Module,
         mesh: jax.sharding.Mesh,
         start: int,
         show_progress: bool,
     ):
         self.experiment, self.corpus, self.run_folder = experiment, corpus, run
-        self.checkpoints, self.mesh, self.start = checkpoints, mesh, start
+        self.checkpoints, self.patience, self.mesh, self.start = checkpoints, patience, mesh, start
         self.order = window_order(experiment, corpus)
         self.rate = learning_rate(experiment.optimizer, experiment.training.num_steps)
         limit = experiment.evaluation.num_tokens or None
@@ -174,9 +182,10 @@ class _Loop:
         state: TrainState,
         preemption: Preemption,
         profiler: Profiler,
-    ) -> TrainState:
-        """Trains to the last step and returns the state after it."""
+    ) -> tuple[int, TrainState]:
+        """Trains to the end and returns the last step and the state after it."""
         training = self.experiment.training
+        step = self.start
         try:
             batches = _batches(self.experiment, self.corpus, self.mesh, self.order, self.start)
             for step, batch in batches:
@@ -191,6 +200,8 @@ class _Loop:
                 last = step == training.num_steps
                 stopping = preemption.reached(step - training.steps_per_dispatch, step)
                 self._evaluate_and_save(state, step, last=last, stopping=stopping)
+                if self.patience.is_over:
+                    break
                 if stopping and not last:
                     self.checkpoints.wait()
                     raise preemption.stopped(step)
@@ -198,12 +209,15 @@ class _Loop:
         finally:
             profiler.close()
             self.metrics.close()
-        return state
+        return step, state
 
     def _evaluate_and_save(
         self, state: TrainState, step: int, *, last: bool, stopping: bool
     ) -> None:
-        """Evaluates and saves if one of them is due at this step."""
+        """Evaluates and saves if one of them is due at this step.
+
+        A run that may end early also saves each new lowest loss, and where it ends.
+        """
         evaluating = last or step % self.experiment.evaluation.every == 0
         saving = last or stopping or step % self.experiment.checkpoints.every == 0
         if not (evaluating or saving):
@@ -215,6 +229,8 @@ class _Loop:
             evaluated = self.evaluate(state.params)
             loss = evaluated.mean
             self.metrics.validation(step, evaluated, num_bytes=self.validation_bytes)
+            lowest = self.patience.add(loss)
+            saving |= self.patience.is_over or (lowest and self.patience.limit > 0)
         if saving:
             self.checkpoints.save(state, step, loss)
             self.run_folder.saved()

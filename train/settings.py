@@ -132,6 +132,8 @@ class TrainingConfig:
       log_every: number of steps between rows of metrics.
       skipped_limit: number of steps with a NaN or infinite loss or gradient that may be skipped
         before the run stops.
+      patience: number of evaluations in a row without a new lowest validation loss after which the
+        run ends; 0 for never. The learning rate falls as if it went on to ``num_steps``.
       layout: layout of the parameters: ``replicated`` on every device, or ``sharded`` over the
         devices with Adam's moments, to fit a larger model. The losses agree up to rounding.
     """
@@ -142,6 +144,7 @@ class TrainingConfig:
     accumulation_steps: int = 0
     log_every: int = 50
     skipped_limit: int = 0
+    patience: int = 0
     layout: Literal["replicated", "sharded"] = "replicated"
 
     def __post_init__(self) -> None:
@@ -149,7 +152,7 @@ class TrainingConfig:
         check_at_least(self, 1, "batch_size", "num_steps", "steps_per_dispatch")
         check_at_least(self, 0, "accumulation_steps")
         check_at_least(self, 1, "log_every")
-        check_at_least(self, 0, "skipped_limit")
+        check_at_least(self, 0, "skipped_limit", "patience")
         _check_multiple(self, "num_steps", "steps_per_dispatch", self.steps_per_dispatch)
         _check_multiple(self, "log_every", "steps_per_dispatch", self.steps_per_dispatch)
         if self.accumulation_steps:

@@ -123,7 +123,7 @@ print(trained.sample("The ", num_tokens=200))
 logits = trained.logits("The ")  # [1, L, V]; trained.model and trained.params are the Flax model
 ```
 
-`python -m train sample .` writes text. Without the package, if `sampler.jax_export` is here:
+In a checkout of fsn_jax, `python -m train sample FOLDER` writes text. Without the package, if `sampler.jax_export` is here:
 `python sample.py --prompt 'The '`, which needs jax, numpy and flatbuffers.
 """
 

@@ -123,8 +123,9 @@ print(trained.sample("The ", num_tokens=200))
 logits = trained.logits("The ")  # [1, L, V]; trained.model and trained.params are the Flax model
 ```
 
-In a checkout of fsn_jax, `python -m train sample FOLDER` writes text. Without the package, if `sampler.jax_export` is here:
-`python sample.py --prompt 'The '`, which needs jax, numpy and flatbuffers.
+In a checkout of fsn_jax, `python -m train sample FOLDER` writes text. Without the package, if \
+`sampler.jax_export` is here: `python sample.py --prompt 'The '`, which needs jax, numpy and
+flatbuffers.
 """
 
 

@@ -78,18 +78,10 @@ def export_sampler(trained: Pretrained) -> bytes:
         _, rest = jax.lax.scan(body, (window[0], document, cache), jnp.arange(1, context))
         return jnp.concatenate([window[:1], rest])
 
-    def scalar(dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((), dtype)
-
-    exported = jax.export.export(jax.jit(sample), platforms=PLATFORMS)(
-        jax.ShapeDtypeStruct((context,), jnp.int32),
-        scalar(jnp.int32),
-        scalar(jnp.uint32),
-        scalar(jnp.int32),
-        scalar(jnp.float32),
-        scalar(jnp.int32),
-        scalar(jnp.float32),
-    )
+    window = jax.ShapeDtypeStruct((context,), jnp.int32)
+    scalars = (jnp.int32, jnp.uint32, jnp.int32, jnp.float32, jnp.int32, jnp.float32)
+    settings = (jax.ShapeDtypeStruct((), dtype) for dtype in scalars)
+    exported = jax.export.export(jax.jit(sample), platforms=PLATFORMS)(window, *settings)
     return bytes(exported.serialize())
 
 

@@ -231,18 +231,8 @@ def measure(
         for name, arm in arms.items()
     }
     every = [trained for group in loaded.values() for trained in group]
+    _check_alike(every)
     corpus = every[0].corpus
-    for trained in every:
-        if trained.corpus.sha256 != corpus.sha256:
-            raise UserError(
-                f"{trained.run.path} and {every[0].run.path} were trained on different data; "
-                f"compare runs of one corpus"
-            )
-        if trained.experiment.data.segments != every[0].experiment.data.segments:
-            raise UserError(
-                f"{trained.run.path} and {every[0].run.path} have different config.data.segments, "
-                f"and so see different repetitions; compare runs that have the same"
-            )
     shortest = min(trained.experiment.data.context for trained in every)
     length = length or shortest
     if not 1 <= length <= shortest:
@@ -275,6 +265,22 @@ def measure(
         "provenance": provenance(corpus),
         "arms": table,
     }
+
+
+def _check_alike(every: Sequence[TrainedModel]) -> None:
+    """Raises UserError unless the models see the same data and the same repetitions in it."""
+    first = every[0]
+    for trained in every:
+        if trained.corpus.sha256 != first.corpus.sha256:
+            raise UserError(
+                f"{trained.run.path} and {first.run.path} were trained on different data; "
+                f"compare runs of one corpus"
+            )
+        if trained.experiment.data.segments != first.experiment.data.segments:
+            raise UserError(
+                f"{trained.run.path} and {first.run.path} have different config.data.segments, "
+                f"and so see different repetitions; compare runs that have the same"
+            )
 
 
 def _source(trained: TrainedModel) -> dict[str, Any]:

@@ -62,19 +62,20 @@ PUBLISHED_CHANGES: dict[str, dict[str, Any]] = {
     "published_non_negative": {"signed_harmonics": False},
     "published_one_harmonic": {"num_harmonics": 1},
     "published_three_harmonics": {"num_harmonics": 3},
-    "published_block_scope": {"score_scope": "block"},
+    "published_all_phases": {"score_scope": "all"},
     "published_no_similarity_head": {"similarity_heads": 0},
-    "published_all_heads_per_phase": {"heads_per_phase": PUBLISHED.num_heads},
-    "published_projected_score": {"score": "projected"},
+    "published_one_head_per_phase": {"heads_per_phase": 1},
+    "published_four_heads": {"num_heads": 4},
+    "published_projected_score": {"score": "projected", "score_scope": "all"},
     "published_content_gates": {
         "score": "content_gated",
-        "score_scope": "block",  # gates for all phases would be most of the parameters
         "similarity_heads": 0,
     },
-    "published_no_score": {"score": "none", "similarity_heads": 0},
+    "published_no_score": {"score": "none", "score_scope": "all", "similarity_heads": 0},
     "published_linear_values": {"values": "linear"},
     "published_field_features": {"field_features": True},
     "published_one_quadrature": {"features": "quadrature"},
+    "published_dense_modes": {"feedforward": "collective_modes", "mode_weights": "dense"},
     "published_no_feedforward": {"feedforward": "none"},
 }
 """What each arm changes in the published form."""

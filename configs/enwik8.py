@@ -62,7 +62,15 @@ TRANSFORMER_1M = dataclasses.replace(
     TRANSFORMER_POCKET, num_layers=6, width=112, feedforward_width=327
 )
 FSN_POCKET = match_parameters(
-    FSNConfig(vocab_size=VOCABULARY, num_layers=4, num_phases=64, num_heads=4, similarity_heads=1),
+    FSNConfig(
+        vocab_size=VOCABULARY,
+        num_layers=4,
+        num_phases=64,
+        num_heads=2,
+        heads_per_phase=2,
+        score_scope="block",
+        similarity_heads=1,
+    ),
     TRANSFORMER_POCKET.num_params(),
 )
 FSN_1M = match_parameters(
@@ -115,7 +123,7 @@ POCKET: dict[str, ModelConfig] = {
     "modes": variant(FSN_POCKET, MODES),
     "projected": PROJECTED_POCKET,
     "projected_base": variant(PROJECTED_POCKET, BASE_LAYER),
-    "projected_modes": variant(PROJECTED_POCKET, MODES),
+    "projected_modes": variant(PROJECTED_POCKET, {**MODES, "mode_weights": "dense"}),
     "transformer": TRANSFORMER_POCKET,
     "shifted": variant(TRANSFORMER_POCKET, SHIFTED),
 }

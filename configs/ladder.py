@@ -10,15 +10,15 @@ of the long runs (``configs/long.py``), 500k and 1m, have all kinds.
 ======  ==========  ======  ===================  ==========  ===========  =============
 rung    parameters  layers  characters (epochs)  FLOPs, fsn  projected    transformer
 ======  ==========  ======  ===================  ==========  ===========  =============
-60k     0.06M       4       5.7M (0.06)          8.5e12      4.3e12       3.0e12
-120k    0.12M       4       12.3M (0.1)          3.0e13      1.6e13       1.2e13
-pocket  0.23M       4       20.5M (0.2)          7.5e13      4.5e13       3.5e13
-500k    0.5M        5       50M (0.6)            3.6e14      2.3e14       1.8e14
-1m      1.0M        6       98M (1.1)            1.8e15      8.5e14       7.8e14
-2m      2.0M        8       203M (2.3)           6.5e15      3.3e15       3.1e15
-4m      4.0M        8       400M (4.4)           2.5e16      1.2e16       1.1e16
-8m      8.0M        10      800M (8.9)           8.5e16      4.8e16       4.4e16
-16m     16.0M       12      1599M (18)           3.0e17      1.8e17       1.7e17
+60k     0.06M       4       5.7M (0.06)          7.4e12      4.3e12       3.0e12
+120k    0.12M       4       12.3M (0.1)          2.6e13      1.6e13       1.2e13
+pocket  0.23M       4       20.5M (0.2)          6.6e13      4.5e13       3.5e13
+500k    0.5M        5       50M (0.6)            3.3e14      2.3e14       1.8e14
+1m      1.0M        6       98M (1.1)            1.6e15      8.5e14       7.8e14
+2m      2.0M        8       203M (2.3)           5.8e15      3.3e15       3.1e15
+4m      4.0M        8       400M (4.4)           1.9e16      1.2e16       1.1e16
+8m      8.0M        10      800M (8.9)           6.7e16      4.8e16       4.4e16
+16m     16.0M       12      1599M (18)           2.4e17      1.8e17       1.7e17
 ======  ==========  ======  ===================  ==========  ===========  =============
 
 FLOPs are of the whole training, forward and backward, counted by ``flops_per_token``. The pocket
@@ -60,7 +60,7 @@ class Rung:
       num_params: aimed at.
       num_layers: blocks.
       width: N of an FSN and D of a transformer.
-      num_heads: H of transformer and published form; the projected FSN has half as many.
+      num_heads: H of the transformer; an FSN has half as many.
       heads_per_phase: J of the projected FSN: one from 1m on, as it lost nothing and costs less
         (docs/protocol.md).
       batch_size: B.

@@ -125,6 +125,12 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
         quadratures = 0 if self.features == "phasor" else 2 * groups * self.num_phases
         return self._inputs * outputs + quadratures
 
+    def _mode_matrices(self, modes: int) -> int:
+        """Number of parameters of K collective modes without biases."""
+        if self.mode_weights == "coherence":
+            return 6 * modes * self.num_phases
+        return self._phasor_dense(modes) + 2 * modes * self.num_phases
+
     def num_params(self) -> int:
         """Returns the number of learned scalars, the size of the parameter tree."""
         n, h, v = self.num_phases, self.num_heads, self.vocab_size
@@ -148,7 +154,7 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
         gains = 2 * n if self.field_features else 0
         feedforward = {
             "swiglu": 2 * (self._phasor_dense(width) + gains) + width * n,
-            "collective_modes": self._phasor_dense(modes) + gains + modes + 2 * modes * n,
+            "collective_modes": self._mode_matrices(modes) + gains + modes,
             "none": 0,
         }[self.feedforward]
         ends = v * n + 2 * n * v + v
@@ -179,7 +185,8 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
         }[self.values]
         feedforward = {
             "swiglu": (2 * inputs + n) * self.feedforward_width,
-            "collective_modes": (inputs + 2 * n) * self.num_modes,
+            "collective_modes": (12 * n if self.mode_weights == "coherence" else inputs + 2 * n)
+            * self.num_modes,
             "none": 0,
         }[self.feedforward]
         layer = score_dense + scores + values + feedforward
@@ -240,13 +247,16 @@ def recorded_fields(
 
     Before ``score_scope`` was a field, ``gated`` meant gates that depend on content, ``static`` was
     one gate a phase, and kernels began without frustration angles. Before ``feature_scale`` was,
-    features were not scaled, and scores had no frustration angles.
+    features were not scaled, and scores had no frustration angles. Before ``mode_weights`` was,
+    a dense layer weighed the collective modes.
 
     Args:
       kind: the class of the config.
       fields: what ``dataclasses.asdict`` gave; what it lacks gets its default.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    if fields.get("feedforward") == "collective_modes" and "mode_weights" not in fields:
+        defaults |= {"mode_weights": "dense"}
     if kind is FSNConfig and "feature_scale" not in fields:
         defaults |= {"feature_scale": 1.0, "score_angles": False}
     if kind is FSNConfig and "score_scope" not in fields:

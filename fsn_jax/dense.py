@@ -26,7 +26,8 @@ def _random_quadrature(groups: int, phases: int) -> nn.initializers.Initializer:
     return init
 
 
-def _over_tokens(x: Array, like: Array) -> Array:
+def over_tokens(x: Array, like: Array) -> Array:
+    """Gives a vector ``[O]`` the rank of ``[..., O]``."""
     return jnp.expand_dims(x, tuple(range(like.ndim - 1)))
 
 
@@ -36,11 +37,11 @@ def _read(
     """Returns a matrix's input: one quadrature of every phase, given ``[2, N]``, or both."""
     z = in_float32(z)
     if field is not None and gains is not None:
-        coherence, torque = (_over_tokens(gain, z.re) for gain in gains)
+        coherence, torque = (over_tokens(gain, z.re) for gain in gains)
         z = Complex(z.re + coherence * field.re, z.im + torque * field.im)
     if quadrature is None:
         return features(z)
-    cosine, sine = (_over_tokens(part, z.re) for part in quadrature)
+    cosine, sine = (over_tokens(part, z.re) for part in quadrature)
     return z.re * cosine + z.im * sine
 
 
@@ -104,7 +105,7 @@ class PhasorDense(DenseFields, nn.Module):
         y = inputs.astype(dtype) @ kernel.astype(dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.outputs,), jnp.float32)
-            y += _over_tokens(bias, y).astype(dtype)
+            y += over_tokens(bias, y).astype(dtype)
         return y
 
     def _quadrature_init(self, num_phases: int) -> nn.initializers.Initializer:

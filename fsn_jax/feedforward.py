@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fsn_jax.dense import PhasorDense
+from fsn_jax.dense import PhasorDense, over_tokens
 from fsn_jax.fields import (
     DType,
     Implementation,
@@ -19,12 +19,22 @@ from fsn_jax.fields import (
     shared_settings,
 )
 from fsn_jax.recompute import recomputed
-from fsn_jax.torus import Complex, token_phasor
+from fsn_jax.torus import Complex, multiply, token_phasor
+
+COHERENCE_EPSILON = 1e-4
+"""Added to the squared length of an order parameter, whose phase has no derivative at zero."""
 
 
 def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """``silu(gate) * up``, any shape."""
     return jax.nn.silu(gate) * up
+
+
+def gated_by_coherence(a: Complex, b: Complex, bias: Array) -> Complex:
+    """``silu(|a| cos(arg a - arg b) + bias) b``: a and b ``[..., K]``, bias ``[K]``."""
+    size = jnp.sqrt(b.re**2 + b.im**2 + COHERENCE_EPSILON)
+    weight = jax.nn.silu((a.re * b.re + a.im * b.im) / size + over_tokens(bias, size))
+    return Complex(weight * b.re, weight * b.im)
 
 
 class SwiGLU(nn.Module):
@@ -55,11 +65,25 @@ class SwiGLU(nn.Module):
 
 @documented
 class CollectiveModes(ModesFields, nn.Module):
-    """Mean-field coupling to K learned order parameters: a feed-forward layer without an MLP.
+    r"""Mean-field coupling to K collective modes: a feed-forward layer without an MLP.
 
-    ``dtheta[t, n] = Im(exp(-i theta[t, n]) sum_k w[t, k] Z[k, n])`` with
-    ``w[t, k] = silu(g_k . f_t + b_k)``: each mode ``Z[k]`` is a pattern of phases that a token may
-    be pulled towards, or pushed from, as far as its content asks for it.
+    A mode reads two order parameters a and b of a token. It pulls the phases towards its pattern,
+    turned by the phase of b, as strongly as b is long and a coherent with it:
+
+    .. math::
+
+        a_t = s \, e^{i \theta_t} V, \quad b_t = s \, e^{i \theta_t} W, \quad
+        w_{t,k} = \operatorname{silu}\bigl(|a_{t,k}| \cos(\arg a_{t,k} - \arg b_{t,k}) + c_k\bigr)
+
+        \Delta\theta_{t,n} = \operatorname{Im} \Bigl( e^{-i \theta_{t,n}}
+        \sum_k w_{t,k} \, b_{t,k} \, U_{k,n} \Bigr)
+
+    Parameters: complex matrices V (``gate``) and W (``up``), ``[N, K]``, and U (``down``),
+    ``[K, N]``, as real and imaginary parts, and c (``bias``), ``[K]``; s is ``feature_scale``. Only
+    phase differences enter, so the layer commutes with a rotation of all phases by one angle.
+
+    With ``mode_weights="dense"`` instead ``w[t, k] = silu(g_k . f_t + c_k)``, of the features f of
+    the token, and b is 1: a hidden layer, which has a preferred direction.
     """
 
     @nn.compact
@@ -76,23 +100,54 @@ class CollectiveModes(ModesFields, nn.Module):
           ValueError: ``theta`` is not ``[B, L, N]``.
         """
         z = token_phasor(theta)
+        total = self._dense(z, field) if self.mode_weights == "dense" else self._native(z, field)
+        return total.im * z.re - total.re * z.im
+
+    def _native(self, z: Complex, field: Complex | None) -> Complex:
+        """The field of all modes, ``[B, L, N]``, with weights from phase coherence."""
+        phases, modes = z.re.shape[-1], self.num_modes
+        seen = z
+        if field is not None:
+            zeros = nn.initializers.zeros
+            gain = self.param("field_gain", zeros, (2, phases), jnp.float32)
+            coherence, torque = (over_tokens(part, field.re) for part in gain)
+            seen = multiply(z, Complex(1.0 + coherence * field.re, torque * field.im))
+        seen = Complex(seen.re * self.feature_scale, seen.im * self.feature_scale)
+        a = self._product("gate", seen, phases**-0.5, modes)
+        b = self._product("up", seen, phases**-0.5, modes)
+        bias = self.param("bias", nn.initializers.zeros, (modes,), jnp.float32)
+        weighted = recomputed(gated_by_coherence, self.implementation)(a, b, bias)
+        return self._product("down", weighted, 0.5 * modes**-0.5, phases)
+
+    def _product(self, name: str, x: Complex, deviation: float, outputs: int) -> Complex:
+        """A complex matrix product, written as one real product."""
+        init, shape = nn.initializers.normal(deviation), (x.re.shape[-1], outputs)
+        re = self.param(f"{name}_real", init, shape, jnp.float32)
+        im = self.param(f"{name}_imag", init, shape, jnp.float32)
+        matrix = jnp.block([[re, im], [-im, re]]).astype(self.dtype)
+        product = jnp.concatenate(x, axis=-1).astype(self.dtype) @ matrix
+        return Complex(*jnp.split(product.astype(jnp.float32), 2, axis=-1))
+
+    def _dense(self, z: Complex, field: Complex | None) -> Complex:
+        """The field of all modes, ``[B, L, N]``, with weights from a dense layer."""
         shared = shared_settings(self, PhasorDense)
         drive = PhasorDense(**shared, outputs=self.num_modes, use_bias=True, name="weights")(
             z, field
         )
         weight = jax.nn.silu(drive.astype(jnp.float32)).astype(self.dtype)
         init = nn.initializers.normal(self.num_modes**-0.5)
-        shape = (self.num_modes, theta.shape[-1])
-        field_re, field_im = (
-            jnp.einsum(
-                "blk,kn->bln",
-                weight,
-                self.param(name, init, shape, jnp.float32).astype(self.dtype),
-                preferred_element_type=jnp.float32,
+        shape = (self.num_modes, z.re.shape[-1])
+        return Complex(
+            *(
+                jnp.einsum(
+                    "blk,kn->bln",
+                    weight,
+                    self.param(name, init, shape, jnp.float32).astype(self.dtype),
+                    preferred_element_type=jnp.float32,
+                )
+                for name in ("modes_real", "modes_imag")
             )
-            for name in ("modes_real", "modes_imag")
         )
-        return field_im * z.re - field_re * z.im
 
 
 @documented

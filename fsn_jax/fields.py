@@ -18,6 +18,7 @@ Score = Literal["gated", "content_gated", "projected", "none"]
 ScoreScope = Literal["all", "block"]
 Features = Literal["phasor", "quadrature"]
 KernelInit = Literal["sawtooth", "first_harmonic"]
+ModeWeights = Literal["coherence", "dense"]
 DType = Literal["float32", "bfloat16"]
 Implementation = Literal["auto", "reference", "xla", "pallas"]
 
@@ -329,6 +330,11 @@ class ModesFields(DenseFields):
     """Settings of the collective modes."""
 
     num_modes: int = setting(32, "K, number of collective modes", least=1)
+    mode_weights: ModeWeights = setting(
+        "coherence",
+        "what weighs the collective modes: ``coherence`` of two order parameters of the token, so "
+        "that only phase differences enter, or a ``dense`` layer",
+    )
 
 
 @typing.no_type_check

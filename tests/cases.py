@@ -68,7 +68,11 @@ FSN_VARIANTS: dict[str, dict[str, Any]] = {
         "score_scope": "block",
         "values": "linear",
     },
-    "modes_one_quadrature": {"features": "quadrature", "feedforward": "collective_modes"},
+    "modes_one_quadrature": {
+        "features": "quadrature",
+        "feedforward": "collective_modes",
+        "mode_weights": "dense",
+    },
     "linear_values": {"values": "linear"},
     "content_gated_linear_values": {
         "score": "content_gated",
@@ -76,11 +80,14 @@ FSN_VARIANTS: dict[str, dict[str, Any]] = {
         "values": "linear",
     },
     "collective_modes": {"feedforward": "collective_modes"},
+    "dense_modes": {"feedforward": "collective_modes", "mode_weights": "dense"},
+    "native": {"feedforward": "collective_modes", "score": "gated", "field_features": True},
     "field": {"field_features": True, "heads_per_phase": 3, "num_harmonics": 1},
     "modes_field": {
         "field_features": True,
         "features": "quadrature",
         "feedforward": "collective_modes",
+        "mode_weights": "dense",
     },
     "no_feedforward": {"feedforward": "none"},
     "no_delay": {"delay": False},

@@ -325,6 +325,9 @@ def feedforward(
                 hidden = np.array([silu(g) * x for g, x in zip(gate, up, strict=True)])
                 update[b, t] = hidden @ params["down"]["kernel"]
                 continue
+            if config.mode_weights == "coherence":
+                update[b, t] = native_modes(params, sight, config)
+                continue
             drive = dense(params["weights"], *sight, scale=config.feature_scale)
             for n in range(phases):
                 field = 0j
@@ -334,6 +337,31 @@ def feedforward(
                     )
                 update[b, t, n] = (cmath.exp(-1j * theta[b, t, n]) * field).imag
     return update
+
+
+def native_modes(params: Params, sight: list[Array], config: Any) -> Array:
+    """Collective modes weighed by coherence, of one token: phases (and its field) -> dtheta [N]."""
+    theta, phases = sight[0], len(sight[0])
+    matrix = {
+        name: params[f"{name}_real"] + 1j * params[f"{name}_imag"]
+        for name in ("gate", "up", "down")
+    }
+    seen = []
+    for n in range(phases):
+        z = cmath.exp(1j * theta[n])
+        if len(sight) == 3:
+            gain = params["field_gain"]
+            z *= 1 + gain[0, n] * sight[1][n] + 1j * gain[1, n] * sight[2][n]
+        seen.append(config.feature_scale * z)
+    total = [0j] * phases
+    for k in range(config.num_modes):
+        a = sum(seen[n] * matrix["gate"][n, k] for n in range(phases))
+        b = sum(seen[n] * matrix["up"][n, k] for n in range(phases))
+        size = (abs(b) ** 2 + 1e-4) ** 0.5
+        weight = silu((a * b.conjugate()).real / size + params["bias"][k])
+        for n in range(phases):
+            total[n] += weight * b * matrix["down"][k, n]
+    return np.array([(cmath.exp(-1j * theta[n]) * total[n]).imag for n in range(phases)])
 
 
 def fsn_from_angles(params: Params, theta: Array, config: Any) -> Array:

@@ -7,6 +7,7 @@ import pytest
 from small_runs import write_evaluation, write_record
 
 from train.analysis import compare
+from train.errors import UserError
 
 FSN = ((3.0, 2.40, 2.00), (3.2, 2.44, 2.02))
 TRANSFORMER = ((2.9, 2.50, 2.21), (2.7, 2.54, 2.25))
@@ -75,6 +76,22 @@ def test_equal_time_is_when_the_faster_arm_has_ended(records, tmp_path):
     provenance[0]["device"] = "another machine"
     (records[0] / "provenance.json").write_text(json.dumps(provenance))
     assert compared(records, tmp_path)["equal_time"] is None
+
+
+def test_other_runs_of_the_same_models_may_give_the_clock(records, tmp_path):
+    """Steps of 5 and 6 s for the FSN, of 7 s for the transformer, whatever the runs logged."""
+    clocks = [
+        write_record(tmp_path / "clocks", arm, seed=seed, curve=(3.0,))
+        for arm, seed in (("fsn", 0), ("fsn", 1), ("transformer", 2))
+    ]
+    for folder in records:
+        (folder / "timing.jsonl").unlink()
+    options = ["--clocks", *map(str, clocks)]
+    found = compared(records, tmp_path, *options)
+    assert found["seconds"] == {"fsn": 3 * 5.5, "transformer": 3 * 7.0}
+    assert found["equal_time"]["fsn"]["bpc"] == pytest.approx([2.00, 2.02])
+    with pytest.raises(UserError, match="none of the runs after --clocks has the model of trans"):
+        compared(records, tmp_path, *options[:-1])
 
 
 def test_a_shorter_run_is_compared_at_its_own_end_if_that_is_asked_for(records, tmp_path):

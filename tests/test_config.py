@@ -204,7 +204,12 @@ def training_flops(products):
         ),
         (
             # Both gates; modes K = 5, real and imaginary.
-            {"score": "content_gated", "score_scope": "block", "feedforward": "collective_modes"},
+            {
+                "score": "content_gated",
+                "score_scope": "block",
+                "feedforward": "collective_modes",
+                "mode_weights": "dense",
+            },
             [
                 (CONTEXT, 12, 6),
                 (CONTEXT, 12, 6),
@@ -239,6 +244,17 @@ def training_flops(products):
                 (CONTEXT, 6, 7),
                 (CONTEXT, 6, 7),
                 (CONTEXT, 7, 6),
+            ],
+        ),
+        (
+            {"score": "gated", "values": "linear", "feedforward": "collective_modes"},
+            [
+                (2 * PAIRS, 12, 1),
+                (CONTEXT, 12, 6),
+                (2 * PAIRS, 1, 3),
+                (CONTEXT, 6, 6),
+                *[(CONTEXT, 12, 10)] * 2,  # two order parameters of each of K = 5 modes
+                (CONTEXT, 10, 12),
             ],
         ),
         (

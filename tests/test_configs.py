@@ -269,11 +269,11 @@ NAMED = {
     "three_harmonics": ("num_harmonics", 3),
     "four_harmonics": ("num_harmonics", 4),
     "one_head_per_phase": ("heads_per_phase", 1),
-    "all_heads_per_phase": ("heads_per_phase", 4),
+    "all_phases": ("score_scope", "all"),
+    "dense_modes": ("mode_weights", "dense"),
     "no_similarity_head": ("similarity_heads", 0),
     "only_similarity_heads": ("similarity_heads", 2),
     "four_heads": ("num_heads", 4),
-    "block_scope": ("score_scope", "block"),
     "projected_score": ("score", "projected"),
     "gated_score": ("score", "content_gated"),
     "content_gates": ("score", "content_gated"),
@@ -294,6 +294,7 @@ def test_an_ablation_changes_what_it_is_called_and_nothing_else(arm):
     belong = {
         "score": {"score_phases", "similarity_heads", "score_scope"},
         "values": {"field_features"},
+        "mode_weights": {"feedforward", "num_modes"},
         "num_heads": {"heads_per_phase"},  # a phase hears all of them, as in the reference
     }
     allowed = {field, "feedforward_width"} | belong.get(field, set())

@@ -9,13 +9,19 @@ import pytest
 
 from fsn_jax import CollectiveModes
 from fsn_jax.feedforward import PhasorSwiGLU
+from fsn_jax.fsn import Block
 
-LAYERS = {"swiglu": PhasorSwiGLU, "collective_modes": CollectiveModes}
+LAYERS = {
+    "swiglu": {"feedforward": "swiglu"},
+    "coherence": {"feedforward": "collective_modes"},
+    "dense_modes": {"feedforward": "collective_modes", "mode_weights": "dense"},
+}
 
 
 def build(kind, **changes):
-    config = cases.fsn_config(feedforward=kind, **changes)
-    return cases.layer(LAYERS[kind], config), config
+    config = cases.fsn_config(**LAYERS[kind], **changes)
+    layer = PhasorSwiGLU if kind == "swiglu" else CollectiveModes
+    return cases.layer(layer, config), config
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -74,7 +80,7 @@ def test_periodic(kind):
 
 def test_a_phase_rests_on_the_field_of_its_mode():
     """One mode with Z = exp(i psi): dtheta = w sin(psi - theta), zero and stable at theta = psi."""
-    layer, _ = build("collective_modes", num_phases=4, num_heads=1, num_modes=1)
+    layer, _ = build("dense_modes", num_phases=4, num_heads=1, num_modes=1)
     psi = jnp.array([0.3, -1.2, 2.0, 3.0])
     drive = 1.7  # w = silu(1.7), the same for every token
     params = {
@@ -86,3 +92,57 @@ def test_a_phase_rests_on_the_field_of_its_mode():
         update = layer.apply({"params": params}, (psi + offset)[None, None])
         expected = -oracle.silu(drive) * np.sin(offset)
         np.testing.assert_allclose(update[0, 0], np.full(4, expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("switches", [{}, {"field_features": True}, {"num_harmonics": 3}])
+def test_a_block_of_gated_attention_and_modes_commutes_with_a_rotation(switches):
+    """All phases plus one angle: all phases after the block plus that angle."""
+    config = cases.fsn_config(score="gated", feedforward="collective_modes", **switches)
+    theta, turn = cases.angles(2, 6, 9, turns=2.0), 1.3
+    block = Block(config)
+    variables = cases.random_variables(block, theta)
+    after = block.apply(variables, theta)
+    assert np.abs(after - theta).max() > 0.1
+    np.testing.assert_allclose(block.apply(variables, theta + turn), after + turn, atol=3e-5)
+
+
+@pytest.mark.parametrize("breaks", [{"mode_weights": "dense"}, {"feedforward": "swiglu"}])
+def test_a_feedforward_with_a_preferred_direction_does_not_commute(breaks):
+    config = cases.fsn_config(**{"score": "gated", "feedforward": "collective_modes", **breaks})
+    theta, turn = cases.angles(2, 6, 9), 1.3
+    block = Block(config)
+    variables = cases.random_variables(block, theta)
+    turned = block.apply(variables, theta + turn) - turn
+    assert np.abs(turned - block.apply(variables, theta)).max() > 0.1
+
+
+def test_a_mode_drives_only_tokens_whose_order_parameters_agree():
+    """One mode: a is phase 0, b is phase 1, and phase 2 moves by w sin(theta_1 - theta_2)."""
+    layer, _ = build("coherence", num_phases=3, num_heads=1, num_modes=1, feature_scale=1.0)
+    size, bias = 4.0, -2.0
+    params = {f"{name}_imag": jnp.zeros((3, 1)) for name in ("gate", "up")}
+    params |= {
+        "gate_real": jnp.array([[size], [0.0], [0.0]]),
+        "up_real": jnp.array([[0.0], [1.0], [0.0]]),
+        "down_real": jnp.array([[0.0, 0.0, 1.0]]),
+        "down_imag": jnp.zeros((1, 3)),
+        "bias": jnp.full(1, bias),
+    }
+    apart = jnp.array([0.0, np.pi / 3, np.pi / 2, np.pi])
+    theta = jnp.stack([0.4 + apart, jnp.full(4, 0.4), jnp.full(4, -0.7)], axis=-1)
+    update = layer.apply({"params": params}, theta[None])[0]
+    weight = np.array([oracle.silu(size * float(np.cos(d)) + bias) for d in apart])
+    np.testing.assert_allclose(update[:, 2], weight * np.sin(1.1), atol=5e-4)
+    np.testing.assert_allclose(update[:, :2], 0.0, atol=1e-6)
+
+
+def test_without_an_order_parameter_the_gradient_is_finite():
+    """Phases that cancel in every mode: b = 0, whose phase has no derivative."""
+    layer, _ = build("coherence", num_phases=2, num_heads=1, num_modes=1)
+    theta = jnp.array([[[0.3, 0.3 + np.pi]]])
+    variables = cases.random_variables(layer, theta)
+    params = dict(variables["params"])
+    for name in ("up_real", "up_imag"):
+        params[name] = jnp.ones((2, 1))
+    gradient = jax.grad(lambda x: layer.apply({"params": params}, x).sum())(theta)
+    assert np.isfinite(gradient).all()

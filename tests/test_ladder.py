@@ -87,7 +87,7 @@ def test_a_failed_arm_is_reported_the_rest_run_on_and_a_finished_one_is_skipped(
         summary = read_run(f"runs/{row['arm']}").summary
         assert row["bpc"] == summary["validation"]["bpc"]
         assert row["training_flops"] == summary["training_flops"]
-    assert found["fits"] == {} and found["failed"] == {}
+    assert found["failed"] == {}
     assert Path("out.png").stat().st_size > 1000
 
 

@@ -126,6 +126,28 @@ def test_a_training_loss_below_every_evaluation_is_in_the_figure(tmp_path, monke
     figures.plt.close(drawn[0])
 
 
+def test_the_curve_of_copy_events_has_both_parts_of_the_loss(tmp_path, monkeypatch):
+    run = small_runs.write_record(tmp_path, "fsn", curve=(3.0, 2.9))
+    with pytest.raises(UserError, match="fsn did not evaluate copy events"):
+        figures.copy_curve([run], tmp_path / "curve.png")
+    rows = [
+        {"kind": "validation", "step": 1, "characters": 10, "bpc": 2.0, "bytes": 100,
+         "copy_bpc": 1.0, "copies": 25},
+        {"kind": "validation", "step": 2, "characters": 20, "bpc": 1.5, "bytes": 100,
+         "copy_bpc": 0.0, "copies": 25},
+    ]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", lambda figure: drawn.append(figure))
+    figures.copy_curve([run], tmp_path / "curve.png")
+    copies, others = (axes.lines[0] for axes in drawn[0].axes)
+    assert list(copies.get_ydata()) == [1.0, 0.0]
+    assert list(others.get_ydata()) == pytest.approx([(200 - 25) / 75, 150 / 75])
+    assert list(copies.get_xdata()) == [1e-5, 2e-5]
+    monkeypatch.undo()
+    figures.plt.close(drawn[0])
+
+
 @pytest.mark.parametrize(
     ("name", "seed", "folder"),
     [("arm", 0, "arm"), ("arm", 2, "arm_seed2"), ("arm_seed2", 2, "arm_seed2")],

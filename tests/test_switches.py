@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fsn_jax import FSN, FrustratedAttention
 from fsn_jax.score import drift_frequencies
@@ -59,10 +59,12 @@ SWITCHES = {
     ("feedforward", "collective_modes"): (
         SWIGLU,
         {
-            "feedforward/weights/kernel": (2 * N, K),
-            "feedforward/weights/bias": (K,),
-            "feedforward/modes_real": (K, N),
-            "feedforward/modes_imag": (K, N),
+            "feedforward/bias": (K,),
+            **{
+                f"feedforward/{name}_{part}": shape
+                for name, shape in (("gate", (N, K)), ("up", (N, K)), ("down", (K, N)))
+                for part in ("real", "imag")
+            },
         },
     ),
     ("feedforward", "none"): (SWIGLU, {}),
@@ -308,24 +310,29 @@ def test_quadratures_are_dense_layers_whose_two_halves_share_a_matrix():
     assert_same((tied, params), (build()[0], free))
 
 
-@pytest.mark.parametrize("kind", ["swiglu", "collective_modes"])
-def test_a_field_that_counts_for_nothing_is_no_field(kind):
-    sighted, params = build(field_features=True, feedforward=kind)
-    parts = params[BLOCK]["feedforward"].items()
-    readers = {k: part for k, part in parts if isinstance(part, dict) and "field_gain" in part}
-    assert readers
-    blind, without = dict(params[BLOCK]["feedforward"]), dict(params[BLOCK]["feedforward"])
-    for name, part in readers.items():
-        blind[name] = {**part, "field_gain": jnp.zeros_like(part["field_gain"])}
-        without[name] = {leaf: x for leaf, x in part.items() if leaf != "field_gain"}
-    unsighted = build(feedforward=kind)[0]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"feedforward": "collective_modes"},
+        {"feedforward": "collective_modes", "mode_weights": "dense"},
+    ],
+)
+def test_a_field_that_counts_for_nothing_is_no_field(changes):
+    sighted, params = build(field_features=True, **changes)
+    parts = flatten_dict(params[BLOCK]["feedforward"])
+    gains = {path for path in parts if path[-1] == "field_gain"}
+    assert gains
+    blind = unflatten_dict({k: jnp.zeros_like(v) if k in gains else v for k, v in parts.items()})
+    without = unflatten_dict({k: v for k, v in parts.items() if k not in gains})
+    unsighted = build(**changes)[0]
     silent = with_block(params, feedforward=blind)
     assert_same((sighted, silent), (unsighted, with_block(params, feedforward=without)))
     assert np.abs(logits(sighted, params) - logits(sighted, silent)).max() > 0.01
 
 
 @pytest.mark.parametrize(
-    ("kind", "silenced"), [("swiglu", ["down"]), ("collective_modes", ["modes_real", "modes_imag"])]
+    ("kind", "silenced"), [("swiglu", ["down"]), ("collective_modes", ["down_real", "down_imag"])]
 )
 def test_a_feedforward_of_zero_is_no_feedforward(kind, silenced):
     model, params = build(feedforward=kind)

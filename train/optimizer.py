@@ -40,6 +40,7 @@ _GROUP_OF_LEAF = {
     "kernel": MATRICES,
     "modes_real": MATRICES,
     "modes_imag": MATRICES,
+    **{f"{name}_{part}": MATRICES for name in ("gate", "up", "down") for part in ("real", "imag")},
     "embedding": TABLES,
     "key_shift": VECTORS,
     "query_shift": VECTORS,

@@ -16,7 +16,14 @@ import numpy as np
 
 from train.analysis import verdicts
 from train.analysis.figures import style
-from train.analysis.records import Arm, RunRecord, read_arms, reference_arm
+from train.analysis.records import (
+    Arm,
+    RunRecord,
+    read_arms,
+    read_run,
+    reference_arm,
+    with_clocks,
+)
 from train.analysis.verdicts import STANDARD_ERRORS, Loss
 from train.errors import UserError
 from train.files import check_json_output, default_output, write_atomically, write_json
@@ -99,7 +106,7 @@ def equal_time(one: Arm, other: Arm) -> dict[str, Any] | None:
     middle of its schedule, with a learning rate that has not fallen yet.
     """
     first, second = _seconds(one), _seconds(other)
-    devices = {run.provenance[0]["device"] for arm in (one, other) for run in arm.runs}
+    devices = set[str]().union(*(run.devices for arm in (one, other) for run in arm.runs))
     if first is None or second is None or len(devices) > 1:
         return None
     seconds = min(first, second)
@@ -217,11 +224,21 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument(
         "--any_budget", action="store_true", help="let one arm see fewer characters than the other"
     )
+    p.add_argument(
+        "--clocks",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="runs of the same models whose speed counts in place of the runs' own",
+    )
     p.add_argument("--output", type=Path, help="a .json; else comparison.json with the runs")
     options = p.parse_args(argv[1:])
     output = check_json_output(options.output or default_output(options.runs, "comparison.json"))
     arms = read_arms(options.runs, finished=True)
     one, other = pair(arms, options.reference)
+    if options.clocks:
+        clocks = [read_run(folder) for folder in options.clocks]
+        one, other = (with_clocks(arm, clocks) for arm in (one, other))
     result = compare(one, other, same_budget=not options.any_budget)
     write_json(output, result, indent=1)
     table, picture = (output.with_suffix(suffix) for suffix in (".txt", ".png"))

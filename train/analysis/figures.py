@@ -1,6 +1,7 @@
 """``python -m train figures RUN ... --output=FILE.png``: draws the loss curves of runs.
 
-A RUN is a run's folder or its record under ``results/``.
+A RUN is a run's folder or its record under ``results/``. With ``--copies`` it draws what copy
+events cost while the runs trained, and beside it what all other characters cost.
 """
 
 import statistics
@@ -13,10 +14,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from train.analysis.records import read_arms
+from train.analysis.records import Arm, read_arms
 from train.errors import UserError
 from train.files import user_path
 from train.program import Arguments
+
+SEEN = "characters seen, millions"
 
 
 def style() -> Any:
@@ -40,24 +43,57 @@ def loss_curve(runs: Sequence[str | Path], target: Path) -> None:
     with style():
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for index, arm in enumerate(arms.values()):
-            seeds = f", {len(arm.runs)} seeds" if len(arm.runs) > 1 else ""
-            for kind, line in (
-                ("train", {"lw": 1, "alpha": 0.6}),
-                ("validation", {"marker": "o", "ms": 4, "lw": 1.5}),
-            ):
-                curve = arm.curve(kind)
-                seen = [characters / 1e6 for characters, _ in curve]
-                mean = [statistics.fmean(bpc) for _, bpc in curve]
-                label = f"{arm.name}, {kind}{seeds}"
-                axes.plot(seen, mean, color=f"C{index}", label=label, **line)
-                if seeds:
-                    low, high = ([pick(bpc) for _, bpc in curve] for pick in (min, max))
-                    axes.fill_between(seen, low, high, color=f"C{index}", alpha=0.2, lw=0)
-        axes.set_xlabel("characters seen, millions")
+            colour = f"C{index}"
+            _draw_curve(axes, arm, "train", f"{arm.name}, train", colour, lw=1, alpha=0.6)
+            label = f"{arm.name}, validation"
+            _draw_curve(axes, arm, "validation", label, colour, marker="o", ms=4, lw=1.5)
+        axes.set_xlabel(SEEN)
         axes.set_ylabel("bits per character")
         axes.legend(frameon=False)
         figure.savefig(target, dpi=150)
         plt.close(figure)
+
+
+def copy_curve(runs: Sequence[str | Path], target: Path) -> None:
+    """Draws BPC on copy events, and on all other characters, against characters seen.
+
+    Raises:
+      UserError: a run did not evaluate copy events, or runs of one name differ in more than their
+        seed.
+    """
+    arms = read_arms(runs)
+    for name, arm in arms.items():
+        if not arm.curve("copies"):
+            raise UserError(
+                f"{name} did not evaluate copy events while it trained: set "
+                f"config.evaluation.copy_depth, or leave it out"
+            )
+    with style():
+        figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        for axes, (kind, what) in zip(
+            panels, (("copies", "copy events"), ("others", "all other characters")), strict=True
+        ):
+            for index, arm in enumerate(arms.values()):
+                _draw_curve(axes, arm, kind, arm.name, f"C{index}", marker="o", ms=3, lw=1.5)
+            axes.set_xlabel(SEEN)
+            axes.set_ylabel(f"bits per character, {what}")
+            last = [statistics.fmean(arm.curve(kind)[-1][1]) for arm in arms.values()]
+            axes.set_ylim(min(last) - 0.1, max(last) + 0.6)
+        panels[0].legend(frameon=False)
+        figure.savefig(target, dpi=150)
+        plt.close(figure)
+
+
+def _draw_curve(axes: Any, arm: Arm, kind: str, label: str, colour: str, **line: Any) -> None:
+    """Draws the mean over the seeds, and a band from the lowest to the highest."""
+    curve = arm.curve(kind)
+    seen = [characters / 1e6 for characters, _ in curve]
+    seeds = f", {len(arm.runs)} seeds" if len(arm.runs) > 1 else ""
+    mean = [statistics.fmean(bpc) for _, bpc in curve]
+    axes.plot(seen, mean, color=colour, label=f"{label}{seeds}", **line)
+    if seeds:
+        low, high = ([pick(bpc) for _, bpc in curve] for pick in (min, max))
+        axes.fill_between(seen, low, high, color=colour, alpha=0.2, lw=0)
 
 
 def program(argv: Sequence[str]) -> None:
@@ -65,10 +101,12 @@ def program(argv: Sequence[str]) -> None:
     p = Arguments(prog="python -m train figures", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs or of their records")
     p.add_argument("--output", type=Path, required=True, help="the picture to write, a .png")
+    p.add_argument("--copies", action="store_true", help="draw the cost of copy events")
     options = p.parse_args(argv[1:])
     output = user_path("--output", options.output)
     if output.suffix != ".png":
         raise UserError(f"--output={output} must end in .png")
     if not output.parent.is_dir():
         raise UserError(f"--output={output}: there is no folder {output.parent}")
-    loss_curve(options.runs, output)
+    draw = copy_curve if options.copies else loss_curve
+    draw(options.runs, output)

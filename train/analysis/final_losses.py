@@ -1,14 +1,13 @@
 """``python -m train final_losses RUN ...``: compares the final losses of any number of arms.
 
-A RUN is a finished run's folder or its record under ``results/``. Rungs of a scale ladder are drawn
-against parameters and training FLOPs, with a fitted power law if there are enough of them. Variants
-of one size are drawn one below the other. Losses are those of the whole validation split if every
-run was evaluated on it, otherwise those of the slice that each run evaluates at its end. Writes the
-table as JSON and, beside it, as text and as a figure.
+A RUN is a finished run's folder or its record under ``results/``. Rungs of a scale ladder, arms
+named ``KIND_RUNG``, are drawn against parameters and training FLOPs, each kind a line from point to
+point. Variants of one size are drawn one below the other. Losses are those of the whole validation
+split if every run was evaluated on it, otherwise those of the slice that each run evaluates at its
+end. Writes the table as JSON and, beside it, as text and as a figure.
 """
 
 import itertools
-import math
 import os.path
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
@@ -27,8 +25,6 @@ from train.files import check_json_output, default_output, write_atomically, wri
 from train.program import Arguments
 from train.tables import text_table
 
-LEAST_RUNGS = 3
-"""Least number of rungs of one architecture for a fit."""
 LEAST_STEP = 1.2
 """Least ratio of sizes from one rung to the next; closer arms are variants of one size."""
 FAR_OFF = 5.0
@@ -37,7 +33,7 @@ SIZES = {"parameters": "parameters", "training_flops": "training FLOPs"}
 
 
 def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, Any]:
-    """Computes the table and the fits of finished runs.
+    """Computes the table of finished runs.
 
     Args:
       folders: folders of runs.
@@ -46,8 +42,7 @@ def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, A
     Returns:
       ``arms``, one row each, with ``difference`` to the reference and its ``standard_error`` (None
       with a single seed), in BPC; ``variants``, whether the arms have one size and are no rungs;
-      ``fits``, see ``fit``; ``edge``, the largest BPC in a figure of variants; and ``runs``, where
-      they came from.
+      ``edge``, the largest BPC in a figure of variants; and ``runs``, where they came from.
 
     Raises:
       UserError: a run has not ended or cannot be read, or the reference is not among the arms.
@@ -62,6 +57,7 @@ def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, A
         rows.append(
             {
                 "arm": name,
+                "kind": name.rpartition("_")[0] or name,
                 "architecture": arms[name].architecture,
                 "parameters": summary["parameters"],
                 "characters": summary["characters"],
@@ -80,51 +76,25 @@ def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, A
         "reference": reference,
         "arms": rows,
         "variants": not _are_rungs(rows),
-        "fits": {
-            f"{kind} by {what}": slope
-            for kind, same in _by_architecture(rows).items()
-            for what in SIZES
-            if (slope := fit(same, what))
-        },
         "edge": losses[reference].mean + FAR_OFF * statistics.median(others or [0.0]),
         "runs": {name: arm.sources for name, arm in arms.items()},
     }
 
 
-def _by_architecture(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    kinds = sorted({row["architecture"] for row in rows})
-    return {kind: [row for row in rows if row["architecture"] == kind] for kind in kinds}
+def _by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    kinds = sorted({row["kind"] for row in rows})
+    return {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}
 
 
 def _are_rungs(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether some architecture has two sizes, and no architecture has one size twice."""
-    kinds = _by_architecture(rows).values()
+    """Whether some kind has two sizes, and no kind has one size twice."""
+    kinds = _by_kind(rows).values()
     return len(rows) > len(kinds) and not any(map(_share_a_size, kinds))
 
 
-def _share_a_size(rows: Sequence[Mapping[str, Any]], what: str = "parameters") -> bool:
-    sizes = sorted(float(row[what]) for row in rows)
+def _share_a_size(rows: Sequence[Mapping[str, Any]]) -> bool:
+    sizes = sorted(float(row["parameters"]) for row in rows)
     return any(large / small < LEAST_STEP for small, large in itertools.pairwise(sizes))
-
-
-def fit(rows: Sequence[Mapping[str, Any]], what: str) -> dict[str, float] | None:
-    """Fits ``bpc = scale * what ** exponent`` to logarithms; None without a ladder.
-
-    Returns:
-      ``scale``, ``exponent``, and ``standard_error`` of the exponent from the residuals.
-    """
-    if len(rows) < LEAST_RUNGS or _share_a_size(rows, what):
-        return None
-    x = np.log([row[what] for row in rows])
-    y = np.log([row["bpc"] for row in rows])
-    exponent, offset = np.polyfit(x, y, 1)
-    residual = y - (exponent * x + offset)
-    error = math.sqrt((residual**2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum())
-    return {
-        "scale": float(np.exp(offset)),
-        "exponent": float(exponent),
-        "standard_error": float(error),
-    }
 
 
 def result_text(found: Mapping[str, Any]) -> str:
@@ -152,10 +122,6 @@ def result_text(found: Mapping[str, Any]) -> str:
         where = "the whole split" if part == "whole" else f"its first {int(part):,} bytes"
         whose = "" if len(judged) == 1 else f" ({', '.join(names)})"
         lines.append(f"validation: {where}{whose}")
-    for name, slope in found["fits"].items():
-        lines.append(
-            f"{name}: exponent {slope['exponent']:+.4f} ± {slope['standard_error']:.4f} (s.e.)"
-        )
     return "\n".join(lines)
 
 
@@ -203,26 +169,20 @@ def _draw_variants(found: Mapping[str, Any]) -> Figure:
 
 
 def _draw_rungs(found: Mapping[str, Any]) -> Figure:
-    """Draws loss against parameters and training FLOPs, with the fitted power laws."""
+    """Draws loss against parameters and training FLOPs."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     for axis, (what, label) in zip(axes, SIZES.items(), strict=True):
-        for index, (kind, same) in enumerate(_by_architecture(found["arms"]).items()):
+        for index, (kind, same) in enumerate(_by_kind(found["arms"]).items()):
             rows = sorted(same, key=lambda row: row[what])
-            x = np.array([row[what] for row in rows], np.float64)
             axis.errorbar(
-                x,
+                [row[what] for row in rows],
                 [row["bpc"] for row in rows],
                 yerr=[row["deviation"] or 0.0 for row in rows],
                 color=f"C{index}",
                 marker="o",
-                ls="",
+                lw=1,
                 label=kind,
             )
-            slope = found["fits"].get(f"{kind} by {what}")
-            if slope:
-                line = slope["scale"] * x ** slope["exponent"]
-                name = f"exponent {slope['exponent']:+.3f}"
-                axis.plot(x, line, color=f"C{index}", lw=1, ls="--", label=name)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

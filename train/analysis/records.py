@@ -31,6 +31,8 @@ _EVALUATION: dict[str, type] = {
     "stride": int,
     "data_sha256": str,
 }
+LOGGED = ("train", "validation")
+"""Kinds of rows of metrics that hold a loss."""
 _LOSS: dict[str, type] = {"step": int, "characters": int, "bpc": float}
 _CONTENTS: dict[str, dict[str, type]] = {
     "config.json": {
@@ -81,9 +83,11 @@ class RunRecord:
 
     Attributes:
       path: the folder of the run or record.
+      clocks: runs of the same model whose speed counts in place of this one's.
     """
 
     path: Path
+    clocks: "tuple[RunRecord, ...]" = ()
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -103,11 +107,21 @@ class RunRecord:
 
     @functools.cached_property
     def losses(self) -> dict[str, dict[int, float]]:
-        """BPC by characters seen, for ``train`` and ``validation``."""
-        kinds: dict[str, dict[int, float]] = {"train": {}, "validation": {}}
+        """BPC by characters seen, for ``train``, ``validation`` and its two parts.
+
+        The parts are ``copies``, the copy events, and ``others``, all other characters; they are
+        empty unless the run evaluated copy events (``evaluation.copy_depth``).
+        """
+        kinds: dict[str, dict[int, float]] = {k: {} for k in (*LOGGED, "copies", "others")}
         for row in self._log:
-            if row["kind"] in kinds:
-                kinds[row["kind"]][row["characters"]] = row["bpc"]
+            if row["kind"] not in LOGGED:
+                continue
+            seen, bpc = row["characters"], row["bpc"]
+            kinds[row["kind"]][seen] = bpc
+            if copies := row.get("copies"):
+                kinds["copies"][seen] = row["copy_bpc"]
+                others = row["bytes"] - copies
+                kinds["others"][seen] = (bpc * row["bytes"] - row["copy_bpc"] * copies) / others
         return kinds
 
     @functools.cached_property
@@ -121,25 +135,36 @@ class RunRecord:
         return self._of_the_end("test_reads.jsonl")
 
     @functools.cached_property
-    def clock(self) -> dict[int, float]:
-        """Seconds of training up to each number of characters.
+    def seconds_per_step(self) -> float | None:
+        """Median time of a step; None if the speed was not logged.
 
-        The seconds are those at the run's median speed, so other work on the machine does not
-        count. Empty if the speed was not logged.
+        A median, so that other work on the machine does not count.
         """
         timing = self._read("timing.jsonl", optional=True)
-        if not timing:
-            return {}
         steps = [0, *(row["step"] for row in timing)]
-        by_step = statistics.median(
+        by_step = [
             row["seconds"] / (after - before)
             for row, before, after in zip(timing, steps, steps[1:], strict=False)
-        )
+        ]
+        return statistics.median(by_step) if by_step else None
+
+    @functools.cached_property
+    def clock(self) -> dict[int, float]:
+        """Seconds of training up to each number of characters; empty if no speed was logged."""
+        paces = [run.seconds_per_step for run in self.clocks or (self,)]
+        if None in paces:
+            return {}
+        by_step = statistics.fmean(filter(None, paces))
         return {
             row["characters"]: round(row["step"] * by_step, 3)
             for row in self._log
-            if row["kind"] in self.losses
+            if row["kind"] in LOGGED
         }
+
+    @property
+    def devices(self) -> set[str]:
+        """The devices that ``clock`` is of."""
+        return {run.provenance[0]["device"] for run in self.clocks or (self,)}
 
     @property
     def seed(self) -> int:
@@ -184,7 +209,7 @@ class RunRecord:
                     raise ValueError("no list of starts")
             for row in rows:
                 _check(row, _CONTENTS[name])
-                if name == "metrics.jsonl" and row["kind"] in ("train", "validation"):
+                if name == "metrics.jsonl" and row["kind"] in LOGGED:
                     _check(row, _LOSS)
         except (OSError, ValueError) as error:
             raise UserError(
@@ -285,6 +310,24 @@ def read_arms(folders: Iterable[str | Path], *, finished: bool = False) -> dict[
 def recorded_arms(results: Path) -> dict[str, Arm]:
     """Reads the arms under ``results/``."""
     return read_arms(sorted(file.parent for file in results.glob("*/config.json")))
+
+
+def with_clocks(arm: Arm, clocks: Sequence[RunRecord]) -> Arm:
+    """Returns an arm whose time is that of other runs of its model.
+
+    Raises:
+      UserError: none of the runs has its model.
+    """
+    own = flatten_dict(arm.config["model"])
+    same = []
+    for run in clocks:
+        model = flatten_dict(run.config["model"])
+        if all(own[key] == model[key] for key in own.keys() & model.keys()):
+            same.append(run)
+    if not same:
+        raise UserError(f"none of the runs after --clocks has the model of {arm.name}")
+    runs = (dataclasses.replace(run, clocks=tuple(same)) for run in arm.runs)
+    return dataclasses.replace(arm, runs=tuple(runs))
 
 
 def reference_arm(arms: Mapping[str, Arm], named: str = "") -> str:

@@ -31,9 +31,9 @@ from fsn_jax.kernels.tpu import block_size
 from train.config import ExperimentConfig
 from train.flags import load_config
 from train.kernel_choice import sum_widths
-from train.loop import model_for
 from train.mesh import by_step_and_row, data_mesh, replicated
 from train.optimizer import make_optimizer
+from train.plan import model_for
 from train.program import Arguments, run_program
 from train.provenance import git_state, package_versions
 from train.step import abstract_state, make_train_steps

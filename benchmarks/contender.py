@@ -16,9 +16,9 @@ from fsn_jax.config import Implementation
 from fsn_jax.generate import CHUNK, stream
 from train.config import ExperimentConfig
 from train.errors import UserError
-from train.loop import cpu_devices, train_steps_of
 from train.mesh import by_step_and_row, data_mesh, replicated
 from train.optimizer import make_optimizer
+from train.plan import cpu_devices, train_steps_of
 from train.step import build_model, init_state
 
 CORPUS_BYTES = 1_000_000

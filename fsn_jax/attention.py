@@ -131,7 +131,8 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
     ) -> Float[Array, "B L N"]:
         """Computes the update of the phases, in radians, float32.
 
-        Differentiable in reverse mode; for forward mode take ``implementation="reference"``.
+        Differentiable in reverse mode. Forward mode (``jax.jvp``, ``jax.hessian``) needs
+        ``implementation="reference"``; the other paths raise TypeError and say so.
 
         Args:
           theta: phases in radians.

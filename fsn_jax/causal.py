@@ -19,6 +19,7 @@ from fsn_jax import kernels
 from fsn_jax.config import Implementation
 from fsn_jax.kernels import choice
 from fsn_jax.kernels.xla import MASKED, combine, inner, own_inner
+from fsn_jax.reverse_mode import reverse_mode_only
 
 
 class CausalSum(NamedTuple):
@@ -82,16 +83,18 @@ def causal_sum(
       segment_ids: tokens attend to those of their own segment; None: all are in one.
       include_self: whether a token's own value is in its sum.
       implementation: ``reference`` has the whole matrix and all derivatives; the others have those
-        of reverse mode. ``xla`` goes block by block. ``pallas`` is a fused kernel for GPUs and TPUs
-        (interpreted, slowly, on a CPU). ``auto`` takes the faster of the two on this machine's GPU
-        or TPU where no compiler has to divide the program: on one device, or in ``shard_map``. It
-        takes ``xla`` where several processes run one program, since they might not agree.
+        of reverse mode and raise TypeError for others. ``xla`` goes block by block. ``pallas`` is a
+        fused kernel for GPUs and TPUs (interpreted, slowly, on a CPU). ``auto`` takes the faster of
+        the two on this machine's GPU or TPU where no compiler has to divide the program: on one
+        device, or in ``shard_map``. It takes ``xla`` where several processes run one program, since
+        they might not agree.
     """
     if implementation == "auto":
         implementation = choice.of_auto(query, value)
     if implementation == "reference" or 0 in query.shape[:3]:
         return _causal_sum_reference(query, key, value, segment_ids, include_self=include_self)
     segments = None if segment_ids is None else segment_ids[:, None]
+    query, key, value = reverse_mode_only((query, key, value))
     return _causal_sum(query, key, value, segments, include_self, implementation)
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Complex64, Float, Int
 
 from fsn_jax.recompute import match_varying_axes
+from fsn_jax.reverse_mode import reverse_mode_only
 from fsn_jax.torus import Complex, in_float32, multiply, powers
 
 
@@ -270,7 +271,7 @@ def _scale(waves: list[Array], kappa: Complex) -> Array:
         for tau in range(num_delays)
         for part in kappa
     ]
-    return _scaled_sum(*match_varying_axes((waves, factors)))
+    return _scaled_sum(*reverse_mode_only(match_varying_axes((waves, factors))))
 
 
 @jax.custom_vjp

@@ -10,7 +10,7 @@ inputs, so that other settings compile nothing.
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fsn_jax.cache import Cache
 from fsn_jax.config import ConfigError
+from fsn_jax.documents import document_ids
 from fsn_jax.fsn import FSN
 from fsn_jax.transformer import Transformer
 
@@ -105,41 +106,65 @@ def _likeliest_of_noisy(
     return jnp.where(greedy, logits.argmax(axis=-1), (kept + noise).argmax(axis=-1))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "capacity"))
+class _Read(NamedTuple):
+    """What a model has read: logits ``[B, V]``, cache, and ids ``[B]`` of the last document."""
+
+    logits: Array
+    cache: Cache
+    document: Array | None
+
+
+@functools.partial(jax.jit, static_argnames=("model", "capacity", "separator"))
 def _prefill(
-    model: nn.Module, variables: Variables, prompt: Array, length: Array, capacity: int
-) -> tuple[Array, Cache]:
+    model: nn.Module,
+    variables: Variables,
+    prompt: Array,
+    length: Array,
+    capacity: int,
+    separator: int | None,
+) -> _Read:
     """Reads the first ``length`` tokens of a padded prompt.
 
     What the cache holds of the padding is masked until it is written over.
     """
-    cache: Any = model.apply(variables, prompt.shape[0], capacity, method="empty_cache")
-    logits, cache = model.apply(variables, prompt, cache, method="extend")
-    last = jax.lax.dynamic_index_in_dim(logits, length - 1, axis=1, keepdims=False)
-    return last, cache.replace(position=length)
+    segments = separator is not None
+    cache: Any = model.apply(
+        variables, prompt.shape[0], capacity, segments=segments, method="empty_cache"
+    )
+    ids = None if separator is None else document_ids(prompt, separator)
+    logits, cache = model.apply(variables, prompt, cache, segment_ids=ids, method="extend")
+
+    def last(values: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(values, length - 1, axis=1, keepdims=False)
+
+    document = None if ids is None else last(ids)
+    return _Read(last(logits), cache.replace(position=length), document)
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("logits", "cache"))
+@functools.partial(jax.jit, static_argnames=("model", "separator"), donate_argnames=("read",))
 def _sample_chunk(
     model: nn.Module,
     variables: Variables,
-    logits: Array,
-    cache: Cache,
+    read: _Read,
     key: Array,
     drawn: Array,
     settings: dict[str, Array],
-) -> tuple[Array, Array, Cache]:
-    def body(carry: tuple[Array, Cache], noise: Array) -> tuple[tuple[Array, Cache], Array]:
-        logits, cache = carry
-        token = _likeliest_of_noisy(logits, noise, **settings)
-        extended: Any = model.apply(variables, token[:, None], cache, method="extend")
-        return (extended[0][:, 0], extended[1]), token
+    separator: int | None,
+) -> tuple[Array, _Read]:
+    def body(read: _Read, noise: Array) -> tuple[_Read, Array]:
+        token = _likeliest_of_noisy(read.logits, noise, **settings)
+        document = None if read.document is None else read.document + (token == separator)
+        ids = None if document is None else document[:, None]
+        extended: Any = model.apply(
+            variables, token[:, None], read.cache, segment_ids=ids, method="extend"
+        )
+        return _Read(extended[0][:, 0], extended[1], document), token
 
     # That of a whole chunk at once: a call of the generator costs more than the bits it makes.
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(drawn + jnp.arange(CHUNK))
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape))(keys)
-    (logits, cache), tokens = jax.lax.scan(body, (logits, cache), noise)
-    return tokens.T, logits, cache
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, read.logits.shape))(keys)
+    read, tokens = jax.lax.scan(body, read, noise)
+    return tokens.T, read
 
 
 def stream(
@@ -154,6 +179,7 @@ def stream(
     top_k: int = 0,
     top_p: float = 1.0,
     stop: Sequence[Tokens] = (),
+    separator: int | None = None,
 ) -> Iterator[Int[Array, "B n"]]:
     """Yields the tokens that follow ``prompt``, a few at a time.
 
@@ -172,6 +198,8 @@ def stream(
       top_p: see ``likeliest``.
       stop: a row ends with the first of these sequences of tokens that it draws, and is filled up
         with ``NO_TOKEN``; nothing more is drawn when all rows have ended.
+      separator: the token that begins a document, for a model that was trained to see its own
+        document alone (see ``document_ids``); None for others.
 
     Raises:
       ConfigError: an argument is out of range, before anything is drawn.
@@ -187,7 +215,7 @@ def stream(
         "top_p": jnp.float32(top_p),
     }
     ending = _Ending(stop, text.shape[0]) if stop else None
-    return _drawn(model, variables, text, num_tokens, key, context, settings, ending)
+    return _drawn(model, variables, text, num_tokens, key, context, settings, ending, separator)
 
 
 def _checked_prompt(prompt: npt.ArrayLike, vocab_size: int) -> npt.NDArray[Any]:
@@ -219,6 +247,7 @@ def _drawn(
     context: int,
     settings: dict[str, Array],
     ending: "_Ending | None",
+    separator: int | None,
 ) -> Iterator[Array]:
     text: list[Any] = [prompt]
     drawn = 0
@@ -228,11 +257,11 @@ def _drawn(
             window = window[:, -(context // 2) :]
         text, length = [window], window.shape[1]
         padded = min(context, max(SHORTEST_PROMPT, 1 << (length - 1).bit_length()))
-        read = np.pad(window, ((0, 0), (0, padded - length)))
-        logits, cache = _prefill(model, variables, read, jnp.int32(length), context)
+        window = np.pad(window, ((0, 0), (0, padded - length)))
+        read = _prefill(model, variables, window, jnp.int32(length), context, separator)
         while drawn < num_tokens and length < context:
-            tokens, logits, cache = _sample_chunk(
-                model, variables, logits, cache, key, jnp.int32(drawn), settings
+            tokens, read = _sample_chunk(
+                model, variables, read, key, jnp.int32(drawn), settings, separator
             )
             # What a chunk drew past the cache's end or the caller's wish is dropped.
             tokens = tokens[:, : min(CHUNK, num_tokens - drawn, context - length)]
@@ -285,6 +314,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     stop: Sequence[Tokens] = (),
+    separator: int | None = None,
 ) -> Int[Array, "B n"]:
     """Returns the tokens that follow ``prompt``; arguments and errors as for ``stream``.
 
@@ -302,6 +332,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         stop=stop,
+        separator=separator,
     )
     return jnp.concatenate(list(chunks), axis=1)
 

@@ -19,6 +19,7 @@ import safetensors.numpy
 from jaxtyping import Array, Float
 
 from fsn_jax.config import FSNConfig, TransformerConfig, recorded_fields
+from fsn_jax.documents import document_ids
 from fsn_jax.fsn import FSN
 from fsn_jax.generate import stream
 from fsn_jax.transformer import Transformer
@@ -42,6 +43,8 @@ class Pretrained:
       vocabulary: the vocabulary of its tokens.
       context: length of the training windows, in tokens.
       corpus_name: name of the corpus that the vocabulary comes from.
+      separator: the token that begins a document, of a model that sees its own document alone;
+        None for others.
     """
 
     model: FSN | Transformer
@@ -49,6 +52,7 @@ class Pretrained:
     vocabulary: Vocabulary
     context: int
     corpus_name: str
+    separator: int | None = None
 
     def encode(self, text: str | bytes) -> npt.NDArray[np.int32]:
         """Returns the tokens of a text, int32[n].
@@ -61,15 +65,11 @@ class Pretrained:
 
     def logits(self, text: str | bytes) -> Float[Array, "B L V"]:
         """Returns the logits after each token of a text, as a batch of one."""
-        tokens = jnp.asarray(self.encode(text))[None]
-        logits: Any = self.model.apply({"params": self.params}, tokens)
-        return logits
+        return self._apply(text)
 
     def states(self, text: str | bytes) -> Float[Array, "B L N"]:
         """Returns what the readout reads, as a batch of one: an FSN's phases, in radians."""
-        tokens = jnp.asarray(self.encode(text))[None]
-        states: Any = self.model.apply({"params": self.params}, tokens, method="states")
-        return states
+        return self._apply(text, method="states")
 
     def sample(self, prompt: str | bytes, **settings: Any) -> str:
         """Returns the text that follows a prompt; settings as for ``stream``."""
@@ -112,9 +112,16 @@ class Pretrained:
             top_k=top_k,
             top_p=top_p,
             stop=[self.encode(text).tolist() for text in stop],
+            separator=self.separator,
         )
         for chunk in chunks:
             yield self.vocabulary.decode(jax.device_get(chunk[0]))
+
+    def _apply(self, text: str | bytes, **options: Any) -> Any:
+        tokens = jnp.asarray(self.encode(text))[None]
+        if self.separator is not None:
+            options["segment_ids"] = document_ids(tokens, self.separator)
+        return self.model.apply({"params": self.params}, tokens, **options)
 
 
 def load(folder: str | Path) -> Pretrained:
@@ -133,6 +140,7 @@ def load(folder: str | Path) -> Pretrained:
         words = config["vocabulary"]
         vocabulary = Vocabulary.from_text(words["values"], words["unit"])
         context, corpus_name = int(config["context"]), str(words["of"])
+        separator = vocabulary.separator if config.get("segments") == "documents" else None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} is not that of an exported model ({error})") from error
     try:
@@ -141,7 +149,7 @@ def load(folder: str | Path) -> Pretrained:
         raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}); export it again") from error
     model = FSN(settings) if isinstance(settings, FSNConfig) else Transformer(settings)
     params = _params(arrays, model, folder / WEIGHTS)
-    return Pretrained(model, params, vocabulary, context, corpus_name)
+    return Pretrained(model, params, vocabulary, context, corpus_name, separator)
 
 
 def is_exported(folder: str | Path) -> bool:

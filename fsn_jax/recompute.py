@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array
 
 from fsn_jax.config import Implementation
+from fsn_jax.reverse_mode import reverse_mode_only
 
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
@@ -75,7 +76,7 @@ def recomputed(
     Args:
       function: of arrays, or trees of them, to arrays.
       implementation: with ``reference`` the function stays as it is, and has all derivatives;
-        otherwise those of reverse mode.
+        otherwise those of reverse mode, and the returned function raises TypeError for others.
     """
     if implementation == "reference":
         return function
@@ -92,4 +93,4 @@ def recomputed(
         return jax.vjp(function, *arguments)[1](cotangent)
 
     again.defvjp(forward, backward)
-    return lambda *arguments: again(*match_varying_axes(arguments))
+    return lambda *arguments: again(*reverse_mode_only(match_varying_axes(arguments)))

@@ -19,6 +19,9 @@ class TextError(ValueError):
     """A text that the vocabulary cannot encode; one line that names what and where."""
 
 
+SEPARATOR = b"\0"
+"""Follows each document of a corpus of several."""
+
 NOT_A_TOKEN = 255  # in the table of tokens, unless all 256 byte values are in the vocabulary
 _READ_AT_ONCE = 1 << 22  # bytes: their code points take four times the room
 
@@ -47,6 +50,11 @@ class Vocabulary:
         table = np.full(256, NOT_A_TOKEN, np.uint8)
         table[self.values] = np.arange(len(self), dtype=np.uint8)
         return table
+
+    @property
+    def separator(self) -> int | None:
+        """The token of SEPARATOR; None if the text has none."""
+        return 0 if len(self) and self.values[0] == SEPARATOR[0] else None
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger[Any]]:

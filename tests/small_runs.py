@@ -61,7 +61,11 @@ def text_of(size: int, seed: int = 0, alphabet: bytes = ALPHABET) -> bytes:
 
 
 def write_corpus(
-    folder: Path, *, train: bytes = text_of(4000), validation: bytes = text_of(300, 1)
+    folder: Path,
+    *,
+    train: bytes = text_of(4000),
+    validation: bytes = text_of(300, 1),
+    alphabet: bytes = ALPHABET,
 ) -> Corpus:
     """A prepared corpus, written out flat without tensorflow-datasets."""
     folder.mkdir(parents=True)
@@ -71,7 +75,7 @@ def write_corpus(
         file = folder / f"{split}.bin"
         file.write_bytes(texts[split])
         splits[split] = SplitInfo(len(texts[split]), file_sha256(file))
-    vocabulary = Vocabulary(np.frombuffer(ALPHABET, np.uint8))
+    vocabulary = Vocabulary(np.frombuffer(alphabet, np.uint8))
     corpus = Corpus("text", folder, vocabulary, splits, "made up")
     write_manifest(corpus, source_sha256="0" * 64, rule="made up")
     return corpus

@@ -21,6 +21,7 @@ from fsn_jax.base_layer import LinearValueAttention
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 SCORES: dict[str, dict[str, Any]] = {
     "gated": {"score": "gated"},
+    "gated_no_angles": {"score": "gated", "score_angles": False},
     "gated_block": {"score": "gated", "score_scope": "block"},
     "gated_harmonics": {"score": "gated", "score_harmonics": 2, "drift_share": 0.5},
     "content_gated": {"score": "content_gated"},
@@ -142,7 +143,7 @@ def test_base_layer_ignores_the_switches_of_the_kernel():
     np.testing.assert_array_equal(plain.apply(variables, theta), switched.apply(variables, theta))
 
 
-INVARIANT = ("gated", "gated_block", "gated_harmonics", "none")
+INVARIANT = ("gated", "gated_no_angles", "gated_block", "gated_harmonics", "none")
 
 
 def rotation_error(kind, **changes):

@@ -412,6 +412,18 @@ CASES = [
         write("latin.txt", "Ilyén".encode("latin-1")),
     ),
     Case(
+        "documents of a corpus that is one text",
+        f"{FRESH} --config.data.name=pycode --config.data.segments=documents",
+        "config.data.segments=documents is for config.data.name=text; windows of pycode are read "
+        "as one text",
+    ),
+    Case(
+        "documents of a text that has none",
+        f"{FRESH} --config.data.segments=documents",
+        "config.data.segments=documents needs several documents, and config.data.path=corpus gives "
+        "one: name a folder of files or JSON lines, or say config.data.segments=none",
+    ),
+    Case(
         "a text that is not there",
         f"{FRESH} --config.data.path=nowhere.txt",
         "config.data.path=nowhere.txt does not exist: name a file, a folder or a pattern",

@@ -22,8 +22,8 @@ from train.config import ExperimentConfig
 from train.errors import UserError
 from train.flags import load_config, parse_config
 from train.ladder import plan
-from train.loop import check_devices, train_steps_of
 from train.optimizer import make_optimizer
+from train.plan import check_devices, train_steps_of
 from train.recorded import read_experiment
 from train.step import abstract_state, build_model, init_state
 

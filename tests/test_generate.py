@@ -170,7 +170,8 @@ def test_drawing_a_token_copies_no_cache(name):
     def draw(parts):
         logits, cache = tree.unflatten(parts)
         key, drawn = jax.random.key(0), jnp.int32(0)
-        return generation._sample_chunk(model, variables, logits, cache, key, drawn, settings)
+        read = generation._Read(logits, cache, None)
+        return generation._sample_chunk(model, variables, read, key, drawn, settings, None)
 
     program = jax.jit(draw, donate_argnums=0).lower(parts)
     of_a_head = min(part.size // part.shape[0] for part in jax.tree.leaves(cache.layers))
@@ -183,6 +184,27 @@ def test_drawing_a_token_copies_no_cache(name):
         and made[3] not in ("parameter", "get-tuple-element", "bitcast")
     ]
     assert large and all("dynamic-update-slice" in made for made in large), large
+
+
+@pytest.mark.parametrize("name", ["full", "transformer_shifted"])
+def test_a_model_of_documents_sees_its_own_document_alone(name):
+    """The document before changes nothing, and what is drawn is drawn from its own document."""
+    model, variables = built(name)
+    separator, prompt = 3, np.array([[3, 5, 6], [3, 0, 9]])
+    before = np.array([[1, 2, 7, 4], [8, 3, 2, 2]])
+    draw = functools.partial(
+        generate, model, variables, key=jax.random.key(2), context=64, separator=separator
+    )
+    alone = np.asarray(draw(prompt, num_tokens=40))
+    assert (alone == separator).any(axis=1).all()
+    np.testing.assert_array_equal(
+        draw(np.concatenate([before, prompt], axis=1), num_tokens=40), alone
+    )
+    greedy = np.asarray(draw(prompt, num_tokens=40, temperature=0.0))
+    whole = np.concatenate([prompt, greedy], axis=1)
+    ids = jnp.asarray(np.cumsum(whole == separator, axis=1))
+    logits = model.apply(variables, jnp.asarray(whole), segment_ids=ids)
+    np.testing.assert_array_equal(logits[:, 2:-1].argmax(axis=-1), greedy)
 
 
 def test_a_prompt_longer_than_the_context_keeps_its_end():

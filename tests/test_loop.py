@@ -27,13 +27,14 @@ from small_runs import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fsn_jax import FSN
-from train import loop
+from train import plan
 from train.data.corpus import Corpus
 from train.data.windows import WindowOrder
 from train.evaluate import Evaluator
-from train.loop import DivergedError, cpu_devices, parts_of_batch
+from train.loop import DivergedError
 from train.mesh import replicated
 from train.metrics import RowLog, read_rows
+from train.plan import check_devices, cpu_devices, parts_of_batch
 from train.recorded import read_experiment
 from train.run import open_run
 from train.step import build_model, make_evaluate_rows
@@ -62,7 +63,7 @@ def test_a_cpu_is_divided_as_far_as_its_batches_are(
         evaluation__batch_size=evaluation,
     )
     assert cpu_devices(experiment, num_cores) == devices
-    loop.check_devices(experiment, devices)
+    check_devices(experiment, devices)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +345,7 @@ BAD_STEP = 13
 @pytest.fixture
 def poisoned(tmp_path, monkeypatch) -> Corpus:
     """A corpus of which step 13 alone reads a letter that the model cannot bear."""
-    monkeypatch.setattr(loop, "build_model", Poisoned)
+    monkeypatch.setattr(plan, "build_model", Poisoned)
     text = bytearray(text_of(12_000, alphabet=ALPHABET[:-1]))
     order = WindowOrder(len(text), CONTEXT, BATCH, seed=0)
     text[order.starts(BAD_STEP - 1)[4] + 5] = ALPHABET[-1]

@@ -10,7 +10,7 @@ import pytest
 import real_runs
 from small_runs import assert_equal_trees, run_to_the_end, tiny_experiment
 
-from train import loop
+from train import loop, plan
 from train.errors import EXIT_INTERRUPTED, EXIT_TRY_AGAIN, Interrupted, TryAgain
 from train.interruption import interruptions
 from train.metrics import read_rows
@@ -25,7 +25,7 @@ def signal_in_dispatch(
     patch: pytest.MonkeyPatch, number: int, sent: signal.Signals = signal.SIGTERM
 ) -> None:
     """Sends this process a signal while the dispatch of this number, from 1, is under way."""
-    make, done = loop.make_train_steps, 0
+    make, done = plan.make_train_steps, 0
 
     def made(*args: Any, **kwargs: Any) -> Any:
         train_steps = make(*args, **kwargs)
@@ -39,7 +39,7 @@ def signal_in_dispatch(
 
         return dispatched
 
-    patch.setattr(loop, "make_train_steps", made)
+    patch.setattr(plan, "make_train_steps", made)
 
 
 @pytest.mark.parametrize("dispatch", [1, 2, 3], ids=["unsaved", "at_a_save", "between_rows"])

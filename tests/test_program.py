@@ -154,6 +154,7 @@ def test_a_cpu_is_as_many_devices_as_asked_for_unless_the_user_has_said(flags, d
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
+        cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         check=True,
         capture_output=True,
@@ -164,7 +165,7 @@ def test_a_cpu_is_as_many_devices_as_asked_for_unless_the_user_has_said(flags, d
 
 def test_a_module_run_as_a_program_says_how_programs_are_run():
     command = [sys.executable, "-m", "train.sample", "RUN"]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr == (
         "error: programs are run as python -m train NAME; python -m train --help lists them\n"

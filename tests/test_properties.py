@@ -39,8 +39,8 @@ from train.data.prepare import prepare_corpus
 from train.data.user_files import contents, find_files
 from train.data.windows import WindowOrder
 from train.errors import UserError
-from train.loop import check_experiment, train_steps_of
 from train.optimizer import make_optimizer
+from train.plan import check_experiment, train_steps_of
 from train.step import build_model, init_state, window_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

@@ -28,7 +28,7 @@ from small_runs import (
 )
 
 from fsn_jax import FSN
-from train import loop, metrics
+from train import metrics, plan
 from train import run as run_module
 from train.analysis.records import read_run
 from train.data import windows
@@ -189,7 +189,7 @@ def test_a_corpus_too_long_for_the_device_is_refused_before_the_run_folder(corpu
     experiment = tiny_experiment(corpus.folder, Path("unused"))
     monkeypatch.setattr(windows, "INT32_LIMIT", 4000)
     with pytest.raises(UserError, match="config.data.placement=resident takes corpora below 4000"):
-        loop.check_experiment(experiment, corpus, 1)
+        plan.check_experiment(experiment, corpus, 1)
 
 
 # Losses and gradients
@@ -244,7 +244,7 @@ def test_a_gradient_that_is_not_finite_is_counted_and_leaves_no_trace(
     strange, tmp_path, monkeypatch
 ):
     """Beyond the limit it stops the run, as a loss does: tests/test_loop.py."""
-    monkeypatch.setattr(loop, "build_model", BadGradient)
+    monkeypatch.setattr(plan, "build_model", BadGradient)
     short = {"training__num_steps": 20, "training__skipped_limit": 1}
     outcome = run_to_the_end(tiny_experiment(strange.folder, tmp_path / "run", **short), strange)
     rows = rows_of(tmp_path / "run", "train")
@@ -255,7 +255,7 @@ def test_a_gradient_that_is_not_finite_is_counted_and_leaves_no_trace(
 
 
 def test_a_jump_of_the_loss_is_a_row_of_its_own(strange, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "build_model", Confident)
+    monkeypatch.setattr(plan, "build_model", Confident)
     experiment = tiny_experiment(strange.folder, tmp_path / "run", training__num_steps=20)
     run_to_the_end(experiment, strange)
     [spike] = rows_of(tmp_path / "run", "spike")

@@ -66,6 +66,23 @@ def test_windows_do_not_see_each_other():
         np.testing.assert_array_equal(getattr(together, name), apart)
 
 
+@given(windows())
+def test_parts_of_a_window_do_not_see_each_other(some):
+    """Each as if it were alone, with the first token of the next as the last target."""
+    match = match_suffixes(some, separator=0)
+    for row, window in enumerate(some):
+        starts = [0, *np.flatnonzero(window[:-1] == 0).tolist(), len(window) - 1]
+        for start, stop in zip(starts, starts[1:], strict=False):
+            if start == stop:
+                continue
+            depth, distance, is_copy = by_definition(window[start : stop + 1])
+            # The end of a part comes once in it: it is no copy of what is there.
+            is_copy[-1] &= window[stop] != 0
+            np.testing.assert_array_equal(match.depth[row, start:stop], depth)
+            np.testing.assert_array_equal(match.distance[row, start:stop], distance)
+            np.testing.assert_array_equal(match.is_copy[row, start:stop], is_copy)
+
+
 @pytest.mark.parametrize("length", [1, 2**15 + 1])
 def test_refuses_windows_it_cannot_number(length):
     with pytest.raises(ValueError, match="must have 2 to"):

@@ -8,6 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fsn_jax import FSN, FrustratedAttention
+from fsn_jax.fsn import Block
 from fsn_jax.score import drift_frequencies
 
 TOKENS = cases.tokens(length=7)
@@ -267,6 +268,54 @@ def test_score_angles_of_zero_are_no_score_angles():
             with_block(params, attention={**attention, "score": without}),
         ),
     )
+
+
+def names_a_direction(config):
+    """Whether a block of this config has a dense layer, whose features are not differences."""
+    dense_modes = config.feedforward == "collective_modes" and config.mode_weights == "dense"
+    return (
+        config.score in ("projected", "content_gated")
+        or config.values == "linear"
+        or config.feedforward == "swiglu"
+        or dense_modes
+    )
+
+
+@pytest.mark.parametrize("variant", cases.FSN_VARIANTS)
+def test_a_block_commutes_with_a_rotation_unless_a_switch_names_a_direction(variant):
+    """Each switch alone, beside gates without a feed-forward; rounding is 1e-7 rad in many sums."""
+    switches = cases.FSN_VARIANTS[variant]
+    score = "projected" if "score_phases" in switches else "gated"  # which alone has them
+    config = cases.fsn_config(**{"score": score, "feedforward": "none", **switches})
+    block, theta, turn = Block(config), cases.angles(1, 6, N), 1.3
+    variables = cases.random_variables(block, theta)
+    after, turned = block.apply(variables, jnp.concatenate([theta, theta + turn]))
+    error = np.abs(turned - turn - after).max()
+    assert error > 1e-3 if names_a_direction(config) else error < 1e-4, error
+
+
+@pytest.mark.parametrize("angles", [True, False], ids=["score_angles", "no_score_angles"])
+def test_only_the_readout_of_the_invariant_model_names_a_direction(angles):
+    """Embedding angles plus one angle turn every state; a readout turned alike undoes it."""
+    model, params = build(
+        score="gated", score_angles=angles, feedforward="collective_modes", num_harmonics=5
+    )
+    turn = 1.3
+    embedding = {"angles": params["embedding"]["angles"] + turn}
+    turned = {**params, "embedding": embedding}
+    states, moved = (model.apply({"params": p}, TOKENS, method="states") for p in (params, turned))
+    np.testing.assert_allclose(moved, states + turn, atol=2e-4)
+    logits, seen = (model.apply({"params": p}, TOKENS) for p in (params, turned))
+    assert np.abs(seen - logits).max() > 0.1
+    cosines, sines = jnp.split(params["readout"]["kernel"], 2)
+    kernel = jnp.concatenate(
+        [
+            np.cos(turn) * cosines - np.sin(turn) * sines,
+            np.sin(turn) * cosines + np.cos(turn) * sines,
+        ]
+    )
+    undone = {**turned, "readout": {**params["readout"], "kernel": kernel}}
+    np.testing.assert_allclose(model.apply({"params": undone}, TOKENS), logits, atol=1e-3)
 
 
 def test_score_angles_of_k_drifts_look_k_tokens_back():

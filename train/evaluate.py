@@ -40,6 +40,8 @@ class Evaluator:
         rows: Callable[..., Any],
         mesh: jax.sharding.Mesh,
         tokens: np.ndarray,
+        *,
+        separator: int | None = None,
     ):
         """Prepares the windows of a split.
 
@@ -49,6 +51,7 @@ class Evaluator:
           rows: the compiled function that ``make_evaluate_rows`` returns.
           mesh: mesh of the devices to evaluate on.
           tokens: unsigned[n], the split.
+          separator: that of ``rows``; copy events then lie within a document.
         """
         context, settings = experiment.data.context, experiment.evaluation
         check_evaluation(len(tokens), context)
@@ -61,7 +64,7 @@ class Evaluator:
         for starts, scored in batches:
             masks = [scored]
             if settings.copy_depth:
-                match = match_suffixes(tokens[starts[:, None] + self._offsets])
+                match = match_suffixes(tokens[starts[:, None] + self._offsets], separator=separator)
                 masks.append(scored & match.is_copy & (match.depth >= settings.copy_depth))
             self._batches.append((starts, np.stack(masks, axis=1)))
 
@@ -141,7 +144,8 @@ def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> E
             copy_depth=0,
         ),
     )
-    rows = make_evaluate_rows(trained.model, mesh=trained.mesh)
+    separator = experiment.data.separator(trained.corpus.vocabulary)
+    rows = make_evaluate_rows(trained.model, mesh=trained.mesh, separator=separator)
     began = time.perf_counter()
     loss = Evaluator(experiment, rows, trained.mesh, tokens)(trained.params)
     num_bytes = trained.corpus.vocabulary.num_bytes(tokens[1:])

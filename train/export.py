@@ -48,12 +48,20 @@ def export_sampler(trained: Pretrained) -> bytes:
         top_p: Array,
     ) -> Array:
         key = jax.random.key(seed)
-        cache: Any = trained.model.apply(variables, 1, context, method="empty_cache")
+        segments = trained.separator is not None
+        cache: Any = trained.model.apply(
+            variables, 1, context, segments=segments, method="empty_cache"
+        )
+        Carry = tuple[Array, Array | None, Any]
 
-        def body(carry: tuple[Array, Any], position: Array) -> tuple[tuple[Array, Any], Array]:
-            token, cache = carry
+        def body(carry: Carry, position: Array) -> tuple[Carry, Array]:
+            token, document, cache = carry
+            ids = None
+            if document is not None:
+                document += token == trained.separator
+                ids = document[None, None]
             extended: Any = trained.model.apply(
-                variables, token[None, None], cache, method="extend"
+                variables, token[None, None], cache, segment_ids=ids, method="extend"
             )
             logits, cache = extended
             new = sample_token(
@@ -64,23 +72,16 @@ def export_sampler(trained: Pretrained) -> bytes:
                 top_p=top_p,
             )[0]
             token = jnp.where(position < length, window[position], new)
-            return (token, cache), token
+            return (token, document, cache), token
 
-        _, rest = jax.lax.scan(body, (window[0], cache), jnp.arange(1, context))
+        document = jnp.int32(0) if segments else None
+        _, rest = jax.lax.scan(body, (window[0], document, cache), jnp.arange(1, context))
         return jnp.concatenate([window[:1], rest])
 
-    def scalar(dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((), dtype)
-
-    exported = jax.export.export(jax.jit(sample), platforms=PLATFORMS)(
-        jax.ShapeDtypeStruct((context,), jnp.int32),
-        scalar(jnp.int32),
-        scalar(jnp.uint32),
-        scalar(jnp.int32),
-        scalar(jnp.float32),
-        scalar(jnp.int32),
-        scalar(jnp.float32),
-    )
+    window = jax.ShapeDtypeStruct((context,), jnp.int32)
+    scalars = (jnp.int32, jnp.uint32, jnp.int32, jnp.float32, jnp.int32, jnp.float32)
+    settings = (jax.ShapeDtypeStruct((), dtype) for dtype in scalars)
+    exported = jax.export.export(jax.jit(sample), platforms=PLATFORMS)(window, *settings)
     return bytes(exported.serialize())
 
 

@@ -26,7 +26,8 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
     params = on_host(outcome.state.params)
     if not run.writes:
         return
-    validation = [row for row in read_rows(run.metrics) if row["kind"] == "validation"]
+    rows = [row for row in read_rows(run.metrics) if row["step"] <= outcome.step]
+    validation = [row for row in rows if row["kind"] == "validation"]
     last = validation[-1]
     best = min(validation, key=lambda row: row["loss"])
     timing = read_rows(run.path / "timing.jsonl")
@@ -48,6 +49,7 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
             "context": experiment.data.context,
             "stride": experiment.evaluation_stride,
         },
+        "ended_early": outcome.ended_early,
         "data_sha256": corpus.sha256,
     }
     loss_curve([run.path], run.path / "loss.png")
@@ -84,6 +86,7 @@ def _sample(experiment: ExperimentConfig, corpus: Corpus, params: Any) -> bytes:
         vocabulary=corpus.vocabulary,
         context=experiment.data.context,
         corpus_name=corpus.name,
+        separator=experiment.data.separator(corpus.vocabulary),
     )
     prompt = corpus.vocabulary.decode(corpus.tokens("validation")[:64])
     chunks = trained.stream(prompt, num_tokens=SAMPLE_LENGTH, seed=experiment.seed, temperature=0.8)

@@ -45,6 +45,7 @@ def write_model(trained: TrainedModel, folder: Path) -> None:
         "format": hub.FORMAT,
         "model": dataclasses.asdict(trained.experiment.model),
         "context": language_model.context,
+        "segments": trained.experiment.data.segments,
         "vocabulary": {
             "of": language_model.corpus_name,
             "unit": language_model.vocabulary.unit,
@@ -122,8 +123,9 @@ print(trained.sample("The ", num_tokens=200))
 logits = trained.logits("The ")  # [1, L, V]; trained.model and trained.params are the Flax model
 ```
 
-`python -m train sample .` writes text. Without the package, if `sampler.jax_export` is here:
-`python sample.py --prompt 'The '`, which needs jax, numpy and flatbuffers.
+In a checkout of fsn_jax, `python -m train sample FOLDER` writes text. Without the package, if \
+`sampler.jax_export` is here: `python sample.py --prompt 'The '`, which needs jax, numpy and
+flatbuffers.
 """
 
 

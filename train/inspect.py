@@ -25,9 +25,9 @@ from train.data.corpus import Corpus
 from train.errors import UserError
 from train.flags import parse_config
 from train.load import open_experiment_corpus
-from train.loop import check_experiment, cpu_devices, model_for, train_steps_of, window_order
 from train.mesh import by_step_and_row, data_mesh, replicated
 from train.optimizer import DECAYED, group_of, learning_rate_factors, make_optimizer
+from train.plan import check_experiment, cpu_devices, model_for, train_steps_of, window_order
 from train.program import Arguments, num_cores, start_jax
 from train.provenance import device_description
 from train.run import default_folder
@@ -64,7 +64,8 @@ def inspect(
         **dict.fromkeys(("scratch", "code", "total", "compile_seconds")),
     }
     if compiled:
-        steps = train_steps_of(experiment, model, optimizer, mesh)
+        separator = experiment.data.separator(corpus.vocabulary)
+        steps = train_steps_of(experiment, model, optimizer, mesh, separator=separator)
         memory |= _compiled_memory(steps, state, inputs)
     parameters = [
         _parameter(name, leaf) for name, leaf in flatten_dict(state.params, sep="/").items()

@@ -50,6 +50,7 @@ class TrainedModel:
             vocabulary=self.corpus.vocabulary,
             context=self.experiment.data.context,
             corpus_name=self.corpus.name,
+            separator=self.experiment.data.separator(self.corpus.vocabulary),
         )
 
 
@@ -117,6 +118,7 @@ def load_language_model(run_dir: str | Path, *, which: str = "best") -> Pretrain
         vocabulary=vocabulary,
         context=experiment.data.context,
         corpus_name=experiment.data.name,
+        separator=experiment.data.separator(vocabulary),
     )
 
 

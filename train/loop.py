@@ -5,7 +5,6 @@ All processes of a run execute it in step. The one that opened the run's folder 
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,24 +12,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-import optax
 
 from train.checkpoint import Checkpoints
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus
-from train.data.windows import (
-    WindowOrder,
-    check_evaluation,
-    check_placement,
-    host_batches,
-    place_tokens,
-)
+from train.data.windows import WindowOrder, host_batches, place_tokens
 from train.errors import UserError
 from train.evaluate import Evaluator
-from train.kernel_choice import with_implementation
 from train.mesh import by_step_and_row, data_mesh, placed, replicated
 from train.metrics import Metrics, Unwritten
 from train.optimizer import learning_rate, make_optimizer
+from train.patience import Patience
+from train.plan import check_experiment, model_for, train_steps_of, window_order
 from train.preemption import Preemption
 from train.processes import first_does
 from train.profiling import Profiler, TracedSteps
@@ -40,10 +33,8 @@ from train.step import (
     DispatchMetrics,
     TrainState,
     abstract_state,
-    build_model,
     init_state,
     make_evaluate_rows,
-    make_train_steps,
 )
 
 
@@ -61,105 +52,13 @@ class Outcome:
       state: train state after the last step.
       step: the last step.
       resumed_from: the step at which this start began.
+      ended_early: whether the validation loss had stopped falling (``training.patience``).
     """
 
     state: TrainState
     step: int
     resumed_from: int
-
-
-CACHED_TOKENS = 256
-"""Number of tokens in a part of a batch on a CPU; the fastest measured, see docs/performance.md."""
-
-
-def cpu_devices(experiment: ExperimentConfig, num_cores: int) -> int:
-    """Returns the number of CPU devices: one a core, or fewer so that they divide the batches."""
-    training, evaluation = experiment.training, experiment.evaluation
-    rows = training.batch_size // max(1, training.accumulation_steps)
-    together = math.gcd(rows, evaluation.batch_size)
-    return max(n for n in range(1, num_cores + 1) if together % n == 0)
-
-
-def parts_of_batch(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> int:
-    """Returns the number of parts in which a device processes its windows of a batch."""
-    training = experiment.training
-    if training.accumulation_steps or mesh.devices.flat[0].platform != "cpu":
-        return max(1, training.accumulation_steps)
-    rows = training.batch_size // mesh.size
-    fitting = max(1, CACHED_TOKENS // experiment.data.context)
-    return min(
-        parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= fitting
-    )
-
-
-def check_devices(experiment: ExperimentConfig, num_devices: int) -> None:
-    """Raises UserError unless every device gets an equal share of each batch."""
-    training, evaluation = experiment.training, experiment.evaluation
-    parts = max(1, training.accumulation_steps)
-    if training.batch_size % (num_devices * parts):
-        raise UserError(
-            f"config.training.batch_size must be a multiple of {num_devices} devices times "
-            f"config.training.accumulation_steps ({parts}); "
-            f"got {training.batch_size}"
-        )
-    if evaluation.batch_size % num_devices:
-        raise UserError(
-            f"config.evaluation.batch_size must be a multiple of the {num_devices} devices; "
-            f"got {evaluation.batch_size}"
-        )
-
-
-def check_experiment(experiment: ExperimentConfig, corpus: Corpus, num_devices: int) -> None:
-    """Checks the settings against the corpus and the devices, before anything is written.
-
-    Raises:
-      UserError: a batch does not divide, a split is too short for a window, or the corpus does not
-        fit ``data.placement``.
-    """
-    check_devices(experiment, num_devices)
-    check_placement(experiment.data.placement, corpus.num_tokens("train"))
-    window_order(experiment, corpus)
-    held_out = corpus.num_tokens("validation")
-    check_evaluation(
-        min(held_out, experiment.evaluation.num_tokens or held_out), experiment.data.context
-    )
-
-
-def window_order(experiment: ExperimentConfig, corpus: Corpus) -> WindowOrder:
-    """Returns the order of the training windows."""
-    return WindowOrder(
-        corpus.num_tokens("train"),
-        experiment.data.context,
-        experiment.training.batch_size,
-        experiment.seed,
-    )
-
-
-def model_for(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> nn.Module:
-    """The run's model, with the path of the causal sum that is the faster on the mesh."""
-    rows = experiment.training.batch_size // mesh.size // parts_of_batch(experiment, mesh)
-    context = experiment.data.context
-    return build_model(with_implementation(experiment.model, mesh, rows=rows, context=context))
-
-
-def train_steps_of(
-    experiment: ExperimentConfig,
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
-) -> jax.stages.Wrapped:
-    """Calls ``make_train_steps`` with the settings of an experiment."""
-    return make_train_steps(
-        model,
-        optimizer,
-        mesh=mesh,
-        context=experiment.data.context,
-        placement=experiment.data.placement,
-        accumulation_steps=parts_of_batch(experiment, mesh),
-        log_every=experiment.training.log_every,
-        layout=experiment.training.layout,
-        dropout_seed=experiment.seed if experiment.model.dropout else None,
-    )
+    ended_early: bool
 
 
 def train(
@@ -212,7 +111,8 @@ def _train(
     check_experiment(experiment, corpus, mesh.size)
     model = model_for(experiment, mesh)
     optimizer = make_optimizer(experiment.optimizer, num_steps, mesh=mesh)
-    train_steps = train_steps_of(experiment, model, optimizer, mesh)
+    separator = experiment.data.separator(corpus.vocabulary)
+    train_steps = train_steps_of(experiment, model, optimizer, mesh, separator=separator)
     first_does(lambda: refuse_lost_checkpoints(run, experiment))
     with Checkpoints(run.checkpoints, experiment.checkpoints) as checkpoints:
         placed: dict[str, Any] = {"mesh": mesh, "layout": experiment.training.layout}
@@ -222,18 +122,22 @@ def _train(
         else:
             start, state = 0, init_state(model, optimizer, seed=experiment.seed, **placed)
             write_parameter_table(run, state.params)
-        if start < num_steps:
+        patience = Patience.of_log(experiment.training.patience, run.metrics, step=start)
+        step = start
+        if start < num_steps and not patience.is_over:
             begun_before = run.has_begun
             write_provenance(run, corpus, resume_step=start)
-            loop = _Loop(experiment, corpus, run, checkpoints, model, mesh, start, show_progress)
+            loop = _Loop(
+                experiment, corpus, run, checkpoints, patience, model, mesh, start, show_progress
+            )
             if start:
                 loop.metrics.say(f"going on from the checkpoint of step {start}")
             elif begun_before:
                 loop.metrics.say(
                     "no checkpoint of the run was saved before: it begins again at step 0"
                 )
-            state = loop.run(train_steps, state, preemption, Profiler(run.path, profile))
-        return Outcome(state, num_steps, resumed_from=start)
+            step, state = loop.run(train_steps, state, preemption, Profiler(run.path, profile))
+        return Outcome(state, step, resumed_from=start, ended_early=step < num_steps)
 
 
 class _Loop:
@@ -245,20 +149,22 @@ class _Loop:
         corpus: Corpus,
         run: RunFolder,
         checkpoints: Checkpoints,
+        patience: Patience,
         model: nn.Module,
         mesh: jax.sharding.Mesh,
         start: int,
         show_progress: bool,
     ):
         self.experiment, self.corpus, self.run_folder = experiment, corpus, run
-        self.checkpoints, self.mesh, self.start = checkpoints, mesh, start
+        self.checkpoints, self.patience, self.mesh, self.start = checkpoints, patience, mesh, start
         self.order = window_order(experiment, corpus)
         self.rate = learning_rate(experiment.optimizer, experiment.training.num_steps)
         limit = experiment.evaluation.num_tokens or None
         validation = corpus.tokens("validation")[:limit]
         self.validation_bytes = corpus.vocabulary.num_bytes(validation[1:])
-        rows = make_evaluate_rows(model, mesh=mesh)
-        self.evaluate = Evaluator(experiment, rows, mesh, validation)
+        separator = experiment.data.separator(corpus.vocabulary)
+        rows = make_evaluate_rows(model, mesh=mesh, separator=separator)
+        self.evaluate = Evaluator(experiment, rows, mesh, validation, separator=separator)
         self.pending: tuple[int, DispatchMetrics] | None = None
         self.metrics: Metrics | Unwritten = Unwritten()
         if run.writes:
@@ -276,9 +182,10 @@ class _Loop:
         state: TrainState,
         preemption: Preemption,
         profiler: Profiler,
-    ) -> TrainState:
-        """Trains to the last step and returns the state after it."""
+    ) -> tuple[int, TrainState]:
+        """Trains to the end and returns the last step and the state after it."""
         training = self.experiment.training
+        step = self.start
         try:
             batches = _batches(self.experiment, self.corpus, self.mesh, self.order, self.start)
             for step, batch in batches:
@@ -293,6 +200,8 @@ class _Loop:
                 last = step == training.num_steps
                 stopping = preemption.reached(step - training.steps_per_dispatch, step)
                 self._evaluate_and_save(state, step, last=last, stopping=stopping)
+                if self.patience.is_over:
+                    break
                 if stopping and not last:
                     self.checkpoints.wait()
                     raise preemption.stopped(step)
@@ -300,12 +209,15 @@ class _Loop:
         finally:
             profiler.close()
             self.metrics.close()
-        return state
+        return step, state
 
     def _evaluate_and_save(
         self, state: TrainState, step: int, *, last: bool, stopping: bool
     ) -> None:
-        """Evaluates and saves if one of them is due at this step."""
+        """Evaluates and saves if one of them is due at this step.
+
+        A run that may end early also saves each new lowest loss, and where it ends.
+        """
         evaluating = last or step % self.experiment.evaluation.every == 0
         saving = last or stopping or step % self.experiment.checkpoints.every == 0
         if not (evaluating or saving):
@@ -317,6 +229,8 @@ class _Loop:
             evaluated = self.evaluate(state.params)
             loss = evaluated.mean
             self.metrics.validation(step, evaluated, num_bytes=self.validation_bytes)
+            lowest = self.patience.add(loss)
+            saving |= self.patience.is_over or (lowest and self.patience.limit > 0)
         if saving:
             self.checkpoints.save(state, step, loss)
             self.run_folder.saved()

@@ -10,7 +10,8 @@ from train.finish import finish
 from train.flags import parse_config, parse_options
 from train.interruption import interruptions
 from train.load import open_experiment_corpus
-from train.loop import check_experiment, cpu_devices, train
+from train.loop import Outcome, train
+from train.plan import check_experiment, cpu_devices
 from train.processes import agree, first_does, loss_of_a_process, together
 from train.profiling import TracedSteps
 from train.program import num_cores, start_jax
@@ -48,6 +49,20 @@ def _train(experiment: ExperimentConfig, profile: TracedSteps | None) -> None:
             devices = f"{jax.device_count()} device(s){shared}"
             print(f"run folder {default_folder(experiment)} · {devices}")
         outcome = train(experiment, corpus, run, show_progress=run.writes, profile=profile)
-        if run.writes and outcome.resumed_from == outcome.step:
-            print(f"finished before: all {outcome.step} steps are done, nothing is left to train")
+        if run.writes and (line := ending(experiment, outcome)):
+            print(line)
         finish(experiment, corpus, run, outcome)
+
+
+def ending(experiment: ExperimentConfig, outcome: Outcome) -> str:
+    """Returns a line on how a run ended; empty if there is nothing to say."""
+    training, before = experiment.training, outcome.resumed_from == outcome.step
+    if outcome.ended_early:
+        return (
+            f"ended {'before, ' if before else ''}at step {outcome.step} of {training.num_steps}: "
+            f"no new lowest validation loss in {training.patience} evaluations; to go on, start it "
+            f"with a higher --config.training.patience, or 0"
+        )
+    if before:
+        return f"finished before: all {outcome.step} steps are done, nothing is left to train"
+    return ""

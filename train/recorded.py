@@ -23,11 +23,12 @@ WITHOUT_EFFECT = frozenset(
         "data.path",
         "data.placement",
         "training.layout",
+        "training.patience",
         "training.skipped_limit",
         "checkpoints.keep",
     }
 )
-"""Settings that do not affect the numbers of a run; they may change when it resumes."""
+"""Settings that do not affect the numbers of a step; they may change when a run resumes."""
 
 
 def in_todays_names(fields: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt
 
 from fsn_jax import FSN, FSNConfig, Transformer
+from fsn_jax.documents import document_ids
 from train.config import ModelConfig
 from train.data.windows import gather_windows
 from train.mesh import (
@@ -142,18 +143,29 @@ def window_loss(
     params: Any,
     windows: Int[Array, "B L1"] | UInt[Array, "B L1"],
     dropout_key: Array | None = None,
+    *,
+    separator: int | None = None,
 ) -> Float[Array, "B L"]:
-    """Computes the cross entropy in nats of each token after a window's first, float32."""
+    """Computes the cross entropy in nats of each token after a window's first, float32.
+
+    With a ``separator`` a token sees nothing before the last of them, see ``document_ids``.
+    """
     tokens = windows.astype(jnp.int32)
-    dropout: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if dropout_key is not None:
-        dropout = {"deterministic": False, "rngs": {"dropout": dropout_key}}
-    logits: Any = model.apply({"params": params}, tokens[:, :-1], **dropout)
+        options = {"deterministic": False, "rngs": {"dropout": dropout_key}}
+    if separator is not None:
+        options["segment_ids"] = document_ids(tokens[:, :-1], separator)
+    logits: Any = model.apply({"params": params}, tokens[:, :-1], **options)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 
+WindowLoss = Callable[[Any, Array, Array | None], Array]
+"""A function of parameters, windows and a key of the dropout, see ``window_loss``."""
+
+
 def _mean_gradient(
-    model: nn.Module, params: Any, windows: Array, accumulation_steps: int, key: Array | None
+    losses: WindowLoss, params: Any, windows: Array, accumulation_steps: int, key: Array | None
 ) -> tuple[Array, Any]:
     """Computes loss and gradient of this device's windows in ``accumulation_steps`` equal parts.
 
@@ -161,7 +173,7 @@ def _mean_gradient(
     """
 
     def loss(params: Any, part: Array, key: Array | None) -> Array:
-        return window_loss(model, params, part, key).mean()
+        return losses(params, part, key).mean()
 
     if accumulation_steps == 1:
         return jax.value_and_grad(loss)(params, windows, key)
@@ -181,7 +193,7 @@ Gradient = Callable[[Any, Array, Array], tuple[Array, Any]]
 
 
 def _make_gradient(
-    model: nn.Module,
+    losses: WindowLoss,
     mesh: Mesh,
     layout: Layout,
     accumulation_steps: int,
@@ -204,7 +216,7 @@ def _make_gradient(
                 key = jax.random.fold_in(jax.random.key(dropout_seed), step)
                 key = jax.random.fold_in(key, jax.lax.axis_index(DATA_AXIS))
             whole = _gathered(params, axes)
-            mean = _mean_gradient(model, whole, windows, accumulation_steps, key)
+            mean = _mean_gradient(losses, whole, windows, accumulation_steps, key)
             return _averaged(mean, [None, *axes])
 
         return jax.shard_map(
@@ -259,18 +271,21 @@ def make_train_steps(
     log_every: int,
     layout: Layout = "replicated",
     dropout_seed: int | None = None,
+    separator: int | None = None,
 ) -> jax.stages.Wrapped:
     """Compiles K steps into one call, which donates its input state.
 
     With a ``dropout_seed`` the model drops out; each step and device draws from a key of its own,
     made of the seed and the step, so that a resumed run draws what an uninterrupted one does.
+    ``separator`` is that of ``window_loss``.
 
     Returns:
       For ``resident``: ``(state, corpus unsigned[n], starts int32[K, B]) -> (state, report)``;
       windows are gathered inside. For ``host``: ``(state, windows unsigned[K, B, L + 1]) -> (state,
       report)``. The ``DispatchMetrics`` is a copy, so it stays valid when the state is donated.
     """
-    gradient = _make_gradient(model, mesh, layout, accumulation_steps, dropout_seed)
+    losses = functools.partial(window_loss, model, separator=separator)
+    gradient = _make_gradient(losses, mesh, layout, accumulation_steps, dropout_seed)
     one_step = _make_step(optimizer, gradient, log_every)
 
     def train_steps(state: TrainState, *inputs: Array) -> tuple[TrainState, DispatchMetrics]:
@@ -323,10 +338,15 @@ def _averaged(mean: Any, axes: list[int | None]) -> Any:
     return jax.tree.unflatten(structure, averaged)
 
 
-def make_window_losses(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
-    """Compiles ``(params, windows unsigned[B, L + 1]) -> float32[B, L]``: nats per token."""
+def make_window_losses(
+    model: nn.Module, *, mesh: Mesh, separator: int | None = None
+) -> jax.stages.Wrapped:
+    """Compiles ``(params, windows unsigned[B, L + 1]) -> float32[B, L]``: nats per token.
+
+    ``separator`` is that of ``window_loss``.
+    """
     losses = jax.shard_map(
-        functools.partial(window_loss, model),
+        functools.partial(window_loss, model, separator=separator),
         mesh=mesh,
         in_specs=(P(), P(DATA_AXIS)),
         out_specs=P(DATA_AXIS),
@@ -341,14 +361,17 @@ def make_window_losses(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
     )
 
 
-def make_evaluate_rows(model: nn.Module, *, mesh: Mesh) -> jax.stages.Wrapped:
+def make_evaluate_rows(
+    model: nn.Module, *, mesh: Mesh, separator: int | None = None
+) -> jax.stages.Wrapped:
     """Compiles ``(params, windows unsigned[B, L + 1], masks bool[B, C, L]) -> float32[B, C]``.
 
-    The result is each window's cross entropy in nats, summed over the tokens of each mask.
+    The result is each window's cross entropy in nats, summed over the tokens of each mask;
+    ``separator`` is that of ``window_loss``.
     """
 
     def local(params: Any, windows: Array, masks: Array) -> Array:
-        losses = window_loss(model, params, windows)[:, None]
+        losses = window_loss(model, params, windows, separator=separator)[:, None]
         return jnp.where(masks, losses, 0.0).sum(axis=-1)
 
     rows = jax.shard_map(

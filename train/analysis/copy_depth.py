@@ -195,9 +195,10 @@ def bits_of_windows(
     *,
     mesh: Mesh,
     batch_size: int = 64,
+    separator: int | None = None,
 ) -> Floats:
     """Computes the bits of each prediction, ``[W, L]``, for windows of tokens ``[W, L + 1]``."""
-    losses = make_window_losses(model, mesh=mesh)
+    losses = make_window_losses(model, mesh=mesh, separator=separator)
     batch_size += -batch_size % mesh.size
     nats = []
     for first in range(0, len(windows), batch_size):
@@ -220,8 +221,8 @@ def measure(
     """Scores the runs and returns the content of the JSON file.
 
     Raises:
-      UserError: a run cannot be loaded, the runs have different data, or it is unclear which arm
-        is the reference.
+      UserError: a run cannot be loaded, the runs have different data or segments, or it is unclear
+        which arm is the reference.
     """
     arms = read_arms(folders)
     reference = reference_arm(arms, reference)
@@ -230,13 +231,8 @@ def measure(
         for name, arm in arms.items()
     }
     every = [trained for group in loaded.values() for trained in group]
+    _check_alike(every)
     corpus = every[0].corpus
-    for trained in every:
-        if trained.corpus.sha256 != corpus.sha256:
-            raise UserError(
-                f"{trained.run.path} and {every[0].run.path} were trained on different data; "
-                f"compare runs of one corpus"
-            )
     shortest = min(trained.experiment.data.context for trained in every)
     length = length or shortest
     if not 1 <= length <= shortest:
@@ -245,13 +241,16 @@ def measure(
     num_windows = num_windows or min(MOST_WINDOWS, (len(tokens) - 1) // length)
     starts = spread_windows(len(tokens), length, num_windows)
     windows = tokens[starts[:, None] + np.arange(length + 1)]
+    separator = every[0].experiment.data.separator(corpus.vocabulary)
     losses = {
-        name: [bits_of_windows(t.model, t.params, windows, mesh=t.mesh) for t in group]
+        name: [
+            bits_of_windows(t.model, t.params, windows, mesh=t.mesh, separator=separator)
+            for t in group
+        ]
         for name, group in loaded.items()
     }
-    table = tabulate(
-        match_suffixes(windows), losses, reference=reference, num_resamples=num_resamples
-    )
+    match = match_suffixes(windows, separator=separator)
+    table = tabulate(match, losses, reference=reference, num_resamples=num_resamples)
     for name, group in loaded.items():
         table[name]["runs"] = [_source(trained) for trained in group]
     return {
@@ -266,6 +265,22 @@ def measure(
         "provenance": provenance(corpus),
         "arms": table,
     }
+
+
+def _check_alike(every: Sequence[TrainedModel]) -> None:
+    """Raises UserError unless the models see the same data and the same repetitions in it."""
+    first = every[0]
+    for trained in every:
+        if trained.corpus.sha256 != first.corpus.sha256:
+            raise UserError(
+                f"{trained.run.path} and {first.run.path} were trained on different data; "
+                f"compare runs of one corpus"
+            )
+        if trained.experiment.data.segments != first.experiment.data.segments:
+            raise UserError(
+                f"{trained.run.path} and {first.run.path} have different config.data.segments, "
+                f"and so see different repetitions; compare runs that have the same"
+            )
 
 
 def _source(trained: TrainedModel) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from train.recorded import WITHOUT_EFFECT, in_todays_names
 from train.run import open_run
 
 _SEED = re.compile(r"_seed\d+$")
-_MAY_DIFFER = WITHOUT_EFFECT | {"name", "seed"}
+_MAY_DIFFER = WITHOUT_EFFECT - {"training.patience"} | {"name", "seed"}
 """Settings in which the runs of an arm may differ."""
 
 _EVALUATION: dict[str, type] = {

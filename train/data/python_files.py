@@ -16,7 +16,8 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from train.data.user_files import SEPARATOR, json_text, unpacked
+from fsn_jax.vocabulary import SEPARATOR
+from train.data.user_files import json_text, unpacked
 
 TEST_FOLDERS = frozenset({"test", "tests"})
 TEST_NAMES = ("test.py", "tests.py", "conftest.py", "test_*.py", "*_test.py")

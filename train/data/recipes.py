@@ -6,13 +6,12 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fsn_jax.vocabulary import Unit, code_points
+from fsn_jax.vocabulary import SEPARATOR, Unit, code_points
 from train.data.corpus import SPLITS
 from train.data.fetch import LocalFile, Progress, fetch
 from train.data.pinned import ENWIK8_MEMBER, PINNED
 from train.data.python_files import select, shard_sources, split_of, wheel_sources
 from train.data.user_files import (
-    SEPARATOR,
     UserFile,
     between,
     contents,

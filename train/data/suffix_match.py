@@ -28,11 +28,15 @@ class SuffixMatch(NamedTuple):
     is_copy: npt.NDArray[np.bool_]
 
 
-def match_suffixes(windows: npt.NDArray[np.unsignedinteger[Any]]) -> SuffixMatch:
+def match_suffixes(
+    windows: npt.NDArray[np.unsignedinteger[Any]], *, separator: int | None = None
+) -> SuffixMatch:
     """Finds the longest repeated suffix of every prefix of every window.
 
     Args:
       windows: unsigned[W, L + 1], inputs and the last target; L below 2**15.
+      separator: if given, windows are cut before each of these tokens, and repetitions count
+        within a part alone.
 
     Raises:
       ValueError: a window has fewer than two characters, or 2**15 or more.
@@ -40,6 +44,9 @@ def match_suffixes(windows: npt.NDArray[np.unsignedinteger[Any]]) -> SuffixMatch
     count, length = windows.shape[0], windows.shape[1] - 1
     if not 1 <= length < 2**15:
         raise ValueError(f"windows must have 2 to {2**15} characters; got {length + 1}")
+    if separator is not None:  # the same characters in two parts are two characters
+        part_number = np.cumsum(windows == separator, axis=1, dtype=np.uint64)
+        windows = windows.astype(np.uint64) | part_number << np.uint64(32)
     depth = np.zeros((count, length), np.int32)
     source = np.zeros((count, length), np.int32)
     for first in range(0, count, CHUNK):

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fsn_jax.vocabulary import SEPARATOR
 from train.errors import UserError
 from train.files import file_sha256, user_path
 
-SEPARATOR = b"\0"  # after each document of a JSON-lines file, and after each of several files
 JSON_FIELDS = ("text", "content")
 _UNREADABLE = (
     ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration

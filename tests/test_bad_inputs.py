@@ -191,7 +191,7 @@ CASES = [
         "an unknown arm of the quickstart",
         "train --config=configs/quickstart.py:huge",
         "--config=configs/quickstart.py:huge: the arm after the colon must be one of fsn, "
-        "transformer; got 'huge'",
+        "projected, transformer; got 'huge'",
     ),
     Case(
         "a misspelled setting",

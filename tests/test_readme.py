@@ -105,7 +105,7 @@ def test_the_headline_is_that_of_the_records(row, corpus):
         assert quoted in RESULTS
 
 
-@pytest.mark.parametrize("run", ["quickstart", "quickstart_transformer"])
+@pytest.mark.parametrize("run", ["quickstart", "quickstart_projected", "quickstart_transformer"])
 def test_the_quickstart_is_that_of_its_records(run):
     """The row of a run quotes its summary and its last evaluation of the whole split."""
     folder = ROOT / "results" / run

@@ -13,7 +13,7 @@ RENAMED = {("evaluation", "num_bytes"): "num_tokens", ("training", "parameters")
 """Present name of each setting, by its part and former name."""
 
 _FORMER_ARM = re.compile(r"^(enwik8|enwik8_clock|pycode|ladder)_(fsn|base|modes|one_head)(?=_)")
-"""Names of FSNs that now belong to the published form."""
+"""Names of FSNs that now belong to the published form, as ``quickstart`` does."""
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -52,6 +52,8 @@ def _in_todays_name(name: str) -> str:
 
     Then ``fsn`` was the projected form, ``enwik8_base_pocket`` its base layer, and so on.
     """
+    if name == "quickstart":
+        return "quickstart_projected"
     return _FORMER_ARM.sub(
         lambda found: f"{found[1]}_projected" + ("" if found[2] == "fsn" else f"_{found[2]}"), name
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import ablations, enwik8, ladder, pycode
+from configs import ablations, enwik8, ladder, long, pycode
 from fsn_jax import FSN, FSNConfig, Transformer
 from fsn_jax.config import recorded_fields
 from train.config import ExperimentConfig
@@ -108,7 +108,11 @@ def test_a_record_is_called_as_the_arm_that_still_makes_it(record):
     family, _, arm = run.partition("_")
     if run in OF_OPTIONS or family == "quickstart":
         return
-    config = ExperimentConfig.from_config_dict(FILES[family].get_config(arm))
+    if run.endswith("_long"):
+        settings = long.get_config(run.removesuffix("_long"))
+    else:
+        settings = FILES[family].get_config(arm)
+    config = ExperimentConfig.from_config_dict(settings)
     assert config.name == run
     assert config.model == experiment.model
     assert config.optimizer == experiment.optimizer

@@ -395,8 +395,11 @@ RECORDED = sorted((FOLDER.parent / "results").glob("*/config.json"))
 def test_recorded_settings_still_load(file):
     recorded = json.loads(file.read_text())
     experiment = read_experiment(file.read_text())
-    assert experiment.evaluation.num_tokens == recorded["evaluation"]["num_bytes"]
-    assert experiment.training.layout == recorded["training"].get("parameters", "replicated")
+    evaluation, training = recorded["evaluation"], recorded["training"]
+    slice_ = evaluation["num_bytes"] if "num_bytes" in evaluation else evaluation["num_tokens"]
+    assert experiment.evaluation.num_tokens == slice_
+    former = training.get("parameters", "replicated")
+    assert experiment.training.layout == training.get("layout", former)
     summary = json.loads(file.with_name("summary.json").read_text())
     assert experiment.model.num_params() == summary["parameters"]
     assert read_experiment(json.dumps(experiment.to_dict())) == experiment

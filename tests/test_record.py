@@ -9,6 +9,7 @@ import small_runs
 
 from train import finish
 from train.analysis import figures
+from train.analysis.records import read_run
 from train.errors import UserError
 from train.record import EVIDENCE, record
 
@@ -144,6 +145,11 @@ def test_the_curve_of_copy_events_has_both_parts_of_the_loss(tmp_path, monkeypat
     assert list(copies.get_ydata()) == [1.0, 0.0]
     assert list(others.get_ydata()) == pytest.approx([(200 - 25) / 75, 150 / 75])
     assert list(copies.get_xdata()) == [1e-5, 2e-5]
+    # Of Unicode characters, fewer were predicted than bytes.
+    (run / "metrics.jsonl").write_text(json.dumps({**rows[0], "predicted": 50}) + "\n")
+    assert read_run(run).losses["others"] == {10: pytest.approx((100 - 25) / 25)}
+    (run / "metrics.jsonl").write_text(json.dumps({**rows[0], "predicted": 25}) + "\n")
+    figures.copy_curve([run], tmp_path / "copies_alone.png")
     monkeypatch.undo()
     figures.plt.close(drawn[0])
 

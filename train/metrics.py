@@ -163,6 +163,7 @@ class Metrics:
         if evaluated.copy_mean is not None:
             row["copy_bpc"] = bits_per_character(evaluated.copy_mean)
             row["copies"] = evaluated.copy_count
+            row["predicted"] = evaluated.count
         self._log(row)
         self._show(step, validation=f"{bpc:.3f}")
 

@@ -120,8 +120,10 @@ class RunRecord:
             kinds[row["kind"]][seen] = bpc
             if copies := row.get("copies"):
                 kinds["copies"][seen] = row["copy_bpc"]
-                others = row["bytes"] - copies
-                kinds["others"][seen] = (bpc * row["bytes"] - row["copy_bpc"] * copies) / others
+                # The first runs with copy events, of bytes, did not count the characters.
+                predicted = row.get("predicted", row["bytes"])
+                if others := predicted - copies:
+                    kinds["others"][seen] = (bpc * predicted - row["copy_bpc"] * copies) / others
         return kinds
 
     @functools.cached_property
@@ -319,11 +321,7 @@ def with_clocks(arm: Arm, clocks: Sequence[RunRecord]) -> Arm:
       UserError: none of the runs has its model.
     """
     own = flatten_dict(arm.config["model"])
-    same = []
-    for run in clocks:
-        model = flatten_dict(run.config["model"])
-        if all(own[key] == model[key] for key in own.keys() & model.keys()):
-            same.append(run)
+    same = [run for run in clocks if not _differing(own, flatten_dict(run.config["model"]))]
     if not same:
         raise UserError(f"none of the runs after --clocks has the model of {arm.name}")
     runs = (dataclasses.replace(run, clocks=tuple(same)) for run in arm.runs)
@@ -363,10 +361,7 @@ def _arm(name: str, runs: list[RunRecord]) -> Arm:
             raise UserError(
                 f"{before.path} and {run.path} have one name and one seed; leave one out"
             )
-        other = _settings(run)
-        # A setting that only one has is newer than the other's code.
-        differ = sorted(k for k in settings.keys() & other.keys() if settings[k] != other[k])
-        if differ:
+        if differ := _differing(settings, _settings(run)):
             raise UserError(
                 f"{first.path} and {run.path} have one name but differ in {', '.join(differ[:3])}; "
                 f"name them apart with --config.name"
@@ -376,6 +371,11 @@ def _arm(name: str, runs: list[RunRecord]) -> Arm:
                 f"{first.path} and {run.path} have one name but saw different data; leave one out"
             )
     return Arm(name, tuple(runs))
+
+
+def _differing(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> list[Any]:
+    """The settings in which two runs differ; one that only one has is newer than the other."""
+    return sorted(k for k in one.keys() & other.keys() if one[k] != other[k])
 
 
 def _data(run: RunRecord) -> str:

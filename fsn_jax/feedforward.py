@@ -83,7 +83,8 @@ class CollectiveModes(ModesFields, nn.Module):
     phase differences enter, so the layer commutes with a rotation of all phases by one angle.
 
     With ``mode_weights="dense"`` instead ``w[t, k] = silu(g_k . f_t + c_k)``, of the features f of
-    the token, and b is 1: a hidden layer, which has a preferred direction.
+    the token, and b is 1: a hidden layer, which has a preferred direction. ``features`` is of that
+    layer alone.
     """
 
     @nn.compact

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from train.analysis import verdicts
-from train.analysis.figures import style
+from train.analysis.figures import SEEN, draw_curve, style
 from train.analysis.records import (
     Arm,
     RunRecord,
@@ -179,18 +179,14 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
     with style():
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
         for index, arm in enumerate((one, other)):
-            characters, by_seed = zip(*arm.curve(), strict=True)
-            values, millions = np.array(by_seed), np.array(characters) / 1e6
-            label = f"{arm.name} ({values.shape[1]} seed{'s' if values.shape[1] > 1 else ''})"
             colour = f"C{index}"
-            left.plot(millions, values.mean(axis=1), color=colour, marker="o", ms=3, label=label)
-            left.fill_between(
-                millions, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.25, lw=0
-            )
+            draw_curve(left, arm, "validation", arm.name, colour, marker="o", ms=3)
             clocks = [run.clock for run in arm.runs if run.clock]
             if clocks and result["equal_time"]:
-                minutes = [statistics.fmean(clock[c] for clock in clocks) / 60 for c in characters]
-                middle.plot(minutes, values.mean(axis=1), color=colour, marker="o", ms=3)
+                curve = arm.curve()
+                minutes = [statistics.fmean(clock[c] for clock in clocks) / 60 for c, _ in curve]
+                mean = [statistics.fmean(bpc) for _, bpc in curve]
+                middle.plot(minutes, mean, color=colour, marker="o", ms=3)
         apart = np.array([point["difference"] for point in points])
         error = np.array([point["standard_error"] or 0.0 for point in points])
         right.axhline(0, color="0.4", lw=1)
@@ -207,10 +203,10 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
         for axes in (left, middle):
             axes.set_ylim(min(ends) - 0.05, min(ends) + 0.95)
             axes.set_ylabel("bits per character, validation")
-        left.set_xlabel("characters seen, millions")
+        left.set_xlabel(SEEN)
         figure.legend(frameon=False, loc="outside upper left", ncols=2)
         middle.set_xlabel("minutes of training" if result["equal_time"] else "no clock in common")
-        right.set_xlabel("characters seen, millions")
+        right.set_xlabel(SEEN)
         right.set_ylabel(f"difference of the means, BPC, ± {STANDARD_ERRORS:g} s.e.")
         figure.savefig(target, dpi=150)
         plt.close(figure)

@@ -44,9 +44,9 @@ def loss_curve(runs: Sequence[str | Path], target: Path) -> None:
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for index, arm in enumerate(arms.values()):
             colour = f"C{index}"
-            _draw_curve(axes, arm, "train", f"{arm.name}, train", colour, lw=1, alpha=0.6)
+            draw_curve(axes, arm, "train", f"{arm.name}, train", colour, lw=1, alpha=0.6)
             label = f"{arm.name}, validation"
-            _draw_curve(axes, arm, "validation", label, colour, marker="o", ms=4, lw=1.5)
+            draw_curve(axes, arm, "validation", label, colour, marker="o", ms=4, lw=1.5)
         axes.set_xlabel(SEEN)
         axes.set_ylabel("bits per character")
         axes.legend(frameon=False)
@@ -74,18 +74,28 @@ def copy_curve(runs: Sequence[str | Path], target: Path) -> None:
             panels, (("copies", "copy events"), ("others", "all other characters")), strict=True
         ):
             for index, arm in enumerate(arms.values()):
-                _draw_curve(axes, arm, kind, arm.name, f"C{index}", marker="o", ms=3, lw=1.5)
+                draw_curve(axes, arm, kind, arm.name, f"C{index}", marker="o", ms=3, lw=1.5)
             axes.set_xlabel(SEEN)
             axes.set_ylabel(f"bits per character, {what}")
-            last = [statistics.fmean(arm.curve(kind)[-1][1]) for arm in arms.values()]
-            axes.set_ylim(min(last) - 0.1, max(last) + 0.6)
+            curves = filter(None, (arm.curve(kind) for arm in arms.values()))
+            if last := [statistics.fmean(curve[-1][1]) for curve in curves]:
+                axes.set_ylim(min(last) - 0.1, max(last) + 0.6)
         panels[0].legend(frameon=False)
         figure.savefig(target, dpi=150)
         plt.close(figure)
 
 
-def _draw_curve(axes: Any, arm: Arm, kind: str, label: str, colour: str, **line: Any) -> None:
-    """Draws the mean over the seeds, and a band from the lowest to the highest."""
+def draw_curve(axes: Any, arm: Arm, kind: str, label: str, colour: str, **line: Any) -> None:
+    """Draws the mean over the seeds, and a band from the lowest to the highest.
+
+    Args:
+      axes: of a matplotlib figure.
+      arm: the runs.
+      kind: of loss, a key of ``RunRecord.losses``.
+      label: of the curve; the number of seeds is added.
+      colour: of curve and band.
+      **line: style of the curve, as for ``plot``.
+    """
     curve = arm.curve(kind)
     seen = [characters / 1e6 for characters, _ in curve]
     seeds = f", {len(arm.runs)} seeds" if len(arm.runs) > 1 else ""

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from benchmarks import hlo, listings, machines
 from fsn_jax.causal import causal_sum
-from fsn_jax.kernels.tpu import block_size
+from fsn_jax.kernels.tpu_tiles import block_size
 from train.config import ExperimentConfig
 from train.flags import load_config
 from train.kernel_choice import sum_widths

@@ -16,16 +16,9 @@ from jaxtyping import Array, Float, Int
 from fsn_jax.base_layer import PhaseAttention, softplus_inverse
 from fsn_jax.cache import LayerCache, extend_weights, weighted_sum
 from fsn_jax.causal import attention_weights, merge_heads
-from fsn_jax.coupling import (
-    field_of_sums,
-    fold_values,
-    local_field,
-    next_in_segment,
-    side_by_side,
-    unfold_sum,
-)
+from fsn_jax.coupled import coupled_field
+from fsn_jax.coupling import field_of_sums, local_field, side_by_side
 from fsn_jax.fields import CouplingFields, documented
-from fsn_jax.recompute import recomputed
 from fsn_jax.torus import Complex, kept_in
 
 
@@ -159,18 +152,19 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         """
         z, query, key = self._score(theta, positions)
         kappa = self._kernel(theta.shape[-1])
+        self._sow_entropy(query, key, segment_ids)
         if self.implementation == "reference":
-            self._sow_entropy(query, key, segment_ids)
             attention = attention_weights(query, key, segment_ids)
             return self._reference(theta, attention, kappa, segment_ids)
-        kappa, zh = self._kappa_by_head(kappa), self._coupled(kept_in(z, self.dtype))
-        follows = None if segment_ids is None else next_in_segment(segment_ids)[:, None, :, None]
-        value = recomputed(self._fold)(zh, kappa, follows)
-        summed = self._causal_sum(query, key, value, segment_ids, include_self=False)
-        return self._gather(unfold_sum(zh, summed.total, summed.self_weight, kappa))
-
-    def _fold(self, z: Complex, kappa: Complex, follows: Array | None) -> Array:
-        return fold_values(z, kappa, follows, self.dtype)
+        field = coupled_field(
+            query,
+            key,
+            self._coupled(kept_in(z, self.dtype)),
+            self._kappa_by_head(kappa),
+            segment_ids,
+            implementation=self.implementation,
+        )
+        return self._gather(field)
 
     def extend(
         self,

@@ -105,6 +105,20 @@ def next_in_segment(segment_ids: Int[Array, "B L"]) -> Float[Array, "B L"]:
     return jnp.pad(same.astype(jnp.float32), ((0, 0), (0, 1)))
 
 
+def successors(z: Complex, follows: Float[Array, "B 1 L 1"] | None) -> Complex:
+    """Returns what the tokens after each have, ``[B, H, L, P]``; zero where there is none.
+
+    Args:
+      z: phasors, their powers, or anything else of tokens.
+      follows: ``next_in_segment``; None: all tokens of a row are in one segment.
+    """
+    if not z.re.shape[2]:
+        return z
+    one_step = ((0, 0), (0, 0), (0, 1), (0, 0))
+    moved = Complex(*(jnp.pad(part[:, :, 1:], one_step) for part in z))
+    return moved if follows is None else Complex(moved.re * follows, moved.im * follows)
+
+
 def fold_values(
     z: Complex,
     kappa: Complex,
@@ -149,10 +163,7 @@ def _fold_parts(z: Complex, kappa: Complex, follows: Array | None) -> list[Array
     for m, zm in enumerate(powers(z, num_harmonics)):
         waves = [zm]
         if num_delays == 2:
-            successor = _shift(zm)
-            if follows is not None:
-                successor = Complex(successor.re * follows, successor.im * follows)
-            waves.append(successor)
+            waves.append(successors(zm, follows))
         by_delay = [
             multiply(Complex(*(part[tau, m][None, :, None] for part in kappa)), wave)
             for tau, wave in enumerate(waves)
@@ -167,10 +178,7 @@ def _fold_rows(z: Complex, kappa: Complex, follows: Array | None) -> Array:
     wave = _wave(z, num_harmonics)
     waves = [wave]
     if num_delays == 2:
-        successor = _shift(wave)
-        if follows is not None:
-            successor = Complex(successor.re * follows, successor.im * follows)
-        waves.append(successor)
+        waves.append(successors(wave, follows))
     return _scale([part for wave in waves for part in wave], kappa)
 
 
@@ -315,13 +323,6 @@ def _scaled_sum_backward(
 
 
 _scaled_sum.defvjp(_scaled_sum_forward, _scaled_sum_backward)
-
-
-def _shift(z: Complex) -> Complex:
-    if not z.re.shape[2]:
-        return z
-    one_step = ((0, 0), (0, 0), (0, 1), (0, 0))
-    return Complex(*(jnp.pad(part[:, :, 1:], one_step) for part in z))
 
 
 def coupling_function(

@@ -13,7 +13,7 @@ import pytest
 
 from fsn_jax import FrustratedAttention, kernels
 from fsn_jax.causal import causal_sum
-from fsn_jax.kernels import choice, gpu, tpu
+from fsn_jax.kernels import choice, gpu, tpu, tpu_tiles
 
 KERNELS = {"gpu": gpu, "tpu": tpu}
 # float32 sums over at most 100 terms in another order; bfloat16 has 8 bits of mantissa, and here
@@ -27,8 +27,8 @@ def kernel(request, monkeypatch):
     chosen = KERNELS[request.param]
     narrow = {2: gpu.Tile(16, 16), 4: gpu.Tile(32, 16)}
     monkeypatch.setattr(gpu, "TILES", {128: narrow, 1 << 30: {4: gpu.Tile(16, 16)}})
-    monkeypatch.setattr(tpu, "LANES", 8)
-    monkeypatch.setattr(tpu, "MAX_BLOCK", 32)
+    monkeypatch.setattr(tpu_tiles, "LANES", 8)
+    monkeypatch.setattr(tpu_tiles, "MAX_BLOCK", 32)
 
     def interpreted(name, _, *arrays):
         return getattr(chosen, name)(*arrays, interpret=True)

@@ -1,23 +1,29 @@
 """The strictly causal sum on each platform: a fused kernel, or blocks compiled by XLA.
 
-``fsn_jax.causal`` calls ``forward`` and ``backward``. A fused kernel is imported where a program is
-traced for it, so that a platform without Pallas or its Triton backend loses nothing.
+``fsn_jax.causal`` calls ``forward`` and ``backward``; ``fsn_jax.coupled`` calls the other two, for
+the whole frustrated coupling. A fused kernel is imported where a program is traced for it, so that
+a platform without Pallas or its Triton backend loses nothing.
 """
 
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import jax
 from jax import Array
 
 from fsn_jax.config import Implementation
-from fsn_jax.kernels import xla
+from fsn_jax.kernels import parts, xla
+from fsn_jax.torus import Complex
 
 PLATFORMS = {"tpu": "tpu", "cuda": "gpu"}
-"""Platforms of ``jax.jit`` that have a fused kernel, and the module that it is in."""
+"""Platforms of ``jax.jit`` that have a fused kernel for the sum, and the module that it is in."""
+
+COUPLING = {"tpu": "tpu_coupling"}
+"""Those that have one for the whole coupling."""
 
 
 def forward(
@@ -44,7 +50,9 @@ def forward(
       ``[B, H, L, G]`` in the dtype of ``value``, and float32 ``[B, H, L]`` twice. Sums are
       float32 on the way.
     """
-    return _by_platform("forward", implementation, query, key, value, segments)
+    return _by_platform(
+        "forward", implementation, xla.forward, PLATFORMS, query, key, value, segments
+    )
 
 
 def backward(
@@ -73,32 +81,91 @@ def backward(
       implementation: see ``forward``.
     """
     arrays = (query, key, value, log_normalizer, d_total, mean, d_own_score, segments)
-    return _by_platform("backward", implementation, *arrays)
+    return _by_platform("backward", implementation, xla.backward, PLATFORMS, *arrays)
+
+
+def coupling_forward(
+    query: Array,
+    key: Array,
+    z: Complex,
+    kappa: Complex,
+    follows: Array | None,
+    segments: Array | None,
+    *,
+    implementation: Implementation,
+) -> tuple[Complex, Array, Array, Array]:
+    """Computes the local field of the frustrated coupling, and what its derivative needs.
+
+    Args:
+      query: ``[B, H, L, E]``, float32 or bfloat16.
+      key: ``[B, H, L, E]``.
+      z: phasors, ``[B, H, L, P]``, or ``[B, 1, L, P]`` if all heads couple the same phases.
+      kappa: the kernel by head, ``[T, M, H, P]``.
+      follows: ``fsn_jax.coupling.next_in_segment``, ``[B, 1, L, 1]``, or None.
+      segments: int32 ``[B, 1, L]`` or None.
+      implementation: see ``forward``; without a kernel for the coupling, that for the sum is taken.
+
+    Returns:
+      The field, float32, of the shape of ``z``; and of ``forward`` for the folded values the sum
+      ``[B, H, L, G]``, own weights and log normalizers.
+    """
+    arrays = (query, key, z, kappa, follows, segments)
+    by_parts = functools.partial(
+        parts.forward, functools.partial(forward, implementation=implementation)
+    )
+    return _by_platform("forward", implementation, by_parts, COUPLING, *arrays)
+
+
+def coupling_backward(
+    query: Array,
+    key: Array,
+    z: Complex,
+    kappa: Complex,
+    follows: Array | None,
+    segments: Array | None,
+    total: Array,
+    self_weight: Array,
+    log_normalizer: Array,
+    d_field: Complex,
+    *,
+    implementation: Implementation,
+) -> tuple[Array, Array, Complex, Complex]:
+    """Computes the cotangents of query, key, z and kappa by that of the field, in their dtype.
+
+    Arguments as for ``coupling_forward``, then the rest of what it returned.
+    """
+    arrays = (query, key, z, kappa, follows, segments, total, self_weight, log_normalizer, d_field)
+    by_parts = functools.partial(
+        parts.backward, functools.partial(backward, implementation=implementation)
+    )
+    return _by_platform("backward", implementation, by_parts, COUPLING, *arrays)
 
 
 def _by_platform(
-    name: str, implementation: Implementation, *arrays: Array | None
-) -> tuple[Array, ...]:
-    in_blocks = getattr(xla, name)
+    name: str,
+    implementation: Implementation,
+    compiled: Callable[..., Any],
+    modules: dict[str, str],
+    *arrays: Any,
+) -> Any:
+    """Calls ``name`` of the module for the platform, or what XLA compiles where there is none."""
     if implementation == "xla":
-        return in_blocks(*arrays)
+        return compiled(*arrays)
     if implementation == "auto":
-        fused = _fused(
-            name, [p for p, module in PLATFORMS.items() if module == jax.default_backend()]
-        )
-        return jax.lax.platform_dependent(*arrays, **fused, default=in_blocks)
-    interpreted = functools.partial(getattr(_module("tpu"), name), interpret=True)
-    return jax.lax.platform_dependent(*arrays, **_fused(name, PLATFORMS), default=interpreted)
+        here = [p for p, module in PLATFORMS.items() if module == jax.default_backend()]
+        fused = _fused(name, {p: modules[p] for p in here if p in modules})
+        return jax.lax.platform_dependent(*arrays, **fused, default=compiled)
+    interpreted = functools.partial(getattr(_module(modules["tpu"]), name), interpret=True)
+    fused = dict.fromkeys(PLATFORMS, compiled) | _fused(name, modules)
+    return jax.lax.platform_dependent(*arrays, **fused, default=interpreted)
 
 
-def _fused(name: str, platforms: Iterable[str]) -> dict[str, Callable[..., tuple[Array, ...]]]:
-    """Returns ``forward`` or ``backward`` of the fused kernels, of those that can be imported."""
-    found: dict[str, Callable[..., tuple[Array, ...]]] = {}
-    for platform in platforms:
+def _fused(name: str, modules: dict[str, str]) -> dict[str, Callable[..., Any]]:
+    """Returns ``name`` of each platform's module, of those that can be imported."""
+    found: dict[str, Callable[..., Any]] = {}
+    for platform, module in modules.items():
         with contextlib.suppress(ImportError):
-            found[platform] = functools.partial(
-                getattr(_module(PLATFORMS[platform]), name), interpret=False
-            )
+            found[platform] = functools.partial(getattr(_module(module), name), interpret=False)
     return found
 
 

@@ -40,8 +40,8 @@ class Sizes(NamedTuple):
     dtype: str
 
 
-def of_auto(query: Array, value: Array) -> Implementation:
-    """Returns what ``auto`` means for arrays ``[B, H, L, E]`` and ``[B, H, L, G]``.
+def of_auto(query: Array, value_width: int) -> Implementation:
+    """Returns what ``auto`` means for queries ``[B, H, L, E]`` and values ``[B, H, L, G]``.
 
     ``xla``, or ``auto`` itself for ``fsn_jax.kernels``: the kernel wherever it can be lowered.
     """
@@ -50,7 +50,7 @@ def of_auto(query: Array, value: Array) -> Implementation:
     if jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
         return "xla"  # a kernel in a program that jax.jit divides by itself is gathered or refused
     batch, heads, length, score_width = query.shape
-    sizes = Sizes(batch, heads, length, score_width, value.shape[3], value.dtype.name)
+    sizes = Sizes(batch, heads, length, score_width, value_width, query.dtype.name)
     return "auto" if fastest(sizes) == "pallas" else "xla"
 
 

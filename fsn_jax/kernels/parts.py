@@ -1,0 +1,61 @@
+"""The frustrated coupling in three parts: values are folded, summed by a kernel, and unfolded."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fsn_jax.coupling import fold_values, unfold_sum
+from fsn_jax.kernels.xla import own_inner
+from fsn_jax.recompute import delay_until
+from fsn_jax.torus import Complex
+
+Sum = Callable[..., tuple[Array, ...]]
+"""``fsn_jax.kernels.forward`` or ``backward`` of an implementation."""
+
+
+def forward(
+    sum_forward: Sum,
+    query: Array,
+    key: Array,
+    z: Complex,
+    kappa: Complex,
+    follows: Array | None,
+    segments: Array | None,
+) -> tuple[Complex, Array, Array, Array]:
+    """Computes the local field; see ``fsn_jax.kernels.coupling_forward``."""
+    value = fold_values(z, kappa, follows, query.dtype.name)
+    total, self_weight, log_normalizer = sum_forward(query, key, value, segments)
+    return unfold_sum(z, total, self_weight, kappa), total, self_weight, log_normalizer
+
+
+def backward(
+    sum_backward: Sum,
+    query: Array,
+    key: Array,
+    z: Complex,
+    kappa: Complex,
+    follows: Array | None,
+    segments: Array | None,
+    total: Array,
+    self_weight: Array,
+    log_normalizer: Array,
+    d_field: Complex,
+) -> tuple[Array, Array, Complex, Complex]:
+    """Differentiates the local field; see ``fsn_jax.kernels.coupling_backward``."""
+
+    def fold(z: Complex, kappa: Complex) -> Array:
+        return fold_values(z, kappa, follows, query.dtype.name)
+
+    z, kappa = delay_until(d_field.im, (z, kappa))
+    _, pull_back = jax.vjp(unfold_sum, z, total, self_weight, kappa)
+    d_received, d_total, d_self, d_kappa_received = pull_back(d_field)
+    mean = own_inner(d_total, total) + d_self * self_weight
+    value, pull_back = jax.vjp(fold, z, kappa)
+    d_query, d_key, d_value = sum_backward(
+        query, key, value, log_normalizer, d_total, mean, self_weight * (d_self - mean), segments
+    )
+    d_z, d_kappa = pull_back(d_value)
+    d_z, d_kappa = jax.tree.map(jnp.add, (d_z, d_kappa), (d_received, d_kappa_received))
+    return d_query, d_key, d_z, d_kappa

@@ -25,6 +25,11 @@ from fsn_jax.torus import Complex, in_float32, multiply, powers
 SUBLANES = 8
 """Phases come in multiples of this."""
 
+CHUNK = 2
+"""Tokens that are worked on together outside of the sum, in LANES."""
+
+Rows = Columns
+
 
 def forward(
     query: Array,
@@ -48,7 +53,8 @@ def forward(
             total_ref[:, columns] = total.astype(total_ref.dtype)
             own_ref[:, columns], log_ref[:, columns] = own, log
             field = coupling.unfold(columns, total, own)
-            _add_to(Complex(re, im), tile.in_sequence(tile.query, columns), field)
+            rows = pl.ds(0, coupling.num_phases)
+            _add_to(Complex(re, im), rows, tile.in_sequence(tile.query, columns), field)
 
         def work(diagonal: bool, first: bool) -> None:
             coupling.fold(value)
@@ -209,11 +215,6 @@ def _clear(start: Array, refs: Sequence[Ref]) -> None:
     pl.when(start)(clear)
 
 
-def _add_to(refs: Complex, columns: Columns, parts: Complex) -> None:
-    for ref, part in zip(refs, parts, strict=True):
-        ref[:, columns] += part
-
-
 def _add(x: Complex, y: Complex) -> Complex:
     return Complex(x.re + y.re, x.im + y.im)
 
@@ -222,21 +223,29 @@ def _conj(x: Complex) -> Complex:
     return Complex(x.re, -x.im)
 
 
-def _inner(x: Complex, y: Complex) -> Array:
-    """``Re sum conj(x) y`` of each token, ``[1, columns]``."""
-    return jnp.sum(x.re * y.re + x.im * y.im, axis=0, keepdims=True)
+def _real_product(x: Complex, y: Complex) -> Array:
+    """``Re conj(x) y``."""
+    return x.re * y.re + x.im * y.im
 
 
-def _waves(phasors: Complex, columns: Columns, num_harmonics: int) -> list[Complex]:
-    return powers(in_float32(Complex(*(ref[:, columns] for ref in phasors))), num_harmonics)
+def _times(x: Array, y: Complex) -> Complex:
+    return Complex(x * y.re, x * y.im)
+
+
+def _read(refs: Complex, rows: Rows, columns: Columns) -> Complex:
+    return in_float32(Complex(refs.re[rows, columns], refs.im[rows, columns]))
+
+
+def _add_to(refs: Complex, rows: Rows, columns: Columns, parts: Complex) -> None:
+    for ref, part in zip(refs, parts, strict=True):
+        ref[rows, columns] += part
 
 
 def _to_phasor(waves: list[Complex], d_waves: Sequence[Complex]) -> Complex:
     """The cotangent of z by those of its powers, ``sum_m m conj(z**(m - 1)) d_m``."""
     total = d_waves[0]
     for m, d in enumerate(d_waves[1:], start=2):
-        term = multiply(_conj(waves[m - 2]), d)
-        total = Complex(total.re + m * term.re, total.im + m * term.im)
+        total = _add(total, _times(m, multiply(_conj(waves[m - 2]), d)))
     return total
 
 
@@ -259,23 +268,29 @@ class _Coupling(NamedTuple):
 
     def fold(self, value: Ref) -> None:
         """Writes the values of the keys, ``[G, block]``."""
-        for columns in self._chunks():
-            by_delay = [_waves(source, columns, self.num_harmonics) for source in self.sources]
-            parts: list[Array] = []
-            for m in range(self.num_harmonics):
-                terms = (
-                    multiply(self._coefficient(delay, m), waves[m])
-                    for delay, waves in enumerate(by_delay)
-                )
-                parts += functools.reduce(_add, terms)
-            value[:, columns] = jnp.concatenate(parts).astype(value.dtype)
+        for rows in self._groups():
+            kappa = [self._coefficients(delay, rows) for delay in range(len(self.sources))]
+            for columns in self._chunks():
+                terms = [
+                    [
+                        multiply(coefficient, wave)
+                        for coefficient, wave in zip(
+                            kappa[delay], self._waves(source, rows, columns), strict=True
+                        )
+                    ]
+                    for delay, source in enumerate(self.sources)
+                ]
+                for m, by_delay in enumerate(zip(*terms, strict=True)):
+                    self._write(value, m, rows, columns, functools.reduce(_add, by_delay))
 
     def unfold(self, columns: Columns, total: Array, own: Array) -> Complex:
         """The field of some queries ``[W, queries]``, by their sums and own weights."""
-        at_rest = self._at_rest()
-        field = Complex(own * at_rest.re, own * at_rest.im)
-        waves = _waves(self.receivers, columns, self.num_harmonics)
-        for wave, mean in zip(waves, self._split(total), strict=True):
+        rows = pl.ds(0, self.num_phases)
+        field = _times(own, self._at_rest(rows))
+        waves = self._waves(self.receivers, rows, columns)
+        for m, wave in enumerate(waves):
+            at = 2 * m * self.num_phases
+            mean = Complex(*jnp.split(total[at : at + 2 * self.num_phases], 2))
             field = _add(field, multiply(_conj(wave), mean))
         return field
 
@@ -297,70 +312,98 @@ class _Coupling(NamedTuple):
           d_z: cotangent of the phasors of the sequence.
           d_kappa: of the kernel.
         """
-        total, own_ref, d_field_ref = inputs
+        total, own, d_field_ref = inputs
         d_total, mean_ref, d_own_score = outputs
-        at_rest, at_rest_terms = self._at_rest(), []
-        for columns in self._chunks():
-            d_field, own = Complex(*(ref[:, columns] for ref in d_field_ref)), own_ref[:, columns]
-            waves = _waves(self.receivers, columns, self.num_harmonics)
-            sums = self._split(total[:, columns].astype(jnp.float32))
-            d_sums = [multiply(wave, d_field) for wave in waves]
-            d_total[:, columns] = jnp.concatenate([part for d in d_sums for part in d]).astype(
-                d_total.dtype
-            )
-            d_own = _inner(at_rest, d_field)
-            mean = own * d_own + sum(map(_inner, d_sums, sums))
-            mean_ref[:, columns], d_own_score[:, columns] = mean, own * (d_own - mean)
-            if diagonal:
-                d_waves = [multiply(_conj(d_field), mean_field) for mean_field in sums]
-                at = self.tile.in_sequence(self.tile.query, columns)
-                _add_to(d_z, at, _to_phasor(waves, d_waves))
-                at_rest_terms.append(Complex(own * d_field.re, own * d_field.im))
-        if diagonal:
-            for m in range(self.num_harmonics):
-                self._add_coefficient(d_kappa, 0, m, at_rest_terms)
+        chunks = self._chunks()
+        by_sum, by_own = [0.0] * len(chunks), [0.0] * len(chunks)
+        for rows in self._groups():
+            at_rest, d_at_rest = self._at_rest(rows), []
+            for i, columns in enumerate(chunks):
+                d_field = _read(d_field_ref, rows, columns)
+                waves, d_waves = self._waves(self.receivers, rows, columns), []
+                for m, wave in enumerate(waves):
+                    d_mean, mean = multiply(wave, d_field), self._sums(total, m, rows, columns)
+                    self._write(d_total, m, rows, columns, d_mean)
+                    by_sum[i] += _real_product(d_mean, mean)
+                    d_waves.append(multiply(_conj(d_field), mean))
+                by_own[i] += _real_product(at_rest, d_field)
+                if diagonal:
+                    at = self.tile.in_sequence(self.tile.query, columns)
+                    _add_to(d_z, rows, at, _to_phasor(waves, d_waves))
+                    d_at_rest.append(_times(own[:, columns], d_field))
+            for m in range(self.num_harmonics if diagonal else 0):
+                self._add_coefficient(d_kappa, 0, m, rows, d_at_rest)
+        for i, columns in enumerate(chunks):
+            d_own, weight = by_own[i].sum(axis=0, keepdims=True), own[:, columns]
+            mean = weight * d_own + by_sum[i].sum(axis=0, keepdims=True)
+            mean_ref[:, columns], d_own_score[:, columns] = mean, weight * (d_own - mean)
 
     def differentiate_fold(self, d_value: Ref, d_sources: list[Complex], d_kappa: Ref) -> None:
         """Adds to the cotangents of phasors and kernel by those of the values, ``[G, block]``."""
-        for delay, (source, d_source) in enumerate(zip(self.sources, d_sources, strict=True)):
-            terms: list[list[Complex]] = [[] for _ in range(self.num_harmonics)]
-            for columns in self._chunks():
-                waves, d_values = (
-                    _waves(source, columns, self.num_harmonics),
-                    self._split(d_value[:, columns]),
-                )
-                d_waves = []
-                for m, (wave, d) in enumerate(zip(waves, d_values, strict=True)):
-                    terms[m].append(multiply(_conj(wave), d))
-                    d_waves.append(multiply(_conj(self._coefficient(delay, m)), d))
-                at = self.tile.in_sequence(self.tile.key, columns)
-                _add_to(d_source, at, _to_phasor(waves, d_waves))
-            for m in range(self.num_harmonics):
-                self._add_coefficient(d_kappa, delay, m, terms[m])
+        for rows in self._groups():
+            for delay, source in enumerate(self.sources):
+                kappa = self._coefficients(delay, rows)
+                d_coefficients: list[list[Complex]] = [[] for _ in kappa]
+                for columns in self._chunks():
+                    waves, d_waves = self._waves(source, rows, columns), []
+                    for m, wave in enumerate(waves):
+                        d = self._sums(d_value, m, rows, columns)
+                        d_coefficients[m].append(multiply(_conj(wave), d))
+                        d_waves.append(multiply(_conj(kappa[m]), d))
+                    at = self.tile.in_sequence(self.tile.key, columns)
+                    _add_to(d_sources[delay], rows, at, _to_phasor(waves, d_waves))
+                for m, terms in enumerate(d_coefficients):
+                    self._add_coefficient(d_kappa, delay, m, rows, terms)
+
+    @property
+    def num_phases(self) -> int:
+        """W."""
+        return self.kappa.shape[0]
+
+    def _groups(self) -> list[Rows]:
+        """Few phases at a time: their coefficients and all that is made of them stay in registers."""
+        size = 2 * SUBLANES if self.num_phases % (2 * SUBLANES) == 0 else SUBLANES
+        return [pl.ds(start, size) for start in range(0, self.num_phases, size)]
 
     def _chunks(self) -> list[Columns]:
-        return [pl.ds(start, tiles.LANES) for start in range(0, self.tile.block, tiles.LANES)]
+        size = tiles.chunk_size(self.tile.block, CHUNK)
+        return [pl.ds(start, size) for start in range(0, self.tile.block, size)]
+
+    def _waves(self, phasors: Complex, rows: Rows, columns: Columns) -> list[Complex]:
+        return powers(_read(phasors, rows, columns), self.num_harmonics)
+
+    def _sums(self, ref: Ref, m: int, rows: Rows, columns: Columns) -> Complex:
+        """Reads a harmonic of values or sums ``[G, block]``."""
+        re, im = self._rows_of(m, rows)
+        return in_float32(Complex(ref[re, columns], ref[im, columns]))
+
+    def _write(self, ref: Ref, m: int, rows: Rows, columns: Columns, value: Complex) -> None:
+        for at, part in zip(self._rows_of(m, rows), value, strict=True):
+            ref[at, columns] = part.astype(ref.dtype)
+
+    def _rows_of(self, m: int, rows: Rows) -> tuple[Rows, Rows]:
+        start = 2 * m * self.num_phases + rows.start
+        return pl.ds(start, rows.size), pl.ds(start + self.num_phases, rows.size)
 
     def _column(self, delay: int, m: int) -> int:
         return 2 * (delay * self.num_harmonics + m)
 
-    def _coefficient(self, delay: int, m: int) -> Complex:
-        """A coefficient of all phases, ``[W, 1]``."""
-        at = self._column(delay, m)
-        return Complex(self.kappa[:, at : at + 1], self.kappa[:, at + 1 : at + 2])
+    def _coefficients(self, delay: int, rows: Rows) -> list[Complex]:
+        """The coefficients of some phases by harmonic, ``[rows, 1]``."""
+        columns = [self._column(delay, m) for m in range(self.num_harmonics)]
+        return [
+            Complex(self.kappa[rows, at : at + 1], self.kappa[rows, at + 1 : at + 2])
+            for at in columns
+        ]
 
-    def _at_rest(self) -> Complex:
+    def _at_rest(self, rows: Rows) -> Complex:
         """The sum of the coefficients without delay: what a token does to itself."""
-        return functools.reduce(_add, (self._coefficient(0, m) for m in range(self.num_harmonics)))
+        return functools.reduce(_add, self._coefficients(0, rows))
 
-    def _add_coefficient(self, d_kappa: Ref, delay: int, m: int, terms: list[Complex]) -> None:
+    def _add_coefficient(
+        self, d_kappa: Ref, delay: int, m: int, rows: Rows, terms: list[Complex]
+    ) -> None:
         for part, by_chunk in enumerate(zip(*terms, strict=True)):
             at = self._column(delay, m) + part
-            over_tokens = jnp.sum(functools.reduce(jnp.add, by_chunk), axis=1, keepdims=True)
-            d_kappa[:, at : at + 1] += over_tokens
-
-    def _split(self, total: Array) -> list[Complex]:
-        """Rows ``[G, columns]`` by harmonic."""
-        width = total.shape[0] // (2 * self.num_harmonics)
-        parts = [total[i * width : (i + 1) * width] for i in range(2 * self.num_harmonics)]
-        return [Complex(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
+            over_tokens = functools.reduce(jnp.add, by_chunk).sum(axis=1, keepdims=True)
+            d_kappa[rows, at : at + 1] += over_tokens

@@ -33,9 +33,9 @@ MAX_BLOCK = 512
 VMEM = 16 * 2**20
 """Bytes of vector memory, beside arrays that are there for a whole sequence."""
 
-BY_QUERY, BY_KEY, WHOLE, FIXED = "query", "key", "whole", "fixed"
-"""Which columns of an array a tile works on: those of its queries, of its keys, of the sequence, or
-columns that are no tokens."""
+BY_QUERY, BY_KEY, AFTER_KEY, WHOLE, FIXED = "query", "key", "after", "whole", "fixed"
+"""Which columns of an array a tile works on: its queries, its keys, LANES after them, the whole
+sequence, or columns that are no tokens."""
 
 
 class Tile(NamedTuple):
@@ -142,12 +142,17 @@ def _tiles(num_blocks: int, keys_outside: bool) -> tuple[np.ndarray, ...]:
 
 def _spec(shape: Sequence[int], columns: str, block: int) -> pl.BlockSpec:
     by_batch, by_head = (int(size > 1) for size in shape[:2])
-    pick = {BY_QUERY: 0, BY_KEY: 1}.get(columns)
 
-    def index(b: Array, h: Array, tile: Array, *blocks: Ref) -> tuple[Any, ...]:
-        return b * by_batch, h * by_head, 0, 0 if pick is None else blocks[pick][tile]
+    def index(b: Array, h: Array, tile: Array, query: Ref, key: Ref) -> tuple[Any, ...]:
+        column: Any = 0
+        if columns == AFTER_KEY:
+            after = (key[tile] + 1) * (block // LANES)
+            column = jnp.minimum(after, shape[3] // LANES - 1)
+        elif columns in (BY_QUERY, BY_KEY):
+            column = (query if columns == BY_QUERY else key)[tile]
+        return b * by_batch, h * by_head, 0, column
 
-    width = shape[3] if pick is None else block
+    width = {BY_QUERY: block, BY_KEY: block, AFTER_KEY: LANES}.get(columns, shape[3])
     return pl.BlockSpec((None, None, shape[2], width), index)
 
 

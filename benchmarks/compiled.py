@@ -26,8 +26,11 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import hlo, listings, machines
+from fsn_jax import FSNConfig
 from fsn_jax.causal import causal_sum
+from fsn_jax.coupled import coupled_field
 from fsn_jax.kernels.tpu_tiles import block_size
+from fsn_jax.torus import Complex
 from train.config import ExperimentConfig
 from train.flags import load_config
 from train.kernel_choice import sum_widths
@@ -51,7 +54,7 @@ class Case:
       arm: of the configuration.
       dtype: of the matrix products.
       implementation: of the causal sum, ``auto`` for what a run would take.
-      measure: ``step`` (a train step), or ``sum`` (the causal sum and its gradient alone).
+      measure: ``step`` (a train step), or ``sum`` (``lowered_sum`` and its gradient alone).
       length: context; 0 for that of the configuration.
       layers: blocks of the model; 0 for those of the configuration.
     """
@@ -103,21 +106,41 @@ def lowered_step(experiment: ExperimentConfig, devices: list[jax.Device]) -> jax
 
 
 def lowered_sum(experiment: ExperimentConfig, devices: list[jax.Device]) -> jax.stages.Lowered:
-    """The causal sum of a run's batch on one device, forward and backward."""
+    """The causal sum of a run's batch on one device, forward and backward.
+
+    An FSN's is its whole coupling, which is one kernel on a TPU.
+    """
     model, training = experiment.model, experiment.training
     on_one = jax.sharding.SingleDeviceSharding(devices[0])
     leading = (training.batch_size, model.num_heads, experiment.data.context)
+
+    def array(*shape: int, dtype: str = model.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=on_one)
+
+    def summed(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        result = causal_sum(
+            query, key, value, include_self=False, implementation=model.implementation
+        )
+        return jnp.sin(result.total).sum() + result.self_weight.sum()
+
+    def coupled(query: jax.Array, key: jax.Array, z: Complex, kappa: Complex) -> jax.Array:
+        field = coupled_field(query, key, z, kappa, implementation=model.implementation)
+        return jnp.sin(field.im).sum()
+
     score, value = sum_widths(model)
-    arrays = [
-        jax.ShapeDtypeStruct((*leading, width), model.dtype, sharding=on_one)
-        for width in (score, score, value)
-    ]
-
-    def loss(*arrays: jax.Array) -> jax.Array:
-        summed = causal_sum(*arrays, include_self=False, implementation=model.implementation)
-        return jnp.sin(summed.total).sum() + summed.self_weight.sum()
-
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays)
+    query = array(*leading, score)
+    if not isinstance(model, FSNConfig) or model.values == "linear":
+        return jax.jit(jax.grad(summed, argnums=(0, 1, 2))).lower(
+            query, query, array(*leading, value)
+        )
+    width = model.phases_per_kernel
+    heads = 1 if model.heads_per_phase == model.num_heads else model.num_heads
+    part = array(leading[0], heads, leading[2], width)
+    delays = 1 + model.delay
+    coefficient = array(delays, model.num_harmonics, model.num_heads, width, dtype="float32")
+    return jax.jit(jax.grad(coupled, argnums=(0, 1, 2, 3))).lower(
+        query, query, Complex(part, part), Complex(coefficient, coefficient)
+    )
 
 
 def measure(case: Case, dumps: Path) -> dict[str, Any]:

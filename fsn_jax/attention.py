@@ -216,14 +216,16 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
     def _kappa_by_head(self, kappa: Complex) -> Complex:
         """The kernel by head, ``[T, M, H, J P]``, over the phases in the order of ``_coupled``."""
         heads, heard = self.num_heads, self.heads_per_phase
-        block = np.arange(heads)
+        num_phases = kappa.re.shape[3]
+        block = np.arange(num_phases) // (num_phases // heads)
+        rank = (np.arange(heads)[:, None] - block) % heads  # of each head for each phase
+        is_heard = (rank[:, None] == np.arange(heard)[:, None])[None, None]  # [1, 1, H, J, N]
 
         def by_head(part: Array) -> Array:
-            part = part.reshape(*part.shape[:3], heads, -1)  # [T, M, J, H, P]
             if heard < heads:
+                part = part.reshape(*part.shape[:3], heads, -1)  # [T, M, J, H, P]
                 return _by_head(list(jnp.moveaxis(part, 2, 0)), axis=2)
-            rank = (block[:, None] - block) % heads  # of each head for each block
-            return part[:, :, rank, block[None]].reshape(*part.shape[:2], heads, -1)
+            return jnp.where(is_heard, part[:, :, None], 0.0).sum(axis=3)
 
         return Complex(by_head(kappa.re), by_head(kappa.im))
 

@@ -13,7 +13,7 @@ import pytest
 
 from fsn_jax import FrustratedAttention, kernels
 from fsn_jax.causal import causal_sum
-from fsn_jax.kernels import choice, gpu, tpu, tpu_tiles
+from fsn_jax.kernels import choice, gpu, tpu, tpu_coupling, tpu_tiles
 
 KERNELS = {"gpu": gpu, "tpu": tpu}
 # float32 sums over at most 100 terms in another order; bfloat16 has 8 bits of mantissa, and here
@@ -30,8 +30,12 @@ def kernel(request, monkeypatch):
     monkeypatch.setattr(tpu_tiles, "LANES", 8)
     monkeypatch.setattr(tpu_tiles, "MAX_BLOCK", 32)
 
-    def interpreted(name, _, *arrays):
-        return getattr(chosen, name)(*arrays, interpret=True)
+    def interpreted(name, _, compiled, modules, *arrays):
+        if modules is kernels.PLATFORMS:
+            return getattr(chosen, name)(*arrays, interpret=True)
+        if chosen is gpu:  # has no kernel for the whole coupling
+            return compiled(*arrays)
+        return getattr(tpu_coupling, name)(*arrays, interpret=True)
 
     monkeypatch.setattr(kernels, "_by_platform", interpreted)
 
@@ -128,6 +132,56 @@ def test_layer_against_oracle(switches):
     cases.check_gradients(gradients, truth, oracle.as_float64(at))
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of a TPU with eight or sixteen queries."""
+    monkeypatch.setattr(tpu_tiles, "LANES", 8)
+    monkeypatch.setattr(tpu_tiles, "MAX_BLOCK", 16)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    ("switches", "length", "num_segments"),
+    [
+        # The published form; three blocks of eight, the last one padded.
+        ({"num_heads": 2, "heads_per_phase": 2, "score_scope": "block"}, 21, 1),
+        ({"num_heads": 2, "num_harmonics": 3}, 21, 3),
+        ({"num_heads": 3, "heads_per_phase": 2, "num_harmonics": 1, "delay": False}, 16, 2),
+        ({"num_heads": 2, "num_harmonics": 2, "score_harmonics": 2}, 1, 1),
+    ],
+    ids=["all_heads", "segments", "no_delay", "one_token"],
+)
+def test_coupling_kernel_against_reference(switches, length, num_segments):
+    """The field, all gradients of torque and coherence, and that none is of the future."""
+    theta = cases.angles(2, length, 12)
+    settings = {"num_phases": 12, "num_harmonics": 2, "score": "gated", **switches}
+    rng = np.random.default_rng(length)
+    ids = np.sort(rng.integers(num_segments, size=(2, length)), axis=1).astype(np.int32)
+    segment_ids = jnp.asarray(ids) if num_segments > 1 else None
+    weights = rng.normal(size=(2, *theta.shape)).astype(np.float32)
+
+    def differentiated(implementation):
+        config = cases.fsn_config(**settings, implementation=implementation)
+        layer = cases.layer(FrustratedAttention, config)
+
+        def weighted(at, weights):
+            field = layer.apply(*at, segment_ids=segment_ids, method="field")
+            return sum(map(jnp.vdot, field, weights)), field
+
+        variables = cases.random_variables(layer, theta)
+        program = cases.quick_jit(jax.grad(weighted, has_aux=True))
+        return lambda weights: program((variables, theta), weights)
+
+    fused = differentiated("pallas")
+    found, expected = fused(weights), differentiated("reference")(weights)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    seen = length // 2
+    (_, d_theta), _ = fused(weights * (np.arange(length) < seen)[:, None])
+    assert seen == 0 or np.any(d_theta[:, :seen])
+    np.testing.assert_array_equal(d_theta[:, seen:], 0)
+
+
 @pytest.mark.parametrize(
     ("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "__gpu$xla.gpu.triton")]
 )
@@ -155,6 +209,34 @@ def test_lowers(platform, call, length, score_width, value_width, dtype):
         disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(call)],
     )(*shapes)
     assert exported.mlir_module().count(f"@{call}(") == {"tpu": 2, "cuda": 3}[platform]
+
+
+@pytest.mark.parametrize(("platform", "calls"), [("tpu", 2), ("cuda", 3)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_coupling_lowers(platform, calls, dtype):
+    """A TPU folds, sums and unfolds in one kernel; a GPU has kernels for the sum alone."""
+    config = cases.fsn_config(
+        num_phases=24,
+        num_heads=2,
+        heads_per_phase=2,
+        score="gated",
+        dtype=dtype,
+        implementation="pallas",
+    )
+    layer = cases.layer(FrustratedAttention, config)
+    theta = jax.ShapeDtypeStruct((2, 200, 24), jnp.float32)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), theta)
+
+    def loss(variables, theta):
+        return jnp.sin(layer.apply(variables, theta)).sum()
+
+    call = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}[platform]
+    exported = jax.export.export(
+        jax.jit(jax.grad(loss, argnums=(0, 1))),
+        platforms=[platform],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(call)],
+    )(variables, theta)
+    assert exported.mlir_module().count(f"@{call}(") == calls
 
 
 SIZES = choice.Sizes(1, 2, 16, 2, 4, "float32")

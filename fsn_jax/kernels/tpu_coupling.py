@@ -78,7 +78,8 @@ def forward(
         interpret=interpret,
     )
     field = Complex(*(tiles.turned_back(part, z.re.shape[3]) for part in (re, im)))
-    return field, total.swapaxes(2, 3), own[:, :, 0], log[:, :, 0]
+    total = _with_phases(total, kappa, z.re.shape[3]).swapaxes(2, 3)
+    return field, total, own[:, :, 0], log[:, :, 0]
 
 
 def backward(
@@ -122,31 +123,31 @@ def backward(
         pl.when(tile.query == tile.num_blocks - 1)(complete)
 
     length, inputs = query.shape[2], _inputs(z, kappa, follows)
-    by_query = [tiles.turned(x) for x in (query, total)]
-    by_query[1:1] = [tiles.turned(key)]
-    rows = [x[:, :, None] for x in (self_weight, log_normalizer)]
-    d_fields = [tiles.turned(part, SUBLANES) for part in d_field]
-    width, phases = total.shape[3], d_fields[0].shape[2]
-    columns = inputs[0][0].shape
+    phases = inputs[1][0].shape[2]
+    turned_query, turned_key = tiles.turned(query), tiles.turned(key)
+    sums = _with_phases(total.swapaxes(2, 3), kappa, phases)
+    by_query = [sums, *(x[:, :, None] for x in (self_weight, log_normalizer))]
+    by_query += [tiles.turned(part, SUBLANES) for part in d_field]
+    coefficients = (query.shape[0], *inputs[0][0].shape[1:])
     d_query, d_key, d_kappa, d_theta = tiles.call(
         kernel,
         "fsn_backward",
-        [(by_query[0], BY_QUERY), (by_query[1], BY_KEY)]
-        + [(x, BY_QUERY) for x in (by_query[2], *rows, *d_fields)]
+        [(turned_query, BY_QUERY), (turned_key, BY_KEY)]
+        + [(x, BY_QUERY) for x in by_query]
         + inputs,
         segments,
         [
             (jax.ShapeDtypeStruct(shape, jnp.float32), columns)
             for shape, columns in (
-                (by_query[0].shape, WHOLE),
-                (by_query[1].shape, BY_KEY),
-                ((query.shape[0], *columns[1:]), FIXED),
+                (turned_query.shape, WHOLE),
+                (turned_key.shape, BY_KEY),
+                (coefficients, FIXED),
                 (inputs[1][0].shape, WHOLE),
             )
         ],
         keys_outside=True,
-        scratch=[_scratch(width, length, query.dtype)] * 2
-        + [_scratch(rows, length) for rows in (width, 1, 1)]
+        scratch=[_scratch(sums.shape[2], length, query.dtype)] * 2
+        + [_scratch(rows, length) for rows in (sums.shape[2], 1, 1)]
         + [_scratch(phases, length)] * 3 * (delays - 1),
         interpret=interpret,
     )
@@ -188,6 +189,15 @@ def _parse(
     num_harmonics = kappa.re.shape[1]
     row = None if follows is None else inputs.pop(0)
     return Coupling(tile, columns, num_harmonics, receivers, sources, after, row, successor), inputs
+
+
+def _with_phases(total: Array, kappa: Complex, phases: int) -> Array:
+    """Sums ``[B, H, G, L]`` with so many rows a harmonic and part: some are padding, or cut off."""
+    parts = 2 * kappa.re.shape[1]
+    by_part = total.reshape(*total.shape[:2], parts, -1, total.shape[3])[:, :, :, :phases]
+    missing = phases - by_part.shape[3]
+    by_part = jnp.pad(by_part, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
+    return by_part.reshape(*total.shape[:2], parts * phases, total.shape[3])
 
 
 def _to_columns(kappa: Complex) -> Array:

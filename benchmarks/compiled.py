@@ -136,8 +136,8 @@ def lowered_sum(experiment: ExperimentConfig, devices: list[jax.Device]) -> jax.
     width = model.phases_per_kernel
     heads = 1 if model.heads_per_phase == model.num_heads else model.num_heads
     part = array(leading[0], heads, leading[2], width)
-    delays = 1 + model.delay
-    coefficient = array(delays, model.num_harmonics, model.num_heads, width, dtype="float32")
+    shape = (model.num_delays, model.num_harmonics, model.num_heads, width)
+    coefficient = array(*shape, dtype="float32")
     return jax.jit(jax.grad(coupled, argnums=(0, 1, 2, 3))).lower(
         query, query, Complex(part, part), Complex(coefficient, coefficient)
     )

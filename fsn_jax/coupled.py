@@ -46,8 +46,9 @@ def coupled_field(
     if 0 in query.shape[:3]:
         return in_float32(z)
     if implementation == "auto":
-        width = 2 * kappa.re.shape[1] * kappa.re.shape[3]
-        implementation = choice.of_auto(query, width)
+        num_delays, num_harmonics, _, width = kappa.re.shape
+        coupling = (num_delays, num_harmonics, z.re.shape[1])
+        implementation = choice.of_auto(query, 2 * num_harmonics * width, coupling)
     follows = segments = None
     if segment_ids is not None:
         follows, segments = next_in_segment(segment_ids)[:, None, :, None], segment_ids[:, None]

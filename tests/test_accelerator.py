@@ -15,6 +15,7 @@ from configs import enwik8
 from fsn_jax import FSN
 from fsn_jax.causal import causal_sum
 from fsn_jax.kernels import choice
+from train.kernel_choice import sizes_of
 
 pytestmark = pytest.mark.gpu
 
@@ -44,8 +45,8 @@ def widths(config):
 def test_the_kernel_compiles_and_is_the_faster(arm, dtype):
     config, length = ARMS[arm]
     choice.fastest.cache_clear()
-    sizes = choice.Sizes(8, config.num_heads, length, *widths(config), dtype)
-    assert choice.fastest(sizes) == "pallas"
+    config = dataclasses.replace(config, dtype=dtype)
+    assert choice.fastest(sizes_of(config, rows=8, context=length)) == "pallas"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -54,7 +54,8 @@ def choose(mesh):
 def test_measured_once_and_remembered_beside_the_compilation_cache(machine, tmp_path):
     mesh, asked = machine
     assert [choose(mesh), choose(mesh)] == ["pallas", "pallas"]
-    assert asked == [Sizes(8, MODEL.num_heads, 512, *sum_widths(MODEL), "float32")]
+    assert (MODEL.num_heads, MODEL.num_harmonics, MODEL.heads_per_phase) == (2, 2, 2)
+    assert asked == [Sizes(8, 2, 512, *sum_widths(MODEL), "float32", (2, 2, 1))]
     file = tmp_path / FILE
     file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()), "xla")))
     assert choose(mesh) == "xla"

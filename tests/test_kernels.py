@@ -240,6 +240,7 @@ def test_coupling_lowers(platform, calls, dtype):
 
 
 SIZES = choice.Sizes(1, 2, 16, 2, 4, "float32")
+COUPLING = choice.Sizes(1, 1, 16, 2, 4, "float32", coupling=(1, 1, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -271,6 +272,17 @@ def test_a_kernel_that_fails_is_reported_and_not_used(monkeypatch):
     monkeypatch.setattr(kernels, "backward", wrong)
     with pytest.warns(UserWarning, match="fused kernel is not used.*a cotangent is off"):
         assert choice.fastest(SIZES) == "xla"
+
+    def wrong_coupling(*arrays, implementation):
+        factor = 2 if implementation == "pallas" else 1
+        cotangents = coupling_backward(*arrays, implementation=implementation)
+        return jax.tree.map(lambda d: factor * d, cotangents)
+
+    monkeypatch.undo()
+    coupling_backward = kernels.coupling_backward
+    monkeypatch.setattr(kernels, "coupling_backward", wrong_coupling)
+    with pytest.warns(UserWarning, match="fused kernel is not used.*a cotangent is off"):
+        assert choice.fastest(COUPLING) == "xla"
 
 
 def test_the_faster_of_the_two_is_chosen(monkeypatch):
@@ -358,7 +370,7 @@ def test_auto_takes_the_kernel_where_it_works(monkeypatch):
         return str(jax.make_jaxpr(lambda x: causal_sum(x, x, x, include_self=False))(shape))
 
     def fastest(sizes):
-        asked.append(tuple(sizes))
+        asked.append(sizes)
         return answer
 
     monkeypatch.setattr(choice, "fastest", fastest)
@@ -368,7 +380,7 @@ def test_auto_takes_the_kernel_where_it_works(monkeypatch):
     assert "pallas_call" in program()
     answer = "xla"
     assert "pallas_call" not in program()
-    assert asked == [(1, 2, 16, 4, 4, "float32")] * 2
+    assert asked == [choice.Sizes(1, 2, 16, 4, 4, "float32")] * 2
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert "pallas_call" not in program()
     assert len(asked) == 2, "several processes might not measure the same"

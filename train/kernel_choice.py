@@ -33,6 +33,15 @@ def sum_widths(model: ModelConfig) -> tuple[int, int]:
     return 2 * model.score_pairs, 2 * model.num_harmonics * model.phases_per_kernel
 
 
+def sizes_of(model: ModelConfig, *, rows: int, context: int) -> Sizes:
+    """Everything that the speed of a model's causal sum, or coupling, depends on."""
+    coupling = None
+    if isinstance(model, FSNConfig) and model.values == "circular":
+        shared = model.heads_per_phase == model.num_heads
+        coupling = (model.num_delays, model.num_harmonics, 1 if shared else model.num_heads)
+    return Sizes(rows, model.num_heads, context, *sum_widths(model), model.dtype, coupling)
+
+
 def with_implementation(model: ModelConfig, mesh: Mesh, *, rows: int, context: int) -> ModelConfig:
     """Returns a model's settings with ``auto`` replaced by the faster path on a mesh.
 
@@ -50,7 +59,7 @@ def with_implementation(model: ModelConfig, mesh: Mesh, *, rows: int, context: i
         return model
     if not {*devices} <= {*jax.devices()}:
         return dataclasses.replace(model, implementation="pallas")
-    sizes = Sizes(rows, model.num_heads, context, *sum_widths(model), model.dtype)
+    sizes = sizes_of(model, rows=rows, context=context)
     fused = jax.process_index() == 0 and _remembered(sizes) == "pallas"
     if jax.process_count() > 1:
         fused = bool(multihost_utils.broadcast_one_to_all(np.int32(fused)))

@@ -1,4 +1,4 @@
-"""Which implementation of the strictly causal sum is the faster on this machine."""
+"""Which implementation of the strictly causal sum, or of the coupling, is the faster here."""
 
 import functools
 import time
@@ -12,6 +12,7 @@ from jax import Array
 
 from fsn_jax import kernels
 from fsn_jax.config import Implementation
+from fsn_jax.torus import Complex, kept_in, phasor
 
 REPEATS = 5
 """Timed calls of each implementation; the quickest counts."""
@@ -30,6 +31,8 @@ class Sizes(NamedTuple):
       score_width: E.
       value_width: G.
       dtype: name of the dtype of queries, keys and values.
+      coupling: of the frustrated coupling, whose values are folded: T, M, and H of its phasors, 1
+        if all heads couple the same phases. None: the sum alone.
     """
 
     batch: int
@@ -38,9 +41,12 @@ class Sizes(NamedTuple):
     score_width: int
     value_width: int
     dtype: str
+    coupling: tuple[int, int, int] | None = None
 
 
-def of_auto(query: Array, value_width: int) -> Implementation:
+def of_auto(
+    query: Array, value_width: int, coupling: tuple[int, int, int] | None = None
+) -> Implementation:
     """Returns what ``auto`` means for queries ``[B, H, L, E]`` and values ``[B, H, L, G]``.
 
     ``xla``, or ``auto`` itself for ``fsn_jax.kernels``: the kernel wherever it can be lowered.
@@ -50,7 +56,7 @@ def of_auto(query: Array, value_width: int) -> Implementation:
     if jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
         return "xla"  # a kernel in a program that jax.jit divides by itself is gathered or refused
     batch, heads, length, score_width = query.shape
-    sizes = Sizes(batch, heads, length, score_width, value_width, query.dtype.name)
+    sizes = Sizes(batch, heads, length, score_width, value_width, query.dtype.name, coupling)
     return "auto" if fastest(sizes) == "pallas" else "xla"
 
 
@@ -63,14 +69,8 @@ def fastest(sizes: Sizes) -> Implementation:
     Returns:
       ``pallas`` or ``xla``; remembered for the life of the process.
     """
-    rng = np.random.default_rng(0)
-    leading = (sizes.batch, sizes.heads, sizes.length)
-    widths = (sizes.score_width, sizes.score_width, sizes.value_width)
     with jax.ensure_compile_time_eval():  # a caller may be in the middle of tracing
-        arrays = [
-            jnp.asarray(rng.normal(size=(*leading, w)), jnp.dtype(sizes.dtype)) for w in widths
-        ]
-        arrays[0] *= max(sizes.score_width, 1) ** -0.5
+        arrays = _arrays(sizes)
     blocks_seconds, expected = _run("xla", arrays)
     try:
         seconds, found = _run("pallas", arrays)
@@ -88,19 +88,59 @@ def fastest(sizes: Sizes) -> Implementation:
     return "pallas" if seconds < blocks_seconds else "xla"
 
 
+def _arrays(sizes: Sizes) -> list[Array]:
+    """Queries, keys and values; or instead of values phases and the kernel by head."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int, dtype: str = "float32") -> Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.dtype(dtype))
+
+    batch, heads, length, score_width, value_width, dtype, coupling = sizes
+    query, key = (draw(batch, heads, length, score_width, dtype=dtype) for _ in range(2))
+    query *= max(score_width, 1) ** -0.5
+    if coupling is None:
+        return [query, key, draw(batch, heads, length, value_width, dtype=dtype)]
+    num_delays, num_harmonics, phasor_heads = coupling
+    width = value_width // (2 * num_harmonics)
+    kappa = [draw(num_delays, num_harmonics, heads, width) for _ in range(2)]
+    return [query, key, draw(batch, phasor_heads, length, width), *kappa]
+
+
+def _sum_cotangents(
+    query: Array, key: Array, value: Array, *, implementation: Implementation
+) -> tuple[Array, ...]:
+    total, own, log = kernels.forward(query, key, value, implementation=implementation)
+    d_total = jnp.sin(total)
+    mean = jnp.sum(d_total * total, axis=-1) + own
+    d_own_score = own * (1 - mean)
+    return kernels.backward(
+        query,
+        key,
+        value,
+        log,
+        d_total.astype(value.dtype),
+        mean,
+        d_own_score,
+        implementation=implementation,
+    )
+
+
+def _coupling_cotangents(
+    query: Array, key: Array, theta: Array, *kappa: Array, implementation: Implementation
+) -> tuple[Array, ...]:
+    z = kept_in(phasor(theta), query.dtype.name)
+    arrays = (query, key, z, Complex(*kappa), None, None)
+    field, *sums = kernels.coupling_forward(*arrays, implementation=implementation)
+    d_query, d_key, d_z, d_kappa = kernels.coupling_backward(
+        *arrays, *sums, Complex(*map(jnp.sin, field)), implementation=implementation
+    )
+    return d_query, d_key, z.re * d_z.im - z.im * d_z.re, *d_kappa
+
+
 def _run(implementation: Implementation, arrays: list[Array]) -> tuple[float, list[np.ndarray]]:
     """Seconds of one forward and backward pass, and the cotangents."""
-
-    def both(query: Array, key: Array, value: Array) -> tuple[Array, ...]:
-        total, own, log = kernels.forward(query, key, value, implementation=implementation)
-        d_total = jnp.sin(total)
-        mean = jnp.sum(d_total * total, axis=-1) + own
-        d_own_score = own * (1 - mean)
-        d_total = d_total.astype(value.dtype)
-        return kernels.backward(
-            query, key, value, log, d_total, mean, d_own_score, implementation=implementation
-        )
-
+    cotangents_of = _sum_cotangents if len(arrays) == 3 else _coupling_cotangents
+    both = functools.partial(cotangents_of, implementation=implementation)
     program = jax.jit(both).lower(*arrays).compile()
     cotangents = jax.block_until_ready(program(*arrays))
     quickest = np.inf

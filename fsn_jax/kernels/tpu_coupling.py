@@ -18,7 +18,7 @@ from fsn_jax.kernels import tpu
 from fsn_jax.kernels import tpu_tiles as tiles
 from fsn_jax.kernels.tpu_phasors import SUBLANES, Coupling
 from fsn_jax.kernels.tpu_tiles import AFTER_KEY, BY_KEY, BY_QUERY, FIXED, WHOLE, Columns, Ref, Tile
-from fsn_jax.torus import Complex
+from fsn_jax.torus import Complex, in_float32, kept_in
 
 Inputs = list[tuple[Array, str]]
 """Arrays, and which of their columns a tile works on."""
@@ -156,7 +156,7 @@ def backward(
     return (
         tiles.turned_back(d_query, query.shape[3]).astype(query.dtype),
         tiles.turned_back(d_key, key.shape[3]).astype(key.dtype),
-        Complex(*(part.astype(z.re.dtype) for part in d_z)),
+        kept_in(d_z, z.re.dtype.name),
         _from_columns(d_kappa.sum(axis=0), kappa),
     )
 
@@ -202,7 +202,8 @@ def _with_phases(total: Array, kappa: Complex, phases: int) -> Array:
 
 def _to_columns(kappa: Complex) -> Array:
     """``[T, M, H, P]`` as one column for each delay, harmonic and part, ``[1, H, W, 2 T M]``."""
-    by_head = jnp.stack(kappa, axis=2).transpose(3, 4, 0, 1, 2)  # [H, P, T, M, 2]
+    stacked = jnp.stack(in_float32(kappa), axis=2)
+    by_head = stacked.transpose(3, 4, 0, 1, 2)  # [H, P, T, M, 2]
     columns = by_head.reshape(*by_head.shape[:2], -1)[None]
     return jnp.pad(columns, ((0, 0), (0, 0), (0, -columns.shape[2] % SUBLANES), (0, 0)))
 
@@ -211,7 +212,7 @@ def _from_columns(columns: Array, kappa: Complex) -> Complex:
     """The inverse of ``_to_columns``, of ``[H, W, 2 T M]``."""
     delays, harmonics, heads, phases = kappa.re.shape
     by_head = columns[:, :phases].reshape(heads, phases, delays, harmonics, 2)
-    return Complex(*by_head.transpose(4, 2, 3, 0, 1))
+    return kept_in(Complex(*by_head.transpose(4, 2, 3, 0, 1)), kappa.re.dtype.name)
 
 
 def _clear(start: Array, refs: Sequence[Ref]) -> None:

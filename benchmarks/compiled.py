@@ -114,7 +114,7 @@ def lowered_sum(experiment: ExperimentConfig, devices: list[jax.Device]) -> jax.
     on_one = jax.sharding.SingleDeviceSharding(devices[0])
     leading = (training.batch_size, model.num_heads, experiment.data.context)
 
-    def array(*shape: int, dtype: str = model.dtype) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, dtype: str = model.dtype) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=on_one)
 
     def summed(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

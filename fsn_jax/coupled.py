@@ -79,8 +79,8 @@ def _forward(*arguments: Any) -> tuple[Complex, tuple[Any, ...]]:
 def _backward(
     implementation: Implementation, residuals: tuple[Any, ...], d_field: Complex
 ) -> tuple[Any, ...]:
-    cotangents = kernels.coupling_backward(*residuals, d_field, implementation=implementation)
-    return *cotangents, None, None
+    backward = functools.partial(kernels.coupling_backward, implementation=implementation)
+    return *backward(*residuals, d_field), None, None
 
 
 _coupled_field.defvjp(_forward, _backward)

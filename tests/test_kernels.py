@@ -145,7 +145,7 @@ def small_tiles(monkeypatch):
     [
         # The published form; three blocks of eight, the last one padded.
         ({"num_heads": 2, "heads_per_phase": 2, "score_scope": "block"}, 21, 1),
-        ({"num_heads": 2, "num_harmonics": 3}, 21, 3),
+        ({"num_heads": 2, "num_harmonics": 3, "score_scope": "all"}, 21, 3),
         ({"num_heads": 3, "heads_per_phase": 2, "num_harmonics": 1, "delay": False}, 16, 2),
         ({"num_heads": 2, "num_harmonics": 2, "score_harmonics": 2}, 1, 1),
     ],
@@ -154,7 +154,13 @@ def small_tiles(monkeypatch):
 def test_coupling_kernel_against_reference(switches, length, num_segments):
     """The field, all gradients of torque and coherence, and that none is of the future."""
     theta = cases.angles(2, length, 12)
-    settings = {"num_phases": 12, "num_harmonics": 2, "score": "gated", **switches}
+    settings = {
+        "num_phases": 12,
+        "num_harmonics": 2,
+        "heads_per_phase": 1,
+        "score": "gated",
+        **switches,
+    }
     rng = np.random.default_rng(length)
     ids = np.sort(rng.integers(num_segments, size=(2, length)), axis=1).astype(np.int32)
     segment_ids = jnp.asarray(ids) if num_segments > 1 else None

@@ -130,9 +130,10 @@ def _coupling_cotangents(
 ) -> tuple[Array, ...]:
     z = kept_in(phasor(theta), query.dtype.name)
     arrays = (query, key, z, Complex(*kappa), None, None)
-    field, *sums = kernels.coupling_forward(*arrays, implementation=implementation)
+    field, total, own, log = kernels.coupling_forward(*arrays, implementation=implementation)
+    d_field = Complex(jnp.sin(field.re), jnp.sin(field.im))
     d_query, d_key, d_z, d_kappa = kernels.coupling_backward(
-        *arrays, *sums, Complex(*map(jnp.sin, field)), implementation=implementation
+        *arrays, total, own, log, d_field, implementation=implementation
     )
     return d_query, d_key, z.re * d_z.im - z.im * d_z.re, *d_kappa
 

@@ -6,7 +6,9 @@ time, and what is summed of them is seen from the receiving phases before it lea
 of ``fsn_jax.kernels.tpu``, the rest ``fsn_jax.kernels.tpu_phasors``.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,49 +37,27 @@ def forward(
     interpret: bool,
 ) -> tuple[Complex, Array, Array, Array]:
     """Computes the local field; see ``fsn_jax.kernels.coupling_forward``."""
-    shared, delays = z.re.shape[1] == 1, kappa.re.shape[0]
-
-    def kernel(tile: Tile, inputs: Sequence[Ref], outputs: Sequence[Ref]) -> None:
-        query, key, *inputs = inputs
-        re, im, total_ref, own_ref, log_ref, value, *outputs = outputs
-        state, successor = outputs[:3], outputs[3:]
-        coupling, segments = _parse(tile, inputs, successor, kappa, follows)
-        _clear(tile.starts(shared), [re, im])
-
-        def finish(columns: Columns, total: Array, own: Array, log: Array) -> None:
-            total_ref[:, columns] = total.astype(total_ref.dtype)
-            own_ref[:, columns], log_ref[:, columns] = own, log
-            at = tile.in_sequence(tile.query, columns)
-            for ref, part in zip((re, im), coupling.unfold(columns, total, own), strict=True):
-                ref[:, at] += part
-
-        def work(diagonal: bool, first: bool) -> None:
-            coupling.fold(value)
-            tpu.add_keys(tile, query, key, value, segments, state, finish)(diagonal, first)
-
-        tile.run(work)
-
     batch, heads, length, _ = query.shape
     inputs = _inputs(z, kappa, follows)
-    field = jax.ShapeDtypeStruct(inputs[1][0].shape, jnp.float32)
-    width = 2 * kappa.re.shape[1] * field.shape[2]
+    part = jax.ShapeDtypeStruct(inputs[1][0].shape, jnp.float32)
+    width = 2 * kappa.re.shape[1] * part.shape[2]
     sums = jax.ShapeDtypeStruct((batch, heads, width, length), query.dtype)
     row = jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32)
     re, im, total, own, log = tiles.call(
-        kernel,
+        functools.partial(_forward_kernel, _Case.of(z, kappa, follows)),
         "fsn_forward",
         [(tiles.turned(query), BY_QUERY), (tiles.turned(key), BY_KEY), *inputs],
         segments,
-        [(field, WHOLE), (field, WHOLE), (sums, BY_QUERY), (row, BY_QUERY), (row, BY_QUERY)],
+        [(part, WHOLE), (part, WHOLE), (sums, BY_QUERY), (row, BY_QUERY), (row, BY_QUERY)],
         keys_outside=False,
         scratch=[
             _scratch(width, length, query.dtype),
             *tpu.sum_state(width, length),
-            *[_scratch(field.shape[2], length)] * 2 * (delays - 1),
+            *[_scratch(part.shape[2], length)] * 2 * (kappa.re.shape[0] - 1),
         ],
         interpret=interpret,
     )
-    field = Complex(*(tiles.turned_back(part, z.re.shape[3]) for part in (re, im)))
+    field = Complex(*(tiles.turned_back(x, z.re.shape[3]) for x in (re, im)))
     total = _with_phases(total, kappa, z.re.shape[3]).swapaxes(2, 3)
     return field, total, own[:, :, 0], log[:, :, 0]
 
@@ -97,31 +77,6 @@ def backward(
     interpret: bool,
 ) -> tuple[Array, Array, Complex, Complex]:
     """Differentiates the local field; see ``fsn_jax.kernels.coupling_backward``."""
-    shared, delays = z.re.shape[1] == 1, kappa.re.shape[0]
-
-    def kernel(tile: Tile, inputs: Sequence[Ref], outputs: Sequence[Ref]) -> None:
-        query, key, total, own, log, re, im, *inputs = inputs
-        d_query, d_key, d_kappa, d_theta, *scratch = outputs
-        value, d_total, d_value, mean, d_own, *successor = scratch
-        coupling, segments = _parse(tile, inputs, successor[:2], kappa, follows)
-        _clear(tile.starts(shared), [d_theta])
-        _clear(tile.starts(False), [d_kappa])
-        read, written = (total, own, Complex(re, im)), (d_total, mean, d_own)
-        rows, sums = (log, mean, d_own), (d_query, d_key, d_value)
-        add = tpu.add_cotangents(tile, query, key, value, d_total, rows, segments, sums)
-
-        def work(diagonal: bool, first: bool) -> None:
-            if diagonal:
-                coupling.fold(value)
-            coupling.differentiate_unfold(diagonal, read, written, d_theta, d_kappa)
-            add(diagonal, first)
-
-        def complete() -> None:
-            coupling.differentiate_fold(d_value, successor[2:], d_theta, d_kappa)
-
-        tile.run(work)
-        pl.when(tile.query == tile.num_blocks - 1)(complete)
-
     length, inputs = query.shape[2], _inputs(z, kappa, follows)
     phases = inputs[1][0].shape[2]
     turned_query, turned_key = tiles.turned(query), tiles.turned(key)
@@ -130,7 +85,7 @@ def backward(
     by_query += [tiles.turned(part, SUBLANES) for part in d_field]
     coefficients = (query.shape[0], *inputs[0][0].shape[1:])
     d_query, d_key, d_kappa, d_theta = tiles.call(
-        kernel,
+        functools.partial(_backward_kernel, _Case.of(z, kappa, follows)),
         "fsn_backward",
         [(turned_query, BY_QUERY), (turned_key, BY_KEY)]
         + [(x, BY_QUERY) for x in by_query]
@@ -148,7 +103,7 @@ def backward(
         keys_outside=True,
         scratch=[_scratch(sums.shape[2], length, query.dtype)] * 2
         + [_scratch(rows, length) for rows in (sums.shape[2], 1, 1)]
-        + [_scratch(phases, length)] * 3 * (delays - 1),
+        + [_scratch(phases, length)] * 3 * (kappa.re.shape[0] - 1),
         interpret=interpret,
     )
     d_theta = tiles.turned_back(d_theta, z.re.shape[3])
@@ -161,34 +116,97 @@ def backward(
     )
 
 
-def _scratch(rows: int, length: int, dtype: object = jnp.float32) -> object:
+class _Case(NamedTuple):
+    """What the kernels must know of their arrays.
+
+    Attributes:
+      num_harmonics: M.
+      delayed: whether there is a delay.
+      segmented: whether not every token has a successor.
+      shared: whether all heads couple the same phases.
+    """
+
+    num_harmonics: int
+    delayed: bool
+    segmented: bool
+    shared: bool
+
+    @classmethod
+    def of(cls, z: Complex, kappa: Complex, follows: Array | None) -> "_Case":
+        num_delays, num_harmonics = kappa.re.shape[:2]
+        return cls(num_harmonics, num_delays == 2, follows is not None, z.re.shape[1] == 1)
+
+    def parse(
+        self, tile: Tile, inputs: Sequence[Ref], successor: Sequence[Ref]
+    ) -> tuple[Coupling, Sequence[Ref]]:
+        """The coupling of a tile, by ``_inputs`` and scratch, and the inputs that are left."""
+        kappa, *phasors = inputs[: 7 if self.delayed else 5]
+        receivers, sources, after = Complex(*phasors[:2]), Complex(*phasors[2:4]), phasors[4:]
+        inputs = inputs[1 + len(phasors) :]
+        follows, rest = (inputs[0], inputs[1:]) if self.segmented else (None, inputs)
+        harmonics = self.num_harmonics
+        return Coupling(tile, kappa, harmonics, receivers, sources, after, follows, successor), rest
+
+
+def _forward_kernel(case: _Case, tile: Tile, inputs: Sequence[Ref], outputs: Sequence[Ref]) -> None:
+    query, key, *inputs = inputs
+    re, im, total_ref, own_ref, log_ref, value, *outputs = outputs
+    state, successor = outputs[:3], outputs[3:]
+    coupling, segments = case.parse(tile, inputs, successor)
+    _clear(tile.starts(case.shared), [re, im])
+
+    def finish(columns: Columns, total: Array, own: Array, log: Array) -> None:
+        total_ref[:, columns] = total.astype(total_ref.dtype)
+        own_ref[:, columns], log_ref[:, columns] = own, log
+        at = tile.in_sequence(tile.query, columns)
+        for ref, part in zip((re, im), coupling.unfold(columns, total, own), strict=True):
+            ref[:, at] += part
+
+    def work(diagonal: bool, first: bool) -> None:
+        coupling.fold(value)
+        tpu.add_keys(tile, query, key, value, segments, state, finish)(diagonal, first)
+
+    tile.run(work)
+
+
+def _backward_kernel(
+    case: _Case, tile: Tile, inputs: Sequence[Ref], outputs: Sequence[Ref]
+) -> None:
+    query, key, total, own, log, re, im, *inputs = inputs
+    d_query, d_key, d_kappa, d_theta, *scratch = outputs
+    value, d_total, d_value, mean, d_own, *successor = scratch
+    coupling, segments = case.parse(tile, inputs, successor[:2])
+    _clear(tile.starts(case.shared), [d_theta])
+    _clear(tile.starts(False), [d_kappa])
+    read, written = (total, own, Complex(re, im)), (d_total, mean, d_own)
+    rows, sums = (log, mean, d_own), (d_query, d_key, d_value)
+    add = tpu.add_cotangents(tile, query, key, value, d_total, rows, segments, sums)
+
+    def work(diagonal: bool, first: bool) -> None:
+        if diagonal:  # the first tile of a block of keys
+            coupling.fold(value)
+        coupling.differentiate_unfold(diagonal, read, written, d_theta, d_kappa)
+        add(diagonal, first)
+
+    def complete() -> None:
+        coupling.differentiate_fold(d_value, successor[2:], d_theta, d_kappa)
+
+    tile.run(work)
+    pl.when(tile.query == tile.num_blocks - 1)(complete)
+
+
+def _scratch(rows: int, length: int, dtype: Any = jnp.float32) -> Any:
     return pallas_tpu.VMEM((rows, tiles.block_size(length)), dtype)
 
 
 def _inputs(z: Complex, kappa: Complex, follows: Array | None) -> Inputs:
-    """What both kernels read of phasors and kernel, for ``_parse``."""
+    """What both kernels read of phasors and kernel, for ``_Case.parse``."""
     kinds = [BY_QUERY, BY_KEY, AFTER_KEY][: 1 + kappa.re.shape[0]]
     phasors = [tiles.turned(part, SUBLANES) for part in z]
     inputs = [(x, columns) for columns in kinds for x in phasors]
     if follows is not None:
         inputs.append((follows.swapaxes(2, 3), BY_KEY))
     return [(_to_columns(kappa), FIXED), *inputs]
-
-
-def _parse(
-    tile: Tile,
-    inputs: Sequence[Ref],
-    successor: Sequence[Ref],
-    kappa: Complex,
-    follows: Array | None,
-) -> tuple[Coupling, Sequence[Ref]]:
-    """The coupling of a tile, by ``_inputs`` and scratch, and the inputs that are left."""
-    columns, *inputs = inputs
-    receivers, sources = Complex(*inputs[:2]), Complex(*inputs[2:4])
-    after, inputs = inputs[4 : 4 + len(successor)], inputs[4 + len(successor) :]
-    num_harmonics = kappa.re.shape[1]
-    row = None if follows is None else inputs.pop(0)
-    return Coupling(tile, columns, num_harmonics, receivers, sources, after, row, successor), inputs
 
 
 def _with_phases(total: Array, kappa: Complex, phases: int) -> Array:

@@ -50,6 +50,11 @@ def _imaginary_product(x: Complex, y: Complex) -> Array:
     return x.re * y.im - x.im * y.re
 
 
+def _over_rows(groups: Sequence[Array]) -> Array:
+    """Sums groups of rows, ``[1, columns]``."""
+    return functools.reduce(jnp.add, groups).sum(axis=0, keepdims=True)
+
+
 def _sum_by_harmonic(terms: Sequence[Array]) -> Array:
     """``sum_m m terms[m - 1]``."""
     return functools.reduce(jnp.add, (m * x if m > 1 else x for m, x in enumerate(terms, start=1)))
@@ -122,7 +127,8 @@ class Coupling(NamedTuple):
         total, own, d_field_refs = inputs
         d_total, mean_ref, d_own_score = outputs
         chunks = self._chunks()
-        by_sum, by_own = [0.0] * len(chunks), [0.0] * len(chunks)
+        by_sum: list[list[Array]] = [[] for _ in chunks]
+        by_own: list[list[Array]] = [[] for _ in chunks]
         for rows in self._groups():
             at_rest, d_at_rest = self._at_rest(rows), []
             for i, columns in enumerate(chunks):
@@ -131,8 +137,8 @@ class Coupling(NamedTuple):
                     self._write(d_total, m, rows, columns, multiply(wave, d_field))
                     mean = self._sums(total, m, rows, columns)
                     fields.append(multiply(_conj(wave), mean))
-                by_sum[i] += _real_product(d_field, functools.reduce(_add, fields))
-                by_own[i] += _real_product(d_field, at_rest)
+                by_sum[i].append(_real_product(d_field, functools.reduce(_add, fields)))
+                by_own[i].append(_real_product(d_field, at_rest))
                 if diagonal:
                     turning = Complex(*map(_sum_by_harmonic, zip(*fields, strict=True)))
                     at = self.tile.in_sequence(self.tile.query, columns)
@@ -141,8 +147,8 @@ class Coupling(NamedTuple):
             for m in range(self.num_harmonics if diagonal else 0):
                 self._add_coefficient(d_kappa, 0, m, rows, d_at_rest)
         for i, columns in enumerate(chunks):
-            d_own, weight = by_own[i].sum(axis=0, keepdims=True), own[:, columns]
-            mean = weight * d_own + by_sum[i].sum(axis=0, keepdims=True)
+            d_own, weight = _over_rows(by_own[i]), own[:, columns]
+            mean = weight * d_own + _over_rows(by_sum[i])
             mean_ref[:, columns], d_own_score[:, columns] = mean, weight * (d_own - mean)
 
     def differentiate_fold(

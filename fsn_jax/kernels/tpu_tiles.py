@@ -70,7 +70,7 @@ class Tile(NamedTuple):
         start = jnp.int32(block * self.block + columns.start)
         return pl.ds(pl.multiple_of(start, LANES), columns.size)
 
-    def starts(self, shared: bool) -> Array:
+    def starts(self, shared: bool) -> Array | bool:
         """Whether it is the first tile of its sequence; if it is shared, of the first head."""
         first = (self.query == 0) & (self.key == 0)
         return first & (self.head == 0) if shared else first
@@ -156,6 +156,16 @@ def _spec(shape: Sequence[int], columns: str, block: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, shape[2], width), index)
 
 
+def _column_spec(block: int) -> pl.BlockSpec:
+    """Of an array ``[B, 1, L, 1]``: the rows of a tile's keys."""
+    return pl.BlockSpec((None, None, block, 1), lambda b, h, tile, query, key: (b, 0, key[tile], 0))
+
+
+def _pad(x: Array, length: int) -> Array:
+    # Padded keys come after every real query, and padded queries are cut off.
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, length - x.shape[3])))
+
+
 def call(
     kernel: Callable[[Tile, Sequence[Ref], Sequence[Ref]], None],
     name: str,
@@ -188,20 +198,12 @@ def call(
     num_blocks = padded // block
     tiles = _tiles(num_blocks, keys_outside)
 
-    def pad(x: Array, columns: str) -> Array:
-        # Padded keys come after every real query, and padded queries are cut off.
-        missing = 0 if columns == FIXED else padded - length
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing)))
-
-    arrays = [pad(x, columns) for x, columns in inputs]
+    arrays = [x if columns == FIXED else _pad(x, padded) for x, columns in inputs]
     in_specs = [_spec(x.shape, c, block) for x, (_, c) in zip(arrays, inputs, strict=True)]
     if segments is not None:
-        row = pad(segments[:, None], WHOLE)
+        row = _pad(segments[:, None], padded)
         arrays += [row, row.swapaxes(2, 3)]
-        in_specs += [
-            _spec(row.shape, BY_QUERY, block),
-            pl.BlockSpec((None, None, block, 1), lambda b, h, tile, _, key: (b, 0, key[tile], 0)),
-        ]
+        in_specs += [_spec(row.shape, BY_QUERY, block), _column_spec(block)]
     shapes = [
         jax.ShapeDtypeStruct((*s.shape[:3], s.shape[3] if c == FIXED else padded), s.dtype)
         for s, c in outputs
@@ -212,9 +214,8 @@ def call(
         here = Tile(pl.program_id(1), query_ref[tile], key_ref[tile], num_blocks, block)
         kernel(here, refs[: len(arrays)], refs[len(arrays) :])
 
-    whole = sum(
-        s.shape[2] for s, (_, columns) in zip(shapes, outputs, strict=True) if columns == WHOLE
-    )
+    out_specs = [_spec(s.shape, c, block) for s, (_, c) in zip(shapes, outputs, strict=True)]
+    whole = sum(s.shape[2] for s, columns in outputs if columns == WHOLE)
     results = pl.pallas_call(
         body,
         out_shape=shapes,
@@ -222,7 +223,7 @@ def call(
             num_scalar_prefetch=2,
             grid=(batch, heads, len(tiles[0])),
             in_specs=in_specs,
-            out_specs=[_spec(s.shape, c, block) for s, (_, c) in zip(shapes, outputs, strict=True)],
+            out_specs=out_specs,
             scratch_shapes=scratch,
         ),
         compiler_params=tpu.CompilerParams(

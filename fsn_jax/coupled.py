@@ -6,6 +6,7 @@ its platforms.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -79,7 +80,9 @@ def _forward(*arguments: Any) -> tuple[Complex, tuple[Any, ...]]:
 def _backward(
     implementation: Implementation, residuals: tuple[Any, ...], d_field: Complex
 ) -> tuple[Any, ...]:
-    backward = functools.partial(kernels.coupling_backward, implementation=implementation)
+    backward: Callable[..., tuple[Any, ...]] = functools.partial(
+        kernels.coupling_backward, implementation=implementation
+    )
     return *backward(*residuals, d_field), None, None
 
 

@@ -48,14 +48,15 @@ def backward(
     def fold(z: Complex, kappa: Complex) -> Array:
         return fold_values(z, kappa, follows, query.dtype.name)
 
-    z, kappa = delay_until(d_field.im, (z, kappa))
+    # The compiler merges it with that of the forward pass; the derivative is to keep nothing.
+    value = fold(z, kappa)
     _, pull_back = jax.vjp(unfold_sum, z, total, self_weight, kappa)
     d_received, d_total, d_self, d_kappa_received = pull_back(d_field)
     mean = own_inner(d_total, total) + d_self * self_weight
-    value, pull_back = jax.vjp(fold, z, kappa)
     d_query, d_key, d_value = sum_backward(
         query, key, value, log_normalizer, d_total, mean, self_weight * (d_self - mean), segments
     )
+    _, pull_back = jax.vjp(fold, *delay_until(d_value, (z, kappa)))
     d_z, d_kappa = pull_back(d_value)
     d_z, d_kappa = jax.tree.map(jnp.add, (d_z, d_kappa), (d_received, d_kappa_received))
     return d_query, d_key, d_z, d_kappa

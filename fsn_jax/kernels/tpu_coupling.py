@@ -233,7 +233,7 @@ def _from_columns(columns: Array, kappa: Complex) -> Complex:
     return kept_in(Complex(*by_head.transpose(4, 2, 3, 0, 1)), kappa.re.dtype.name)
 
 
-def _clear(start: Array, refs: Sequence[Ref]) -> None:
+def _clear(start: Array | bool, refs: Sequence[Ref]) -> None:
     """Makes what is summed over tiles zero where that starts."""
 
     def clear() -> None:

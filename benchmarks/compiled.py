@@ -32,6 +32,7 @@ from fsn_jax.coupled import coupled_field
 from fsn_jax.kernels.tpu_tiles import block_size
 from fsn_jax.torus import Complex
 from train.config import ExperimentConfig
+from train.errors import UserError
 from train.flags import load_config
 from train.kernel_choice import sum_widths
 from train.mesh import by_step_and_row, data_mesh, replicated
@@ -54,7 +55,8 @@ class Case:
       arm: of the configuration.
       dtype: of the matrix products.
       implementation: of the causal sum, ``auto`` for what a run would take.
-      measure: ``step`` (a train step), or ``sum`` (``lowered_sum`` and its gradient alone).
+      measure: ``step`` (a train step), or alone with its gradient ``sum`` (the causal sum) or
+        ``coupling`` (that of an FSN with folding and unfolding, which is one kernel on a TPU).
       length: context; 0 for that of the configuration.
       layers: blocks of the model; 0 for those of the configuration.
     """
@@ -106,41 +108,50 @@ def lowered_step(experiment: ExperimentConfig, devices: list[jax.Device]) -> jax
 
 
 def lowered_sum(experiment: ExperimentConfig, devices: list[jax.Device]) -> jax.stages.Lowered:
-    """The causal sum of a run's batch on one device, forward and backward.
+    """The causal sum of a run's batch on one device, forward and backward."""
+    score, value = sum_widths(experiment.model)
+    arrays = [_by_head(experiment, devices, width) for width in (score, score, value)]
 
-    An FSN's is its whole coupling, which is one kernel on a TPU.
-    """
-    model, training = experiment.model, experiment.training
-    on_one = jax.sharding.SingleDeviceSharding(devices[0])
-    leading = (training.batch_size, model.num_heads, experiment.data.context)
+    def loss(*arrays: jax.Array) -> jax.Array:
+        implementation = experiment.model.implementation
+        summed = causal_sum(*arrays, include_self=False, implementation=implementation)
+        return jnp.sin(summed.total).sum() + summed.self_weight.sum()
 
-    def array(*shape: int, dtype: str = model.dtype) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=on_one)
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays)
 
-    def summed(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        result = causal_sum(
-            query, key, value, include_self=False, implementation=model.implementation
-        )
-        return jnp.sin(result.total).sum() + result.self_weight.sum()
 
-    def coupled(query: jax.Array, key: jax.Array, z: Complex, kappa: Complex) -> jax.Array:
+def lowered_coupling(experiment: ExperimentConfig, devices: list[jax.Device]) -> jax.stages.Lowered:
+    """The frustrated coupling of a run's batch on one device, forward and backward."""
+    model = experiment.model
+    if not isinstance(model, FSNConfig) or model.values == "linear":
+        raise UserError("only an FSN with circular values has a coupling; take --measure=sum")
+    query = _by_head(experiment, devices, sum_widths(model)[0])
+    width = model.phases_per_kernel
+    heads = 1 if model.heads_per_phase == model.num_heads else model.num_heads
+    part = _by_head(experiment, devices, width, heads)
+    shape = (model.num_delays, model.num_harmonics, model.num_heads, width)
+    coefficient = jax.ShapeDtypeStruct(shape, "float32", sharding=part.sharding)
+
+    def loss(query: jax.Array, key: jax.Array, z: Complex, kappa: Complex) -> jax.Array:
         field = coupled_field(query, key, z, kappa, implementation=model.implementation)
         return jnp.sin(field.im).sum()
 
-    score, value = sum_widths(model)
-    query = array(*leading, score)
-    if not isinstance(model, FSNConfig) or model.values == "linear":
-        return jax.jit(jax.grad(summed, argnums=(0, 1, 2))).lower(
-            query, query, array(*leading, value)
-        )
-    width = model.phases_per_kernel
-    heads = 1 if model.heads_per_phase == model.num_heads else model.num_heads
-    part = array(leading[0], heads, leading[2], width)
-    shape = (model.num_delays, model.num_harmonics, model.num_heads, width)
-    coefficient = array(*shape, dtype="float32")
-    return jax.jit(jax.grad(coupled, argnums=(0, 1, 2, 3))).lower(
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(
         query, query, Complex(part, part), Complex(coefficient, coefficient)
     )
+
+
+def _by_head(
+    experiment: ExperimentConfig, devices: list[jax.Device], width: int, heads: int = 0
+) -> Any:
+    """An array ``[B, H, L, width]`` of a run on one device."""
+    model, training = experiment.model, experiment.training
+    shape = (training.batch_size, heads or model.num_heads, experiment.data.context, width)
+    on_one = jax.sharding.SingleDeviceSharding(devices[0])
+    return jax.ShapeDtypeStruct(shape, model.dtype, sharding=on_one)
+
+
+LOWERED = {"step": lowered_step, "sum": lowered_sum, "coupling": lowered_coupling}
 
 
 def measure(case: Case, dumps: Path) -> dict[str, Any]:
@@ -149,7 +160,7 @@ def measure(case: Case, dumps: Path) -> dict[str, Any]:
     dumps.mkdir(parents=True)
     experiment, devices = experiment_of(case), machines.devices(case.machine)
     gpu = machines.is_gpu(case.machine)
-    lower = {"step": lowered_step, "sum": lowered_sum}[case.measure]
+    lower = LOWERED[case.measure]
     began = time.perf_counter()
     lowered = lower(experiment, devices)
     traced = time.perf_counter()
@@ -196,7 +207,7 @@ def _gpu_figures(step: list[hlo.Instruction], dumps: Path) -> dict[str, Any]:
 def _tpu_figures(row: dict[str, Any], step: list[hlo.Instruction], dumps: Path) -> dict[str, Any]:
     by_part = hlo.cycles_by_part(step)
     figures: dict[str, Any] = {"xla_cycles": sum(by_part.values()), "cycles_by_part": by_part}
-    if row["measure"] == "sum" and row["fused_kernels"]:
+    if row["measure"] != "step" and row["fused_kernels"]:
         num_blocks = math.ceil(row["length"] / block_size(row["length"]))
         figures["kernel_cycles"] = {
             name: listings.tpu_cycles(dumps, name, num_blocks) for name in listings.KERNELS
@@ -207,14 +218,15 @@ def _tpu_figures(row: dict[str, Any], step: list[hlo.Instruction], dumps: Path) 
 def total_cycles(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> int | None:
     """A TPU row's cycles: of XLA's program, and of the fused kernels in it for a core's heads.
 
-    Those of a step's kernels are in the row of the sum alone; None if that is not among ``rows``.
+    Those of a step's kernels are in the row of the coupling or of the sum alone; None if neither is
+    among ``rows``.
     """
     if "xla_cycles" not in row or not row["fused_kernels"]:
         return row.get("xla_cycles")
     same = ("machine", "arm", "dtype", "length", "config")
     alone = [
         other["kernel_cycles"]
-        for other in rows
+        for other in sorted(rows, key=lambda other: other["measure"] == "coupling")
         if "kernel_cycles" in other and all(other[key] == row[key] for key in same)
     ]
     if not alone:
@@ -233,7 +245,7 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
         fused, cycles = row.get("fused", []), total_cycles(row, rows)
         cells = (
             row["machine"],
-            row["arm"] if row["measure"] == "step" else f"{row['arm']}, sum alone",
+            row["arm"] if row["measure"] == "step" else f"{row['arm']}, {row['measure']} alone",
             row["dtype"],
             row["implementation"],
             row["length"],
@@ -260,7 +272,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--arms", default="fsn_1m,transformer_1m", help="arms of the configuration")
     p.add_argument("--dtypes", default="float32,bfloat16")
     p.add_argument("--implementations", default="xla,pallas", help="of the causal sum")
-    p.add_argument("--measure", default="step", choices=("step", "sum"))
+    p.add_argument("--measure", default="step", choices=tuple(LOWERED))
     p.add_argument("--lengths", default="0", help="contexts; 0 is the configuration's")
     p.add_argument("--layers", default=0, type=int, help="fewer blocks, for a quick look")
     p.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="rows are added to it")
@@ -295,7 +307,7 @@ def program(argv: Sequence[str]) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         dumps = Path(folder) / "dumps"
-        machines.prepare(dumps if options.measure == "sum" else None)
+        machines.prepare(None if options.measure == "step" else dumps)
         rows = []
         for case in cases_of(options):
             rows.append(measure(case, dumps))

@@ -122,4 +122,6 @@ def test_the_table_adds_the_kernels_of_a_step():
     alone = step | {"measure": "sum", "xla_cycles": 7, "sums": 1.0}
     alone["kernel_cycles"] = {"fsn_forward": 10, "fsn_backward": 20}
     assert "| 1,090 |" in as_table([step, alone]).splitlines()[2]
+    coupling = alone | {"measure": "coupling", "kernel_cycles": {"fsn_forward": 100}}
+    assert "| 1,300 |" in as_table([coupling, alone, step]).splitlines()[2]
     assert "| 1,090 |" not in as_table([step])

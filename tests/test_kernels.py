@@ -145,8 +145,8 @@ def small_tiles(monkeypatch):
     [
         # The published form; three blocks of eight, the last one padded.
         ({"num_heads": 2, "heads_per_phase": 2, "score_scope": "block"}, 21, 1),
-        ({"num_heads": 2, "num_harmonics": 3, "score_scope": "all"}, 21, 3),
-        ({"num_heads": 3, "heads_per_phase": 2, "num_harmonics": 1, "delay": False}, 16, 2),
+        ({"num_heads": 2, "num_harmonics": 1, "score_scope": "all"}, 21, 3),
+        ({"num_heads": 3, "heads_per_phase": 2, "num_harmonics": 3, "delay": False}, 8, 2),
         ({"num_heads": 2, "num_harmonics": 2, "score_harmonics": 2}, 1, 1),
     ],
     ids=["all_heads", "segments", "no_delay", "one_token"],

@@ -128,9 +128,9 @@ def lowered_coupling(experiment: ExperimentConfig, devices: list[jax.Device]) ->
     query = _by_head(experiment, devices, sum_widths(model)[0])
     width = model.phases_per_kernel
     heads = 1 if model.heads_per_phase == model.num_heads else model.num_heads
-    part = _by_head(experiment, devices, width, heads)
+    part: Any = _by_head(experiment, devices, width, heads)
     shape = (model.num_delays, model.num_harmonics, model.num_heads, width)
-    coefficient = jax.ShapeDtypeStruct(shape, "float32", sharding=part.sharding)
+    coefficient: Any = jax.ShapeDtypeStruct(shape, "float32", sharding=part.sharding)
 
     def loss(query: jax.Array, key: jax.Array, z: Complex, kappa: Complex) -> jax.Array:
         field = coupled_field(query, key, z, kappa, implementation=model.implementation)
@@ -143,7 +143,7 @@ def lowered_coupling(experiment: ExperimentConfig, devices: list[jax.Device]) ->
 
 def _by_head(
     experiment: ExperimentConfig, devices: list[jax.Device], width: int, heads: int = 0
-) -> Any:
+) -> jax.ShapeDtypeStruct:
     """An array ``[B, H, L, width]`` of a run on one device."""
     model, training = experiment.model, experiment.training
     shape = (training.batch_size, heads or model.num_heads, experiment.data.context, width)

@@ -24,10 +24,11 @@ def schedule(dumps: Path, name: str) -> list[tuple[int, str]]:
 def tpu_cycles(dumps: Path, name: str, num_blocks: int) -> int:
     """Cycles of a kernel for one head of one sequence, from its static schedule.
 
-    The kernel's body has one region a kind of tile, in the order of ``fsn_jax.kernels.tpu_tiles``: on the
-    diagonal in the first block of keys, on it elsewhere, below it in the first block, below it
-    elsewhere. All else in the body counts once a tile, also what the kernel of the coupling does
-    once a block of keys: with several blocks its cycles are a bound. Waiting for memory is not in the schedule.
+    The kernel's body has one region a kind of tile, in the order of ``fsn_jax.kernels.tpu_tiles``:
+    on the diagonal in the first block of keys, on it elsewhere, below it in the first block, below
+    it elsewhere. All else in the body counts once a tile, also what the kernel of the coupling does
+    once a block of keys: with several blocks its cycles are a bound. Waiting for memory is not in
+    the schedule.
     """
     rows = schedule(dumps, name)
     marks = [at for at, text in rows if re.search(r"sbr\.rel|^\s*\S+\s+(PF|PB|LB)", text)]

@@ -218,20 +218,19 @@ def _tpu_figures(row: dict[str, Any], step: list[hlo.Instruction], dumps: Path) 
 def total_cycles(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> int | None:
     """A TPU row's cycles: of XLA's program, and of the fused kernels in it for a core's heads.
 
-    Those of a step's kernels are in the row of the coupling or of the sum alone; None if neither is
-    among ``rows``.
+    Those of a step's kernels are in the row of the coupling alone or else of the sum; None if
+    neither is among ``rows``.
     """
     if "xla_cycles" not in row or not row["fused_kernels"]:
         return row.get("xla_cycles")
+    kernels = row.get("kernel_cycles")
     same = ("machine", "arm", "dtype", "length", "config")
-    alone = [
-        other["kernel_cycles"]
-        for other in sorted(rows, key=lambda other: other["measure"] == "coupling")
-        if "kernel_cycles" in other and all(other[key] == row[key] for key in same)
-    ]
-    if not alone:
-        return None
-    return int(row["xla_cycles"] + row["sums"] * sum(alone[-1].values()))
+    for measure in ("sum", "coupling"):
+        for other in rows:
+            alike = all(other[key] == row[key] for key in same)
+            if row["measure"] == "step" and other["measure"] == measure and alike:
+                kernels = other.get("kernel_cycles", kernels)
+    return int(row["xla_cycles"] + row["sums"] * sum(kernels.values())) if kernels else None
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -36,7 +36,7 @@ def coupled_field(
       query: float32 or bfloat16, which is also the dtype of values and their sums.
       key: of the same dtype.
       z: phasors of the phases that each head couples, ``[B, H, L, P]``, or ``[B, 1, L, P]`` if all
-        heads couple the same.
+        heads couple the same. They are of length one: the derivative need not be right along z.
       kappa: the kernel by head, ``[T, M, H, P]``.
       segment_ids: tokens couple to those of their own segment; None: all are in one.
       implementation: as for ``fsn_jax.causal.causal_sum``, without ``reference``.

@@ -130,9 +130,22 @@ def coupling_backward(
     *,
     implementation: Implementation,
 ) -> tuple[Array, Array, Complex, Complex]:
-    """Computes the cotangents of query, key, z and kappa by that of the field, in their dtype.
+    """Computes the cotangents of query, key, z and kappa by the field, in their dtype.
 
-    Arguments as for ``coupling_forward``, then the rest of what it returned.
+    Phasors stay on the circle: a cotangent of z may have no part along z.
+
+    Args:
+      query: ``[B, H, L, E]``.
+      key: ``[B, H, L, E]``.
+      z: phasors, ``[B, H, L, P]`` or ``[B, 1, L, P]``.
+      kappa: the kernel by head, ``[T, M, H, P]``.
+      follows: ``[B, 1, L, 1]`` or None.
+      segments: int32 ``[B, 1, L]`` or None.
+      total: sum of ``coupling_forward``, ``[B, H, L, G]``.
+      self_weight: its own weights, ``[B, H, L]``.
+      log_normalizer: its log normalizers, ``[B, H, L]``.
+      d_field: cotangent of the field, of the shape of ``z``.
+      implementation: see ``forward``.
     """
     arrays = (query, key, z, kappa, follows, segments, total, self_weight, log_normalizer, d_field)
     by_parts = functools.partial(

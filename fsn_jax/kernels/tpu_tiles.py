@@ -6,6 +6,7 @@ tiles below and on the diagonal only.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,8 +31,8 @@ LANES = 128
 MAX_BLOCK = 512
 """Most queries, and keys, of a tile."""
 
-VMEM = 16 * 2**20
-"""Bytes of vector memory, beside arrays that are there for a whole sequence."""
+VMEM = 12 * 2**20
+"""Bytes of vector memory for what is computed on the way, beside blocks of arrays and scratch."""
 
 BY_QUERY, BY_KEY, AFTER_KEY, WHOLE, FIXED = "query", "key", "after", "whole", "fixed"
 """Which columns of an array a tile works on: its queries, its keys, LANES after them, the whole
@@ -161,6 +162,18 @@ def _column_spec(block: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, block, 1), lambda b, h, tile, query, key: (b, 0, key[tile], 0))
 
 
+def _num_bytes(arrays: Sequence[Any], specs: Sequence[pl.BlockSpec], scratch: Sequence[Any]) -> int:
+    """Vector memory of blocks, each there twice while one is read or written, and of scratch."""
+
+    def of_block(x: Any, spec: pl.BlockSpec) -> int:
+        rows, columns = spec.block_shape[2:]
+        # Rows come eight at a time, and columns LANES.
+        return (rows + -rows % 8) * (columns + -columns % LANES) * x.dtype.itemsize
+
+    blocks = sum(map(of_block, arrays, specs))
+    return 2 * blocks + sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in scratch)
+
+
 def _pad(x: Array, length: int) -> Array:
     # Padded keys come after every real query, and padded queries are cut off.
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, length - x.shape[3])))
@@ -215,7 +228,6 @@ def call(
         kernel(here, refs[: len(arrays)], refs[len(arrays) :])
 
     out_specs = [_spec(s.shape, c, block) for s, (_, c) in zip(shapes, outputs, strict=True)]
-    whole = sum(s.shape[2] for s, columns in outputs if columns == WHOLE)
     results = pl.pallas_call(
         body,
         out_shape=shapes,
@@ -228,7 +240,8 @@ def call(
         ),
         compiler_params=tpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=VMEM + 8 * (whole + 8) * padded,  # twice, while one is written out
+            vmem_limit_bytes=VMEM
+            + _num_bytes([*arrays, *shapes], [*in_specs, *out_specs], scratch),
         ),
         interpret=interpret,
         name=name,

@@ -11,11 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from fsn_jax.base_layer import PhaseAttention, softplus_inverse
 from fsn_jax.cache import LayerCache, extend_weights, weighted_sum
-from fsn_jax.causal import attention_weights, merge_heads
+from fsn_jax.causal import attention_weights, causal_sum, merge_heads
 from fsn_jax.coupling import (
     field_of_sums,
     fold_values,
@@ -122,86 +122,43 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         """
         return self._kernel(self.get_variable("params", "kernel_real").shape[-1])
 
-    def __call__(
-        self,
-        theta: Float[Array, "B L N"],
-        *,
-        segment_ids: Int[Array, "B L"] | None = None,
-        positions: Int[Array, "*B L"] | None = None,
-    ) -> Float[Array, "B L N"]:
-        """Computes the update of the phases, in radians, float32.
-
-        Differentiable in reverse mode. Forward mode (``jax.jvp``, ``jax.hessian``) needs
-        ``implementation="reference"``; the other paths raise TypeError and say so.
-
-        Args:
-          theta: phases in radians.
-          segment_ids: tokens couple to those of their own segment; None: all are in one.
-          positions: of the tokens, for the drift, ``[L]`` or ``[B, L]``; None: 0, 1, 2, ...
-
-        Raises:
-          ValueError: ``theta`` is not ``[B, L, N]``.
-          ConfigError: ``num_heads`` does not divide N.
-        """
-        return self.field(theta, segment_ids=segment_ids, positions=positions).im
-
-    def field(
-        self,
-        theta: Float[Array, "B L N"],
-        *,
-        segment_ids: Int[Array, "B L"] | None = None,
-        positions: Int[Array, "*B L"] | None = None,
+    def _field(
+        self, theta: Array, z: Complex, query: Array, key: Array, segment_ids: Array | None
     ) -> Complex:
-        """Computes the local field of every phase, ``[B, L, N]``, seen from that phase.
-
-        ``im`` is the torque, the update of the phases in radians; ``re`` is the coherence of a
-        phase with its field. Arguments as for ``__call__``.
-        """
-        z, query, key = self._score(theta, positions)
         kappa = self._kernel(theta.shape[-1])
         if self.implementation == "reference":
-            self._sow_entropy(query, key, segment_ids)
             attention = attention_weights(query, key, segment_ids)
             return self._reference(theta, attention, kappa, segment_ids)
         kappa, zh = self._kappa_by_head(kappa), self._coupled(kept_in(z, self.dtype))
         follows = None if segment_ids is None else next_in_segment(segment_ids)[:, None, :, None]
         value = recomputed(self._fold)(zh, kappa, follows)
-        summed = self._causal_sum(query, key, value, segment_ids, include_self=False)
+        summed = causal_sum(
+            query,
+            key,
+            value,
+            segment_ids,
+            include_self=False,
+            implementation=self.implementation,
+        )
         return self._gather(unfold_sum(zh, summed.total, summed.self_weight, kappa))
 
     def _fold(self, z: Complex, kappa: Complex, follows: Array | None) -> Array:
         return fold_values(z, kappa, follows, self.dtype)
 
-    def extend(
+    def _extend_field(
         self,
-        theta: Float[Array, "B S N"],
+        z: Complex,
+        query: Array,
+        key: Array,
         cache: LayerCache,
-        position: Int[Array, ""],
-        *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "*B S"] | None = None,
-    ) -> tuple[Float[Array, "B S N"], LayerCache]:
-        """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
-        field, cache = self.extend_field(
-            theta, cache, position, segment_ids=segment_ids, positions=positions
-        )
-        return field.im, cache
-
-    def extend_field(
-        self,
-        theta: Float[Array, "B S N"],
-        cache: LayerCache,
-        position: Int[Array, ""],
-        *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "*B S"] | None = None,
+        position: Array,
+        segment_ids: Array | None,
     ) -> tuple[Complex, LayerCache]:
-        """Applies ``field`` to S tokens at ``position`` and on, after those in the cache."""
-        z, query, key = self._score_at(theta, cache.capacity, position, positions)
-        kappa, zh = self._kernel(theta.shape[-1]), self._heads(z)
+        length = z.re.shape[1]
+        kappa, zh = self._kernel(z.re.shape[2]), self._heads(z)
         waves = side_by_side(zh, self.num_harmonics)
         weights, cache = extend_weights(query, key, waves, cache, position, segment_ids)
-        rows = self._rows(weights, cache.visible(position + 1, theta.shape[1], segment_ids))
+        rows = self._rows(weights, cache.visible(position + 1, length, segment_ids))
         sums = weighted_sum(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]), cache.value)
         kappa = Complex(*(part.reshape(*part.shape[:3], self.num_heads, -1) for part in kappa))
         field = field_of_sums(zh, sums.reshape(*rows.shape[:-1], -1), kappa)

@@ -86,8 +86,7 @@ class Block(nn.Module):
         if c.feedforward != "none":
             feedforward = FEEDFORWARD[c.feedforward]
             self.feedforward = feedforward(**shared_settings(c, feedforward))
-        if c.dropout:
-            self.dropout = nn.Dropout(c.dropout)
+        self.dropout = nn.Dropout(c.dropout)
 
     def __call__(
         self,
@@ -98,7 +97,7 @@ class Block(nn.Module):
     ) -> Float[Array, "B L N"]:
         """Returns the phases after the block, in radians, float32; arguments as for ``FSN``."""
         field = self.attention.field(theta, segment_ids=segment_ids, positions=positions)
-        theta = theta + self._dropped(field.im, deterministic)
+        theta = theta + self.dropout(field.im, deterministic=deterministic)
         if self.is_mutable_collection("diagnostics") and not self.is_initializing():
             self.sow("diagnostics", "order_parameter", order_parameter(theta))
         return self._feed_forward(theta, field, deterministic)
@@ -126,12 +125,7 @@ class Block(nn.Module):
         if self.config.feedforward == "none":
             return theta
         update = self.feedforward(theta, field if self.config.field_features else None)
-        return theta + self._dropped(update, deterministic)
-
-    def _dropped(self, update: Array, deterministic: bool) -> Array:
-        if deterministic or not self.config.dropout:
-            return update
-        return self.dropout(update, deterministic=False)
+        return theta + self.dropout(update, deterministic=deterministic)
 
 
 class FSN(LanguageModel):

@@ -303,38 +303,14 @@ class _Ending:
 
 
 def generate(
-    model: FSN | Transformer,
-    variables: Variables,
-    prompt: npt.ArrayLike,
-    *,
-    num_tokens: int,
-    key: Array,
-    context: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop: Sequence[Tokens] = (),
-    separator: int | None = None,
+    model: FSN | Transformer, variables: Variables, prompt: npt.ArrayLike, **settings: Any
 ) -> Int[Array, "B n"]:
-    """Returns the tokens that follow ``prompt``; arguments and errors as for ``stream``.
+    """Returns the tokens that follow ``prompt``; settings and errors as for ``stream``.
 
     Returns:
       ``num_tokens`` a row; with ``stop`` as many as the longest row has.
     """
-    chunks = stream(
-        model,
-        variables,
-        prompt,
-        num_tokens=num_tokens,
-        key=key,
-        context=context,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop=stop,
-        separator=separator,
-    )
-    return jnp.concatenate(list(chunks), axis=1)
+    return jnp.concatenate(list(stream(model, variables, prompt, **settings)), axis=1)
 
 
 def check_sampling(*, num_tokens: int, temperature: float, top_k: int, top_p: float) -> None:

@@ -30,19 +30,16 @@ from fsn_jax.torus import Complex, kept_in
 
 
 def initial_kernel(layer: CouplingFields, num_phases: int) -> np.ndarray:
-    """Returns the initial in-phase coefficients of the kernel.
+    """Returns the initial in-phase coefficients of the kernel: the first harmonic alone.
 
     ``[T, M, N]``, or ``[T, M, J, N]`` if a phase hears J > 1 heads; all but the first head have
     coefficients of zero. Where the kernel must be positive (``signed_harmonics=False``) the least
     coefficient is ``SOFTPLUS_FLOOR``.
     """
-    m = np.arange(1, layer.num_harmonics + 1)
-    wave = {"sawtooth": (-1.0) ** (m + 1) / m, "first_harmonic": 1.0 * (m == 1)}
-    rho = layer.kernel_scale * wave[layer.kernel_init]
     heard = layer.heads_per_phase
-    kernel = np.zeros((layer.num_delays, layer.num_harmonics, heard, num_phases))
-    kernel[:, :, 0] = rho[:, None]
-    return (kernel if heard > 1 else kernel[:, :, 0]).astype(np.float32)
+    kernel = np.zeros((layer.num_delays, layer.num_harmonics, heard, num_phases), np.float32)
+    kernel[:, 0, 0] = layer.kernel_scale
+    return kernel if heard > 1 else kernel[:, :, 0]
 
 
 def initial_quadrature(layer: CouplingFields, num_phases: int) -> nn.initializers.Initializer:

@@ -23,9 +23,7 @@ from fsn_jax.fields import (
     ModelFields,
     ModesFields,
     SwiGLUFields,
-    check_at_least,
     check_fields,
-    check_positive,
     documented,
     setting,
 )
@@ -36,16 +34,13 @@ __all__ = [
     "FSNConfig",
     "Implementation",
     "TransformerConfig",
-    "check_at_least",
     "check_fields",
-    "check_positive",
     "match_parameters",
     "recorded_fields",
 ]
 
 Values = Literal["circular", "linear"]
 FeedForward = Literal["swiglu", "collective_modes", "none"]
-EmbeddingInit = Literal["normal", "uniform"]
 TokenShift = Literal["none", "keys", "queries_and_keys"]
 
 TRAINING_FLOPS_FACTOR = 3
@@ -82,9 +77,8 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
     feedforward: FeedForward = setting(
         "swiglu", "feed-forward: ``swiglu``, ``collective_modes`` (no MLP) or ``none``"
     )
-    embedding_init: EmbeddingInit = setting("normal", "distribution of the initial angles")
     embedding_scale: float = setting(
-        1.0, "standard deviation of normal initial angles, in radians", least=0
+        1.0, "standard deviation of the initial angles of the embedding, in radians", least=0
     )
 
     def _check(self) -> None:
@@ -240,6 +234,10 @@ class TransformerConfig(Frozen, ModelFields):
         return float(TRAINING_FLOPS_FACTOR * 2 * multiply_adds)
 
 
+REMOVED = {"embedding_init": "normal", "kernel_init": "first_harmonic"}
+"""Settings of earlier versions, and the value that every recorded run has."""
+
+
 def recorded_fields(
     kind: type[FSNConfig] | type[TransformerConfig], fields: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -264,7 +262,8 @@ def recorded_fields(
         renamed = {"gated": "content_gated", "static": "gated"}
         if fields.get("score") in renamed:
             fields = {**fields, "score": renamed[fields["score"]], "score_scope": "block"}
-    return {**defaults, **fields}
+    kept = {name: value for name, value in fields.items() if REMOVED.get(name) != value}
+    return {**defaults, **kept}
 
 
 _Model = typing.TypeVar("_Model", FSNConfig, TransformerConfig)

@@ -44,20 +44,13 @@ class PhaseEmbedding(nn.Module):
         Dropout draws a phase anew from the circle: its mean phasor is zero.
         """
         c = self.config
-        shape = (c.vocab_size, c.num_phases)
-        theta = lookup(self.param("angles", initial_angles(c), shape, jnp.float32), tokens)
+        init, shape = nn.initializers.normal(c.embedding_scale), (c.vocab_size, c.num_phases)
+        theta = lookup(self.param("angles", init, shape, jnp.float32), tokens)
         if deterministic or not c.dropout:
             return theta
         drop, angle = jax.random.split(self.make_rng("dropout"))
         dropped = jax.random.bernoulli(drop, c.dropout, theta.shape)
         return jnp.where(dropped, jax.random.uniform(angle, theta.shape, maxval=2 * np.pi), theta)
-
-
-def initial_angles(config: FSNConfig) -> jax.nn.initializers.Initializer:
-    """Returns the initializer of the embedding angles, in radians."""
-    if config.embedding_init == "normal":
-        return nn.initializers.normal(config.embedding_scale)
-    return nn.initializers.uniform(2 * np.pi)
 
 
 ATTENTION: dict[str, type[Any]] = {

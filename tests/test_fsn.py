@@ -204,8 +204,6 @@ def small_configs(draw):
         feedforward=draw(st.sampled_from(["swiglu", "collective_modes", "none"])),
         feedforward_width=draw(st.integers(1, 4)),
         num_modes=draw(st.integers(1, 4)),
-        embedding_init=draw(st.sampled_from(["normal", "uniform"])),
-        kernel_init=draw(st.sampled_from(["sawtooth", "first_harmonic"])),
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         remat=draw(st.booleans()),
         implementation=draw(st.sampled_from(["auto", *cases.IMPLEMENTATIONS])),

@@ -29,11 +29,12 @@ assert logits.shape == (2, 5, 7) and bool(jax.numpy.isfinite(logits).all())
 PRETRAINED = """
 import dataclasses, json, pathlib
 import jax, numpy, safetensors.numpy
+from flax.traverse_util import flatten_dict
 from fsn_jax import FSN, FSNConfig, hub
 config = FSNConfig(vocab_size=7, num_layers=1, num_phases=8, num_heads=2)
 variables = FSN(config).init(jax.random.key(0), jax.numpy.zeros((1, 2), int))
 pathlib.Path("model").mkdir()
-arrays = {name: numpy.asarray(x) for name, x in hub.flat_params(variables["params"]).items()}
+arrays = {name: numpy.asarray(x) for name, x in flatten_dict(variables["params"], sep=".").items()}
 safetensors.numpy.save_file(arrays, "model/" + hub.WEIGHTS)
 words = {"of": "letters", "unit": "bytes", "values": b"abcdefg".hex()}
 described = {"format": 1, "model_type": "fsn", "model": dataclasses.asdict(config)}

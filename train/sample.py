@@ -7,12 +7,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
-from fsn_jax.hub import is_exported
+from fsn_jax import hub
 from fsn_jax.vocabulary import TextError
 from train.bucket import is_remote
 from train.errors import UserError
 from train.files import user_path
-from train.hub import read_model
 from train.interruption import interruptions
 from train.load import load_language_model
 from train.program import Arguments, start_jax
@@ -79,14 +78,17 @@ def program(argv: Sequence[str]) -> None:
     if "" in options.stop:
         raise UserError("--stop must not be empty: name the text that ends the sample")
     start_jax()
-    if is_remote(options.run) or not is_exported(user_path("the run", options.run)):
+    if is_remote(options.run) or not hub.is_exported(user_path("the run", options.run)):
         trained = load_language_model(options.run, which=options.checkpoint)
     elif options.checkpoint != "best":
         raise UserError(
             f"--checkpoint is for a run, and {options.run} is an exported model, which holds one"
         )
     else:
-        trained = read_model(options.run)
+        try:
+            trained = hub.load(options.run)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     prompt, *stop = map(os.fsencode, (options.prompt, *options.stop))
     for option, text in (("--prompt", prompt), *(("--stop", text) for text in stop)):
         try:

@@ -29,6 +29,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from train.config import CheckpointConfig
 from train.errors import UserError
+from train.files import saved_steps
 from train.integrity import SealedPath, damage
 from train.processes import first_does
 from train.step import TrainState
@@ -188,10 +189,7 @@ class Checkpoints:
 
     def _find_damaged(self) -> dict[int, str]:
         """Returns the damage of each damaged checkpoint, by step."""
-        if not self.folder.is_dir():
-            return {}
-        steps = [int(entry.name) for entry in self.folder.iterdir() if entry.name.isdecimal()]
-        found = ((step, damage(self.folder / str(step))) for step in sorted(steps))
+        found = ((step, damage(self.folder / str(step))) for step in saved_steps(self.folder))
         return {step: what for step, what in found if what is not None}
 
     def _set_damaged_aside(self) -> None:
@@ -206,8 +204,7 @@ class Checkpoints:
         lines = {
             step: f"{self.folder / str(step)} is damaged ({damaged[step]})" for step in damaged
         }
-        whole = {int(e.name) for e in self.folder.iterdir() if e.name.isdecimal()} - damaged.keys()
-        if not whole:
+        if not set(saved_steps(self.folder)) - damaged.keys():
             raise UserError(
                 f"no checkpoint of the run is whole: {'; '.join(lines.values())}; restore one from "
                 f"a copy, or remove {self.folder.parent} to start again from the beginning"

@@ -32,7 +32,7 @@ from train.program import Arguments, num_cores, start_jax
 from train.provenance import device_description
 from train.run import default_folder
 from train.step import TrainState, abstract_state
-from train.tables import text_table
+from train.tables import parameter_table, parameters_of, text_table
 
 SHOWN_CHARACTERS = 64
 
@@ -67,8 +67,15 @@ def inspect(
         separator = experiment.data.separator(corpus.vocabulary)
         steps = train_steps_of(experiment, model, optimizer, mesh, separator=separator)
         memory |= _compiled_memory(steps, state, inputs)
+    leaves = flatten_dict(state.params, sep="/")
     parameters = [
-        _parameter(name, leaf) for name, leaf in flatten_dict(state.params, sep="/").items()
+        {
+            **parameter,
+            "dtype": leaves[parameter["path"]].dtype.name,
+            "group": group_of(tuple(parameter["path"].split("/"))),
+            "sharding": _sharding(leaves[parameter["path"]]),
+        }
+        for parameter in parameters_of(state.params)
     ]
     per_token = experiment.model.flops_per_token(experiment.data.context)
     per_step, steps_of_run = experiment.characters_per_step, experiment.training.num_steps
@@ -92,17 +99,6 @@ def inspect(
         "epochs": window_order(experiment, corpus).epoch(steps_of_run),
         "data_sha256": corpus.sha256,
         "config": experiment.to_dict(),
-    }
-
-
-def _parameter(name: str, leaf: Any) -> dict[str, Any]:
-    return {
-        "path": name,
-        "shape": leaf.shape,
-        "dtype": leaf.dtype.name,
-        "size": math.prod(leaf.shape),
-        "group": group_of(tuple(name.split("/"))),
-        "sharding": _sharding(leaf),
     }
 
 
@@ -189,10 +185,6 @@ def as_text(seen: Mapping[str, Any]) -> str:
     """Formats the result of ``inspect`` as a page of text."""
     memory, batch, flops = seen["memory"], seen["batch"], seen["flops"]
     mesh = ", ".join(f"{axis} = {size}" for axis, size in seen["mesh"].items())
-    parameters = [
-        (p["path"], str(p["shape"]), f"{p['size']:,}", p["group"], p["sharding"])
-        for p in seen["parameters"]
-    ]
     groups = [
         (g["name"], f"{g['size']:,}", f"{g['peak_learning_rate']:g}", f"{g['weight_decay']:g}")
         for g in seen["groups"]
@@ -214,12 +206,10 @@ def as_text(seen: Mapping[str, Any]) -> str:
         else "scratch, code and the sum are XLA's analysis of the step compiled for these devices "
         f"({memory['compile_seconds']} s)\n"
     )
-    head = ("parameter", "shape", "size", "group", "sharding")
-    total = ("total", "", f"{seen['num_params']:,}", "", "")
     return "\n".join(
         [
             f"{seen['name']} · would be in {seen['run_dir']} · {seen['devices']} · mesh {mesh}\n",
-            text_table([head, *parameters, total]) + "\n",
+            parameter_table(seen["parameters"], "group", "sharding"),
             text_table([("group", "size", "peak rate", "decay"), *groups]) + "\n",
             "training FLOPs (matrix products, causal pairs only)\n"
             + text_table([(f"a {part}", f"{count:.3g}") for part, count in flops.items()])

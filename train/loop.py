@@ -19,6 +19,7 @@ from train.data.corpus import Corpus
 from train.data.windows import WindowOrder, host_batches, place_tokens
 from train.errors import UserError
 from train.evaluate import Evaluator
+from train.files import write_atomically
 from train.mesh import by_step_and_row, data_mesh, placed, replicated
 from train.metrics import Metrics, Unwritten
 from train.optimizer import learning_rate, make_optimizer
@@ -28,7 +29,7 @@ from train.preemption import Preemption
 from train.processes import first_does
 from train.profiling import Profiler, TracedSteps
 from train.provenance import write_provenance
-from train.run import RunFolder, cannot_write, refuse_lost_checkpoints, write_parameter_table
+from train.run import RunFolder, cannot_write, refuse_lost_checkpoints
 from train.step import (
     DispatchMetrics,
     TrainState,
@@ -36,6 +37,7 @@ from train.step import (
     init_state,
     make_evaluate_rows,
 )
+from train.tables import parameter_table, parameters_of
 
 
 class DivergedError(UserError):
@@ -121,7 +123,9 @@ def _train(
             start, state = restored
         else:
             start, state = 0, init_state(model, optimizer, seed=experiment.seed, **placed)
-            write_parameter_table(run, state.params)
+            if run.writes:
+                table = parameter_table(parameters_of(state.params))
+                write_atomically(run.path / "parameters.txt", table)
         patience = Patience.of_log(experiment.training.patience, run.metrics, step=start)
         step = start
         if start < num_steps and not patience.is_over:

@@ -26,7 +26,7 @@ from train.bucket import (
     reaching,
 )
 from train.errors import UserError, no_run
-from train.files import user_path
+from train.files import saved_steps, user_path
 from train.integrity import STEP_METADATA
 
 CONFIG, STARTS, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
@@ -107,8 +107,8 @@ class Mirror:
     def _push(self) -> None:
         with self._reaching():
             _copy_run(self.folder, self.place, self._copy_if_changed)
-            if complete := _steps(self.folder):
-                for step in set(_steps(self.place)) - set(complete):
+            if complete := saved_steps(self.folder / CHECKPOINTS):
+                for step in set(saved_steps(self.place / CHECKPOINTS)) - set(complete):
                     (self.place / CHECKPOINTS / str(step)).rmtree()
 
     def _copy_if_changed(self, source: epath.Path, target: epath.Path) -> None:
@@ -126,7 +126,8 @@ class Mirror:
                 f"(begun {there}, not {here}); name another place, or remove one of the two"
             )
         newest_here, newest_there = (
-            max(_steps(folder), default=0) for folder in (self.folder, self.place)
+            max(saved_steps(folder / CHECKPOINTS), default=0)
+            for folder in (self.folder, self.place)
         )
         if newest_there > newest_here:
             raise UserError(
@@ -161,19 +162,11 @@ def _copy_run(
     logs = files_below(source, but=(CHECKPOINTS, CONFIG, *_OF_THIS_MACHINE))
     for name in [name for name in logs if not name.endswith(".tmp")]:
         copy_log(source / name, target / name)
-    for step in _steps(source):
+    for step in saved_steps(source / CHECKPOINTS):
         folders = (run / CHECKPOINTS / str(step) for run in (source, target))
         with contextlib.suppress(FileNotFoundError):  # an old one, just removed
             copy_folder(*folders, marker=STEP_METADATA)
     copy_log(source / CONFIG, target / CONFIG)
-
-
-def _steps(run: epath.Path) -> list[int]:
-    """Returns the steps of a run's complete checkpoints, ascending."""
-    folder = run / CHECKPOINTS
-    if not folder.exists():
-        return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
 
 
 def _first_start(run: epath.Path) -> str | None:

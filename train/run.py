@@ -30,12 +30,11 @@ from train.bucket import is_remote
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus, default_cache
 from train.errors import UserError, no_run
-from train.files import user_path, write_atomically
+from train.files import saved_steps, user_path, write_atomically
 from train.metrics import read_rows
 from train.mirror import Mirror, fetched_run
 from train.processes import first_does, together
 from train.recorded import WITHOUT_EFFECT, read_experiment
-from train.tables import parameter_table
 
 VOCABULARY = "vocabulary.json"
 
@@ -84,12 +83,10 @@ class RunFolder:
 
     def kept(self) -> str:
         """Describes the checkpoint that the next start resumes from."""
-        folder = self.checkpoints
-        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        steps = [int(name) for name in names if name.isdecimal()]
+        steps = saved_steps(self.checkpoints)
         if not steps:
             return "no checkpoint is saved yet: the same command begins at step 0"
-        return f"the checkpoint of step {max(steps)} is kept: the same command goes on from there"
+        return f"the checkpoint of step {steps[-1]} is kept: the same command goes on from there"
 
     @property
     def metrics(self) -> Path:
@@ -292,7 +289,7 @@ def refuse_lost_checkpoints(run: RunFolder, experiment: ExperimentConfig) -> Non
     beyond the second save mean that the first was complete.
     """
     folder, first = run.checkpoints, experiment.checkpoints.every
-    if folder.is_dir() and any(entry.name.isdecimal() for entry in folder.iterdir()):
+    if saved_steps(folder):
         return
     reached = max((row["step"] for row in read_rows(run.metrics)), default=0)
     starts = run.read_provenance() if run.has_begun else []
@@ -326,9 +323,3 @@ def cannot_write(run: RunFolder, error: BaseException) -> UserError | None:
     return UserError(
         f"cannot write to the run folder {run.path} ({reason}); make room or mend it; {run.kept()}"
     )
-
-
-def write_parameter_table(run: RunFolder, params: Any) -> None:
-    """Writes path, shape and size of every parameter, and the total."""
-    if run.writes:
-        write_atomically(run.path / "parameters.txt", parameter_table(params))

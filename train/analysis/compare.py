@@ -6,6 +6,7 @@ share. Then prints the outcome at the end, at every point, and after equal time,
 docs/protocol.md. Writes the same as JSON and, beside it, as text and as a figure.
 """
 
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from train.analysis.records import (
 )
 from train.analysis.verdicts import STANDARD_ERRORS, Loss
 from train.errors import UserError
-from train.files import check_json_output, default_output, write_atomically, write_json
+from train.files import check_json_output, default_output, write_result
 from train.program import Arguments
 from train.tables import text_table
 
@@ -236,12 +237,7 @@ def program(argv: Sequence[str]) -> None:
         clocks = [read_run(folder) for folder in options.clocks]
         one, other = (with_clocks(arm, clocks) for arm in (one, other))
     result = compare(one, other, same_budget=not options.any_budget)
-    write_json(output, result, indent=1)
-    table, picture = (output.with_suffix(suffix) for suffix in (".txt", ".png"))
-    text = table_text(result)
-    write_atomically(table, text + "\n")
-    draw(result, one, other, picture)
-    print(text, "", output, table, picture, sep="\n")
+    write_result(output, result, table_text(result), functools.partial(draw, result, one, other))
 
 
 def pair(arms: Mapping[str, Arm], reference: str) -> tuple[Arm, Arm]:

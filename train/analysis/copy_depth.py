@@ -4,10 +4,11 @@ Predictions on windows of the validation split are grouped by the depth of the r
 before them (``suffix_match.py``), by whether they are copy events, and by the distance to the
 source. Every arm (runs that differ only in their seed) is scored on the same windows. Intervals
 come from a bootstrap over the windows, with the same resamples for all arms, so that differences
-are paired. Prints a table; writes JSON and, beside it, a figure.
+are paired. Prints a table; writes JSON and, beside it, the table and a figure.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from train.analysis.figures import style
 from train.analysis.records import mean_and_deviation, read_arms, reference_arm
 from train.data.suffix_match import SuffixMatch, match_suffixes
 from train.errors import UserError
-from train.files import check_json_output, default_output, write_json
+from train.files import check_json_output, default_output, write_result
 from train.load import TrainedModel, load
 from train.metrics import bits_per_character
 from train.program import Arguments, start_jax
@@ -379,7 +380,5 @@ def program(argv: Sequence[str]) -> None:
         length=options.length,
         num_resamples=options.resamples,
     )
-    write_json(output, result)
-    draw(result, output.with_suffix(".png"))
-    print(table_text(result))
-    print(f"\n{output}\n{output.with_suffix('.png')}")
+    drawn = functools.partial(draw, result)
+    write_result(output, result, table_text(result), drawn, indent=None)

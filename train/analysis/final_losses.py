@@ -7,6 +7,7 @@ split if every run was evaluated on it, otherwise those of the slice that each r
 end. Writes the table as JSON and, beside it, as text and as a figure.
 """
 
+import functools
 import itertools
 import os.path
 import statistics
@@ -21,7 +22,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from train.analysis import verdicts
 from train.analysis.figures import style
 from train.analysis.records import read_arms, reference_arm
-from train.files import check_json_output, default_output, write_atomically, write_json
+from train.files import check_json_output, default_output, write_result
 from train.program import Arguments
 from train.tables import text_table
 
@@ -197,13 +198,8 @@ def _draw_rungs(found: Mapping[str, Any]) -> Figure:
 
 
 def write(found: Mapping[str, Any], output: Path) -> None:
-    """Writes JSON, text and figure, and prints the text and the paths."""
-    table, picture = (output.with_suffix(suffix) for suffix in (".txt", ".png"))
-    text = result_text(found)
-    write_json(output, found, indent=1)
-    write_atomically(table, text + "\n")
-    draw(found, picture)
-    print(text, "", output, table, picture, sep="\n")
+    """Writes JSON, text and figure."""
+    write_result(output, found, result_text(found), functools.partial(draw, found))
 
 
 def program(argv: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ entropy, what each head attends to, order parameters, and the frustration that t
 brings into the delayed coupling. Writes JSON and, beside it, two figures.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from fsn_jax.torus import order_parameter
 from train.analysis.copy_depth import spread_windows
 from train.analysis.figures import style
 from train.errors import UserError
-from train.files import check_json_output, default_output, write_json
+from train.files import check_json_output, default_output, write_atomically
 from train.load import load
 from train.program import Arguments, start_jax
 from train.provenance import provenance
@@ -303,7 +304,7 @@ def program(argv: Sequence[str]) -> None:
         length=options.length,
         data_path=options.data_path,
     )
-    write_json(output, page)
+    write_atomically(output, json.dumps(page) + "\n")
     kernels = output.with_name(f"{output.stem}_kernels.png")
     depth = output.with_name(f"{output.stem}_depth.png")
     draw_kernels(page, kernels)

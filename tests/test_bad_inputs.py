@@ -851,7 +851,7 @@ def test_a_process_ends_with_status_2_and_one_line(case, work):
     assert done.stderr.replace(f"{work}/", "") == f"error: {case.message}\n"
 
 
-def test_the_inputs_are_many_and_each_is_told_once():
+def test_the_inputs_are_many_and_each_appears_once():
     assert len(CASES) >= 70
     assert len({case.about for case in CASES}) == len(CASES)
 

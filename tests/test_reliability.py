@@ -55,7 +55,7 @@ def test_two_runs_of_one_config_are_the_same_bits(corpus, whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
-def test_whoever_cannot_write_is_told_so_in_one_line(tmp_path, number):
+def test_a_folder_that_cannot_be_written_is_reported_in_one_line(tmp_path, number):
     line = f"cannot write to the run folder {tmp_path} ({os.strerror(number)}); make room"
     said = f"RESOURCE_EXHAUSTED: Error writing\n  a file: {os.strerror(number)} [source locations]"
     for error in (OSError(number, "in any language"), ValueError(said)):
@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(
     assert f"has no locks ({os.strerror(number)}): nothing keeps a second process" in said
 
 
-def test_a_full_disk_is_told_and_the_run_goes_on_later(corpus, whole, tmp_path):
+def test_a_full_disk_is_reported_and_the_run_resumes_later(corpus, whole, tmp_path):
     experiment = tiny_experiment(corpus.folder, tmp_path / "run")
     write, written = metrics.RowLog.write, 0
 

@@ -1,4 +1,4 @@
-"""Functions with derivatives of reverse mode alone, and what they say when asked for others.
+"""Functions with derivatives of reverse mode alone, and the error for others.
 
 JAX's own error about a ``custom_vjp`` names no remedy. All derivatives pass tangents on: in reverse
 mode these are transposed and never computed, in forward mode they are computed. So an identity

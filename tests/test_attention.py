@@ -181,7 +181,7 @@ def test_linear_values_break_the_invariance_of_the_update_alone():
 
 @pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 def test_rotary_drift_depends_on_the_distance(implementation):
-    """Tokens with equal angles are told apart by their distance alone.
+    """Distance alone separates tokens with equal angles.
 
     Every angle is zero, so ``A[t, u] = softmax_u(beta sum_p cos((t - u) omega_p))``. One phase is
     gated out of the score; turned by a quarter at one source, it reads that source's weight.

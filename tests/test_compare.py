@@ -152,9 +152,7 @@ def test_arms_of_other_data_or_unfinished_are_refused(records, tmp_path):
 
 
 @pytest.mark.parametrize("beside", ["out.txt", "out.png"])
-def test_a_folder_in_the_way_of_a_result_is_reported_first(
-    records, tmp_path, beside
-):
+def test_a_folder_in_the_way_of_a_result_is_reported_first(records, tmp_path, beside):
     (tmp_path / beside).mkdir()
     with pytest.raises(compare.UserError, match=f"{beside} beside it is a folder; name another"):
         compared(records, tmp_path)

@@ -165,8 +165,8 @@ def test_every_failure_is_reported_and_the_next_source_is_tried(server, cache):
     lines: list[str] = []
     sources = [url_source(f"{server}/{route}") for route in ("refused", "cut", "altered", "good")]
     assert fetch_corpus(cache, *sources, lines=lines).read_bytes() == CONTENT
-    told = [line for line in lines if not line.startswith("downloading")]
-    assert [line.split(": ")[0] for line in told] == [source.url for source in sources[:3]]
+    reasons = [line for line in lines if not line.startswith("downloading")]
+    assert [line.split(": ")[0] for line in reasons] == [source.url for source in sources[:3]]
     assert os.listdir(cache) == ["corpus"]
 
 

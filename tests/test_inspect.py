@@ -1,4 +1,4 @@
-"""What is told of a run before it starts, against what the run then does."""
+"""What inspect says of a run before it starts, against what the run then does."""
 
 import hashlib
 import json

@@ -53,8 +53,8 @@ def test_a_signal_saves_the_step_and_the_run_resumes_from_it(
     before = signal.getsignal(sent)
     with pytest.MonkeyPatch.context() as patch:
         signal_in_dispatch(patch, dispatch, sent)
-        told = f"stopped by {sent.name} after step {5 * dispatch}, which is saved"
-        with pytest.raises(TryAgain, match=told) as caught:
+        message = f"stopped by {sent.name} after step {5 * dispatch}, which is saved"
+        with pytest.raises(TryAgain, match=message) as caught:
             run_to_the_end(experiment, corpus)
     assert caught.value.status == status
     assert signal.getsignal(sent) == before

@@ -167,17 +167,17 @@ def test_a_read_only_disk_is_refused(tmp_path, small_disk):
 
 
 def test_a_clock_that_goes_back_changes_nothing(corpus, whole, tmp_path, monkeypatch):
-    began, asked = time.time(), 0
+    began, calls = time.time(), 0
 
     def backwards() -> float:
-        nonlocal asked
-        asked += 1
-        return began - 3600 * asked
+        nonlocal calls
+        calls += 1
+        return began - 3600 * calls
 
     monkeypatch.setattr(time, "time", backwards)
     monkeypatch.setattr(time, "time_ns", lambda: int(backwards() * 1e9))
     outcome = run_to_the_end(tiny_experiment(corpus.folder, tmp_path / "run"), corpus)
-    assert asked > 10
+    assert calls > 10
     assert_same_run(tmp_path / "run", outcome.state, whole)
     assert run_to_the_end(tiny_experiment(corpus.folder, tmp_path / "run"), corpus).step == 30
 

@@ -29,6 +29,7 @@ from fsn_jax.fields import (
 )
 
 __all__ = [
+    "ARCHITECTURES",
     "ConfigError",
     "DType",
     "FSNConfig",
@@ -233,6 +234,11 @@ class TransformerConfig(Frozen, ModelFields):
         multiply_adds = self.num_layers * layer + d * self.vocab_size
         return float(TRAINING_FLOPS_FACTOR * 2 * multiply_adds)
 
+
+ARCHITECTURES: dict[str, type[FSNConfig] | type[TransformerConfig]] = {
+    "fsn": FSNConfig,
+    "transformer": TransformerConfig,
+}
 
 REMOVED = {"embedding_init": "normal", "kernel_init": "first_harmonic"}
 """Settings of earlier versions, and the value that every recorded run has."""

@@ -19,7 +19,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from fsn_jax.config import FSNConfig, TransformerConfig, recorded_fields
+from fsn_jax.config import ARCHITECTURES, FSNConfig, recorded_fields
 from fsn_jax.documents import document_ids
 from fsn_jax.fsn import FSN
 from fsn_jax.generate import stream
@@ -28,10 +28,6 @@ from fsn_jax.vocabulary import Vocabulary
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = 1
-CONFIGS: dict[str, type[FSNConfig] | type[TransformerConfig]] = {
-    "fsn": FSNConfig,
-    "transformer": TransformerConfig,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +132,7 @@ def load(folder: str | Path) -> Pretrained:
         config = json.loads((folder / CONFIG).read_text())
         if config["format"] != FORMAT:
             raise ValueError(f"format {config['format']}, not {FORMAT}")
-        kind = CONFIGS[config["model_type"]]
+        kind = ARCHITECTURES[config["model_type"]]
         settings = kind(**recorded_fields(kind, config["model"]))
         words = config["vocabulary"]
         vocabulary = Vocabulary.from_text(words["values"], words["unit"])

@@ -49,7 +49,7 @@ def match_varying_axes(tree: Tree) -> Tree:
     """Returns the arrays of a tree, typed in ``shard_map`` as varying where any of them does.
 
     A custom derivative gives parameters, which are the same on all devices, a cotangent that is
-    not; This cast lets JAX sum it over the devices. Elsewhere nothing changes.
+    not. This cast lets JAX sum it over the devices. Elsewhere nothing changes.
 
     Args:
       tree: arrays of any shape.

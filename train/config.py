@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
-from fsn_jax.config import ConfigError, check_fields, match_parameters
+from fsn_jax.config import ARCHITECTURES, ConfigError, check_fields, match_parameters
 from train.bucket import is_remote
 from train.errors import UserError
 from train.settings import (
@@ -25,7 +25,6 @@ from train.settings import (
 )
 
 __all__ = [
-    "ARCHITECTURES",
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",
@@ -37,10 +36,6 @@ __all__ = [
 ]
 
 ModelConfig = FSNConfig | TransformerConfig
-ARCHITECTURES: dict[str, type[FSNConfig] | type[TransformerConfig]] = {
-    "fsn": FSNConfig,
-    "transformer": TransformerConfig,
-}
 LARGEST_BYTE_VOCABULARY = 256
 
 

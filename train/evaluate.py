@@ -187,8 +187,7 @@ def parser(description: str, prog: str) -> Arguments:
     """Returns the command line that ``evaluate`` and ``test`` share."""
     p = Arguments(prog=prog, description=description)
     p.add_argument("run", help="a run's folder, for instance runs/quickstart")
-    p.add_argument("--checkpoint", default="best", help="best, latest or a step")
-    p.add_argument("--data_path", default="", help="where the run's data is, if it was moved")
+    p.add_checkpoint_options("best")
     p.add_argument(
         "--stride", type=int, default=0, help="new characters a window predicts; 0: the run's own"
     )

@@ -31,6 +31,13 @@ class Arguments(argparse.ArgumentParser):
         """Raises UserError."""
         raise UserError(f"{message}; see {self.prog} --help")
 
+    def add_checkpoint_options(self, default: str) -> None:
+        """Adds the options that choose a run's checkpoint and find its data; see ``load``."""
+        self.add_argument("--checkpoint", default=default, help="best, latest or a step")
+        self.add_argument(
+            "--data_path", default="", help="where the run's data is, if it was moved"
+        )
+
 
 def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Runs a program and turns deliberate exceptions into one line on stderr and an exit status.

@@ -356,8 +356,7 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("runs", nargs="+", help="folders of runs with checkpoints")
     p.add_argument("--output", type=Path, help="a .json; else copy_depth.json with the runs")
     p.add_argument("--reference", default="", help="the arm to compare with; else the transformer")
-    p.add_argument("--checkpoint", default="latest", help="best, latest or a step")
-    p.add_argument("--data_path", default="", help="where the run's data is, if it was moved")
+    p.add_checkpoint_options("latest")
     p.add_argument(
         "--windows",
         type=int,

@@ -79,7 +79,9 @@ def measure(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
 
 def read_layer(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
     """Returns the readings of one layer on a text, as plain values."""
-    found = jax.device_get(measure(state, tokens))
+    measured = jax.device_get(measure(state, tokens))
+    frustration = measured.pop("frustration")
+    found = jax.tree.map(_round, measured)
     num_delays, num_harmonics, num_kernels, _ = state.kappa.shape
     return {
         "coefficients": [
@@ -87,34 +89,31 @@ def read_layer(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
                 "delay": delay,
                 "harmonic": harmonic + 1,
                 "head": head,
-                "strength": _round(found["strength"][delay, harmonic, head]),
-                "angle": _round(found["angle"][delay, harmonic, head]),
+                "strength": found["strength"][delay][harmonic][head],
+                "angle": found["angle"][delay][harmonic][head],
             }
             for delay in range(num_delays)
             for harmonic in range(num_harmonics)
             for head in range(num_kernels)
         ],
-        "repulsiveness": _round(found["repulsiveness"]),
+        "repulsiveness": found["repulsiveness"],
         "coupling": [
             {"delay": delay, "head": head}
             | {
-                f"p{level}": _round(np.percentile(found["curves"][delay, head], level, axis=0))
+                f"p{level}": _round(np.percentile(measured["curves"][delay, head], level, axis=0))
                 for level in BAND
             }
             for delay in range(num_delays)
             for head in range(num_kernels)
         ],
-        "attention_entropy": _round(found["entropy"]),
-        "relative_entropy": _round(found["relative_entropy"]),
-        "attention_to": {name: _round(x) for name, x in found["attention_to"].items()},
-        "order": {
-            place: {name: _round(value) for name, value in order.items()}
-            for place, order in found["order"].items()
-        },
+        "attention_entropy": found["entropy"],
+        "relative_entropy": found["relative_entropy"],
+        "attention_to": found["attention_to"],
+        "order": found["order"],
         "data_frustration": {
-            "length": _round(found["mean_length"]),
-            "direction": _round(found["mean_direction"]),
-            "histogram": _round(circle_histogram(**found["frustration"])),
+            "length": found["mean_length"],
+            "direction": found["mean_direction"],
+            "histogram": _round(circle_histogram(**frustration)),
         },
     }
 
@@ -290,8 +289,7 @@ def program(argv: Sequence[str]) -> None:
     p = Arguments(prog="python -m train readings", description=__doc__)
     p.add_argument("run", help="the folder of an FSN's run with checkpoints")
     p.add_argument("--output", type=Path, help="a .json; else readings.json with the run")
-    p.add_argument("--checkpoint", default="latest", help="best, latest or a step")
-    p.add_argument("--data_path", default="", help="where the run's data is, if it was moved")
+    p.add_checkpoint_options("latest")
     p.add_argument("--windows", type=int, default=16, help="of the validation split")
     p.add_argument("--length", type=int, default=0, help="characters each; 0: context, at most 256")
     options = p.parse_args(argv[1:])

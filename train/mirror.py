@@ -72,15 +72,18 @@ class Mirror:
             _copy_run(self.place, self.folder)
         return True
 
-    def push(self) -> None:
-        """Updates the copy.
+    def push(self, *, or_warn: bool = False) -> None:
+        """Updates the copy, or with ``or_warn`` warns that it is out of date.
 
         Raises:
           UserError: the copy cannot be written.
         """
         if self._thread is not None:
             self._thread.join()
-        self._push()
+        if or_warn:
+            self._push_or_warn()
+        else:
+            self._push()
 
     def push_behind(self) -> None:
         """Starts to update the copy in a thread.
@@ -91,12 +94,6 @@ class Mirror:
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._push_or_warn, name="mirror", daemon=True)
             self._thread.start()
-
-    def push_or_warn(self) -> None:
-        """Updates the copy, or warns that it is out of date."""
-        if self._thread is not None:
-            self._thread.join()
-        self._push_or_warn()
 
     def _push_or_warn(self) -> None:
         try:

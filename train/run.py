@@ -54,10 +54,8 @@ class RunFolder:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Updates the run's copy and releases the lock."""
         try:
-            if self._mirror and kind is None:
-                self._mirror.push()
-            elif self._mirror:
-                self._mirror.push_or_warn()
+            if self._mirror:
+                self._mirror.push(or_warn=kind is not None)
         finally:
             self.close()
 

@@ -44,7 +44,7 @@ class SwiGLU(nn.Module):
       width: F.
       features: width of the result.
       dtype: of the matrix products.
-      implementation: ``reference`` for one that has all derivatives, as for a model.
+      implementation: ``reference`` has all derivatives, the others those of reverse mode.
     """
 
     width: int
@@ -83,8 +83,8 @@ class CollectiveModes(ModesFields, nn.Module):
     phase differences enter, so the layer commutes with a rotation of all phases by one angle.
 
     With ``mode_weights="dense"`` instead ``w[t, k] = silu(g_k . f_t + c_k)``, of the features f of
-    the token, and b is 1: a hidden layer, which has a preferred direction. ``features`` is of that
-    layer alone.
+    the token, and b is 1: a hidden layer, which has a preferred direction. ``features``
+    applies to that layer alone.
     """
 
     @nn.compact

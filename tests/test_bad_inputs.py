@@ -564,7 +564,7 @@ CASES = [
     Case(
         "a run whose only checkpoint is damaged",
         TRAIN,
-        "no checkpoint of the run is whole: run/checkpoints/10 is damaged (state/manifest.ocdbt "
+        "no checkpoint of the run is intact: run/checkpoints/10 is damaged (state/manifest.ocdbt "
         "is missing); restore one from a copy, or remove run to start again from the beginning",
         damaged_checkpoint,
     ),
@@ -825,7 +825,7 @@ PROCESSES = [
         "a damaged checkpoint",
         "train evaluate run",
         "the checkpoint run/checkpoints/10 is damaged (state/manifest.ocdbt is missing); name "
-        "another with --checkpoint=STEP, or go on training, from the newest whole one",
+        "another with --checkpoint=STEP, or resume training, from the newest intact one",
         damaged_checkpoint,
     ),
     *(

@@ -1,4 +1,4 @@
-"""The benchmark program: rows, ratios, going on where it stopped, mistakes; the size of a peer."""
+"""The benchmark program: rows, ratios, resuming, mistakes; the size of a peer."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A run's copy in a bucket: what it holds, going on from it, refusing what does not fit."""
+"""A run's copy in a bucket: what it holds, resuming from it, refusing what does not fit."""
 
 import shutil
 import threading

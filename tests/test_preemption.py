@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT: the step is finished and saved, the next start goes on to the same bits."""
+"""SIGTERM, SIGINT: the step is finished and saved, the next start resumes to the same bits."""
 
 import os
 import signal
@@ -108,7 +108,7 @@ def test_a_run_tells_what_is_kept_of_it(corpus, tmp_path):
     assert run.kept() == nothing
     for step in (5, 10):
         (run.checkpoints / str(step)).mkdir()
-    assert run.kept() == "the checkpoint of step 10 is kept: the same command goes on from there"
+    assert run.kept() == "the checkpoint of step 10 is kept: the same command resumes from it"
 
 
 def test_a_start_after_one_that_saved_nothing_says_that_it_begins_again(

@@ -105,7 +105,7 @@ def test_a_full_disk_is_reported_and_the_run_resumes_later(corpus, whole, tmp_pa
 
 @pytest.mark.slow
 def test_a_limit_on_the_size_of_files_is_a_full_disk(tmp_path):
-    """The first checkpoint does not fit; without the limit the same command goes on."""
+    """The first checkpoint does not fit; without the limit the same command resumes."""
     settings = real_runs.corpus_settings(tmp_path / "corpus")
     run, blocks = tmp_path / "run", 32  # of 512 bytes
     limited = ("sh", "-c", f'ulimit -f {blocks}; exec "$@"', "sh")

@@ -206,8 +206,8 @@ class Checkpoints:
         }
         if not set(saved_steps(self.folder)) - damaged.keys():
             raise UserError(
-                f"no checkpoint of the run is whole: {'; '.join(lines.values())}; restore one from "
-                f"a copy, or remove {self.folder.parent} to start again from the beginning"
+                f"no checkpoint of the run is intact: {'; '.join(lines.values())}; restore one "
+                f"from a copy, or remove {self.folder.parent} to start again from the beginning"
             )
         aside = self.folder.parent / ASIDE
         aside.mkdir(exist_ok=True)
@@ -221,7 +221,7 @@ class Checkpoints:
     def _damage_error(self, step: int) -> UserError:
         return UserError(
             f"the checkpoint {self.folder / str(step)} is damaged ({self._damaged[step]}); name "
-            f"another with --checkpoint=STEP, or go on training, from the newest whole one"
+            f"another with --checkpoint=STEP, or resume training, from the newest intact one"
         )
 
     def _restore(self, step: int, like: TrainState) -> TrainState:
@@ -246,11 +246,10 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _without_pattern(folder: Path) -> Iterator[Path]:
-    """A path of the folder without the characters of a pattern.
+    """Yields a path to the folder that has no glob characters.
 
-    Orbax looks for what it has just written with ``glob``, under the folder's name as it is, and so
-    finds nothing below a folder ``run[1]``. Such a folder gets a link in the place for temporary
-    files meanwhile.
+    Orbax globs for what it has just written and does not escape the folder's name, so it finds
+    nothing below ``run[1]``. Such a folder is reached through a temporary symbolic link.
 
     Raises:
       UserError: that place has such a name, too.
@@ -261,8 +260,8 @@ def _without_pattern(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="fsn_jax-") as beside:
         if has_pattern(beside):
             raise UserError(
-                f"checkpoints in {folder} need a place for temporary files whose name has none of "
-                f"* ? [, and {tempfile.gettempdir()} has one: set TMPDIR to another"
+                f"checkpoints in {folder} need a folder for temporary files without * ? [ in its "
+                f"name; got {tempfile.gettempdir()}: set TMPDIR to another"
             )
         link = Path(beside, "checkpoints")
         link.symlink_to(folder, target_is_directory=True)

@@ -30,7 +30,7 @@ def no_run(folder: object) -> UserError:
 
 def unfinished(folder: object) -> UserError:
     """Returns the error for an unfinished run where a finished one is needed."""
-    return UserError(f"the run {folder} is not finished; the command that began it goes on")
+    return UserError(f"the run {folder} is not finished; run its training command again")
 
 
 class TryAgain(Exception):

@@ -93,7 +93,7 @@ def parse_options(argv: Sequence[str]) -> tuple[Joining, str, list[str]]:
     p.add_argument("--num_processes", type=int, default=-1)
     p.add_argument("--process_id", type=int, default=-1)
     p.add_argument("--profile", metavar="FIRST:LAST", default="")
-    p.add_argument("--end_with_stdin", action="store_true")  # of a run that another program began
+    p.add_argument("--end_with_stdin", action="store_true")  # for runs that another program starts
     options, rest = p.parse_known_args(argv[1:])
     joining = Joining(
         options.distributed, options.coordinator, options.num_processes, options.process_id

@@ -193,7 +193,7 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
         if status in (EXIT_INTERRUPTED, -signal.SIGINT):
             stopped.append(KeyboardInterrupt())
         elif status == EXIT_TRY_AGAIN:
-            line = f"{job.name} was stopped; the same command goes on"
+            line = f"{job.name} was stopped; the same command resumes it"
             stopped.append(TryAgain(line, everywhere=False))
         elif status:
             failed[job.name] = reason_of(status, log)
@@ -228,7 +228,7 @@ def program(argv: Sequence[str]) -> None:
     if options.plan:
         return
     output = check_json_output(options.output)
-    interruptions.kept = lambda: "the same command goes on with what is left"
+    interruptions.kept = lambda: "the same command trains what is left"
     failed = run_all(jobs, options.at_once)
     folders = [default_folder(job.experiment) for job in jobs if is_finished(job)]
     if folders:

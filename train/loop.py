@@ -135,7 +135,7 @@ def _train(
                 experiment, corpus, run, checkpoints, patience, model, mesh, start, show_progress
             )
             if start:
-                loop.metrics.say(f"going on from the checkpoint of step {start}")
+                loop.metrics.say(f"resuming from the checkpoint of step {start}")
             elif begun_before:
                 loop.metrics.say(
                     "no checkpoint of the run was saved before: it begins again at step 0"
@@ -270,7 +270,7 @@ class _Loop:
         return DivergedError(
             f"the loss or its gradient was not finite at step {step}; {where}; lower "
             f"config.optimizer.peak_learning_rate or config.optimizer.clip_norm in another "
-            f"--config.run_dir, or go on past such steps with a higher "
+            f"--config.run_dir, or skip such steps with a higher "
             f"config.training.skipped_limit"
         )
 

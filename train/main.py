@@ -60,8 +60,8 @@ def ending(experiment: ExperimentConfig, outcome: Outcome) -> str:
     if outcome.ended_early:
         return (
             f"ended {'before, ' if before else ''}at step {outcome.step} of {training.num_steps}: "
-            f"no new lowest validation loss in {training.patience} evaluations; to go on, start it "
-            f"with a higher --config.training.patience, or 0"
+            f"no new lowest validation loss in {training.patience} evaluations; to train on, start "
+            f"it with a higher --config.training.patience, or 0"
         )
     if before:
         return f"finished before: all {outcome.step} steps are done, nothing is left to train"

@@ -129,7 +129,7 @@ class Mirror:
         if newest_there > newest_here:
             raise UserError(
                 f"config.mirror_dir: the copy in {self.place} is at step {newest_there}, ahead of "
-                f"{self.folder} at {newest_here}; remove {self.folder} to go on from the copy"
+                f"{self.folder} at {newest_here}; remove {self.folder} to resume from the copy"
             )
 
     def _reaching(self) -> contextlib.AbstractContextManager[None]:

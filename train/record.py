@@ -53,7 +53,9 @@ def record(run_dir: str | Path, results: Path, *, allow_modified: bool = False) 
         raise UserError(f"{target} is there already; remove it to record the run anew")
     for name in EVIDENCE:
         if not (run.path / name).is_file():
-            raise UserError(f"the run {run.path} has no {name}; the command that made it mends it")
+            raise UserError(
+                f"the run {run.path} has no {name}; run its training command again to write it"
+            )
     try:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:

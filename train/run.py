@@ -84,7 +84,7 @@ class RunFolder:
         steps = saved_steps(self.checkpoints)
         if not steps:
             return "no checkpoint is saved yet: the same command begins at step 0"
-        return f"the checkpoint of step {steps[-1]} is kept: the same command goes on from there"
+        return f"the checkpoint of step {steps[-1]} is kept: the same command resumes from it"
 
     @property
     def metrics(self) -> Path:

@@ -1,7 +1,7 @@
-"""The standard streams of a program: output is never worth a run.
+"""Standard streams whose failures do not end a run.
 
-What the encoding cannot show is replaced, and what cannot be written (a full disk, a closed
-stream) is lost without an error, until the program ends.
+What the encoding cannot show is replaced. What cannot be written (a full disk, a closed stream) is
+lost, and the error is raised when the program ends.
 """
 
 import contextlib

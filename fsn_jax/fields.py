@@ -7,6 +7,7 @@ layers of the model. They check themselves: what cannot work is refused by name 
 import dataclasses
 import inspect
 import math
+import operator
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping
@@ -71,13 +72,11 @@ def _problem(hint: Any, value: Any) -> str:
     return ""
 
 
+_BOUNDS = {"least": operator.ge, "most": operator.le, "above": operator.gt, "below": operator.lt}
+
+
 def _out_of_range(bounds: Mapping[Any, Any], value: Any) -> str:
-    within = (
-        bounds.get("least", value) <= value <= bounds.get("most", value)
-        and ("above" not in bounds or value > bounds["above"])
-        and ("below" not in bounds or value < bounds["below"])
-    )
-    if within:
+    if all(holds(value, bounds[name]) for name, holds in _BOUNDS.items() if name in bounds):
         return ""
     if "above" in bounds:
         return f"above {bounds['above']}; got {value}"

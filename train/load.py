@@ -43,6 +43,18 @@ class TrainedModel:
     mesh: Mesh
 
     @property
+    def source(self) -> dict[str, Any]:
+        """Describes the checkpoint: what results of its analysis record."""
+        return {
+            "run": self.run.path.name,
+            "seed": self.experiment.seed,
+            "step": self.step,
+            "parameters": self.experiment.model.num_params(),
+            "characters": self.step * self.experiment.characters_per_step,
+            "commit": self.run.read_provenance()[0]["git"]["commit"],
+        }
+
+    @property
     def language_model(self) -> Pretrained:
         """The model alone, without the run and its data."""
         return pretrained(self.experiment, self.params, self.corpus.vocabulary)

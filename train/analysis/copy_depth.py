@@ -253,7 +253,7 @@ def measure(
     match = match_suffixes(windows, separator=separator)
     table = tabulate(match, losses, reference=reference, num_resamples=num_resamples)
     for name, group in loaded.items():
-        table[name]["runs"] = [_source(trained) for trained in group]
+        table[name]["runs"] = [trained.source for trained in group]
     return {
         "kind": "copy_depth",
         "reference": reference,
@@ -282,18 +282,6 @@ def _check_alike(every: Sequence[TrainedModel]) -> None:
                 f"{trained.run.path} and {first.run.path} have different config.data.segments, "
                 f"and so see different repetitions; compare runs that have the same"
             )
-
-
-def _source(trained: TrainedModel) -> dict[str, Any]:
-    """Describes a scored checkpoint."""
-    return {
-        "run": trained.run.path.name,
-        "seed": trained.experiment.seed,
-        "step": trained.step,
-        "parameters": trained.experiment.model.num_params(),
-        "characters": trained.step * trained.experiment.characters_per_step,
-        "commit": trained.run.read_provenance()[0]["git"]["commit"],
-    }
 
 
 def table_text(result: dict[str, Any]) -> str:

@@ -164,11 +164,8 @@ def read(
     states = jax.jit(lambda v, t: trace_layers(model, v, t))(variables, tokens)
     return {
         "kind": "readings",
-        "run": trained.run.path.name,
         "name": trained.experiment.name,
-        "seed": trained.experiment.seed,
-        "step": trained.step,
-        "commit": trained.run.read_provenance()[0]["git"]["commit"],
+        **trained.source,
         "split": "validation",
         "windows": num_windows,
         "length": length,

@@ -5,7 +5,6 @@ import difflib
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -115,20 +114,13 @@ def config_file(file: str) -> Iterator[dict[str, Any]]:
     """
     path = user_path("--config", file)
     if not path.is_file():
-        raise UserError(f"--config={file}: there is no file {file}; {_examples()}")
+        raise UserError(f"--config={file}: there is no file {file}; see configs/ for some")
     before = [*sys.path]
     sys.path.insert(0, str(path.resolve().parent.parent))
     try:
         yield runpy.run_path(str(path))
     finally:
         sys.path[:] = before
-
-
-def _examples() -> str:
-    folder = Path(__file__).resolve().parent.parent / "configs"
-    if Path("configs/quickstart.py").is_file():
-        return "see configs/ for some"
-    return f"see {folder} for some" if folder.is_dir() else "the project's configs/ holds some"
 
 
 def load_config(argument: str) -> ConfigDict:

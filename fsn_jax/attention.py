@@ -81,9 +81,9 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
     ``score/gate_angle``, ``g`` and ``a`` ``[H, N]``; ``score/log_beta`` ``[H]``. There is no query,
     key, value or output matrix.
 
-    Cost of a token, beside multi-head attention of width N and equal L: no dense layers (there
-    ``8 N**2`` FLOPs), scores of ``2 N`` reals a head (there ``N / H``) and values of ``2 M N / H``
-    (there ``N / H``). Neither direction holds an ``[L, L]`` array.
+    Cost of a token, compared with multi-head attention of width N and the same L: no dense layers
+    (attention: ``8 N**2`` FLOPs), scores of ``2 N`` reals a head (``N / H``) and values of
+    ``2 M N / H`` (``N / H``). Neither the forward nor the backward pass holds an ``[L, L]`` array.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -166,7 +166,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         heard = [jnp.roll(weights, -j, axis=1) for j in range(self.heads_per_phase)]
         rows = [jnp.stack(heard, axis=2)]
         if self.delay:
-            # What was the weight of a token is that of its successor, if the token may see that.
+            # The weight of a token becomes that of its successor, where the successor is visible.
             shifted = jnp.pad(rows[0][..., :-1], ((0, 0),) * 4 + ((1, 0),))
             if visible.ndim == 4:
                 visible = visible[:, :, None]

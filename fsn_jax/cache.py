@@ -147,7 +147,7 @@ def extend_weights(
     )
     visible = cache.visible(position + 1, query.shape[2], segment_ids)
     weights = attention_weights_cached(query, cache.key, visible)
-    # A slice that does not fit is moved to where it does: silently, over tokens of before.
+    # JAX silently moves a slice that does not fit, and would overwrite earlier tokens.
     fits = position + query.shape[2] <= cache.capacity
     return jnp.where(fits, weights, jnp.nan), cache
 

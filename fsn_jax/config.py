@@ -158,8 +158,8 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
     def flops_per_token(self, context: int) -> float:
         """Returns the floating-point operations of training, per token, in windows of ``context``.
 
-        Counts the multiplications and additions of matrix products, forward and backward, and of
-        attention only the causal pairs; leaves out what is elementwise (sines, softmax, gates).
+        Counts multiplications and additions of matrix products, forward and backward, and only the
+        causal pairs of attention. Elementwise operations (sines, softmax, gates) do not count.
         """
         n, inputs = self.num_phases, self._inputs
         pairs = _mean_causal_pairs(context)
@@ -206,8 +206,8 @@ class TransformerConfig(Frozen, ModelFields):
     rotary_base: float = setting(10_000.0, "base of RoPE", above=1)
     token_shift: TokenShift = setting(
         "none",
-        "what sees the token before: ``keys`` or ``queries_and_keys`` add those of the token "
-        "before, times a learned weight a channel, which lets one layer copy",
+        "``keys`` or ``queries_and_keys`` add those of the previous token, times a learned weight "
+        "per channel, which lets one layer copy",
     )
 
     def _check(self) -> None:

@@ -95,7 +95,7 @@ class CollectiveModes(ModesFields, nn.Module):
 
         Args:
           theta: phases in radians.
-          field: ``[B, L, N]``, what the weights see besides: ``FrustratedAttention.field``.
+          field: ``[B, L, N]``, a further input of the weights: ``FrustratedAttention.field``.
 
         Raises:
           ValueError: ``theta`` is not ``[B, L, N]``.
@@ -166,8 +166,7 @@ class PhasorSwiGLU(SwiGLUFields, nn.Module):
 
         Args:
           theta: phases in radians.
-          field: ``[B, L, N]``, what the gate and the other factor see besides:
-            ``FrustratedAttention.field``.
+          field: ``[B, L, N]``, a further input of both factors: ``FrustratedAttention.field``.
 
         Raises:
           ValueError: ``theta`` is not ``[B, L, N]``.

@@ -106,8 +106,8 @@ class Checkpoints:
     def save(self, state: TrainState, step: int, validation_loss: float | None) -> None:
         """Starts a save. The values are copied first, so ``state`` may be donated afterwards.
 
-        The first save is waited for and read back, so that storage that does not keep what is
-        written is noticed before more is trained.
+        The first save is waited for and read back, so that storage that loses data is noticed
+        early.
 
         Raises:
           UserError: what was read back is not what was saved.
@@ -182,7 +182,7 @@ class Checkpoints:
             except UserError:
                 if step not in self._damaged or jax.process_count() > 1:
                     raise
-            # Its files are those that were saved, or there is no telling, and yet unreadable.
+            # Unreadable although its hashes match, or are missing.
             self._set_damaged_aside()
             self._manager.reload()
         return None

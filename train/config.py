@@ -48,8 +48,8 @@ class ExperimentConfig:
       run_dir: folder of the run; empty means ``runs/<name>``.
       seed: seed of the initial parameters and of the order of the data.
       architecture: name of the architecture that ``model`` configures.
-      model: config of the model. A ``vocab_size`` of 0 in the ConfigDict means that of the corpus;
-        here it is then the largest of a byte corpus, until ``with_vocabulary`` sets it.
+      model: config of the model. A ``vocab_size`` of 0 in the ConfigDict means the corpus's. It is
+        here the largest of a byte corpus, until ``with_vocabulary`` sets it.
       vocabulary_from_corpus: whether ``vocab_size`` was 0.
       data, optimizer, training, evaluation, checkpoints: see their classes.
       mirror_dir: bucket (``gs://BUCKET/runs``) or folder that keeps a copy of the run's folder

@@ -78,10 +78,10 @@ def check_json_output(output: Path) -> Path:
 
 
 def default_output(runs: Sequence[str], name: str) -> Path:
-    """Where a result goes for which no ``--output`` is given.
+    """Returns where a result goes without ``--output``.
 
-    Of one run into its folder, of several beside them; of records, or of runs in a bucket, to
-    ``runs/``, which git ignores.
+    A result of one run goes into its folder, of several runs beside them, and of records or runs in
+    a bucket to ``runs/``, which git ignores.
     """
     folders = [Path(run).expanduser() for run in runs]
     if not all((folder / "checkpoints").is_dir() for folder in folders):

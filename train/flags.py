@@ -106,7 +106,7 @@ def parse_options(argv: Sequence[str]) -> tuple[Joining, str, list[str]]:
 def config_file(file: str) -> Iterator[dict[str, Any]]:
     """The names that a config file defines.
 
-    ``from configs import ...`` in it means the files beside it, wherever the program is started.
+    In the file ``from configs import ...`` finds the files beside it, from any working folder.
 
     Raises:
       UserError: there is no such file.

@@ -2,7 +2,7 @@
 
 =====================  ==========================================================================
 while it is imported   it ends at once: nothing has begun
-while it works         KeyboardInterrupt, so that what is half done is tidied away
+while it works         KeyboardInterrupt, so that half-done work is cleaned up
 while a run trains     a notice, as SIGTERM is: the step is finished and saved (``preemption.py``)
 a second time          it ends at once, also in the middle of a compilation
 =====================  ==========================================================================
@@ -28,7 +28,7 @@ class Interruptions:
     Attributes:
       came: whether it came since ``listen``.
       listening: whether this process is a program that ``listen`` was called for.
-      kept: returns what is kept if the program ends now, in words; "" if there is nothing to say.
+      kept: returns a phrase on what is kept if the program ends now; "" for none.
     """
 
     def __init__(self) -> None:

@@ -111,7 +111,7 @@ def start_jax(joining: "Joining | None" = None, *, cpu_devices: int = 1) -> None
     Args:
       joining: how to find the other processes.
       cpu_devices: number of CPU devices, unless the user has set it or other processes share the
-        CPU. XLA spreads windows over devices better than one product over cores.
+        CPU. One device a core is faster than products that XLA divides over cores.
 
     Raises:
       UserError: JAX finds no device, or the other processes cannot be joined.

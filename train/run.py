@@ -170,8 +170,8 @@ def _open_to_write(path: Path, experiment: ExperimentConfig, corpus: Corpus) -> 
         str(path.absolute()).encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"the path of the run folder {path} is not UTF-8, as what is written there needs it; "
-            f"choose another with --config.run_dir=FOLDER"
+            f"the path of the run folder {path} is not UTF-8; choose another with "
+            f"--config.run_dir=FOLDER"
         ) from None
     mirror = Mirror(path, experiment.mirror_dir) if experiment.mirror_dir else None
     try:

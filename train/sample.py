@@ -48,7 +48,7 @@ def write_as_it_comes(chunks: Iterable[bytes], out: TextIO) -> None:
         out.buffer.write(shown(b"", final=True) + b"\n")
         out.buffer.flush()
     except BrokenPipeError:
-        # Or the interpreter would try to write what is left, and complain, when it ends.
+        # Otherwise the interpreter flushes the rest at its end and reports the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 

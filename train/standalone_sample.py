@@ -59,7 +59,7 @@ def main() -> None:
         for text in _texts(options, Path(__file__).resolve().parent):
             sys.stdout.buffer.write(text)
             sys.stdout.buffer.flush()
-    except BrokenPipeError:  # whoever read has gone; Python would write what is left once more
+    except BrokenPipeError:  # the reader has gone; Python would flush the rest at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.stdout = None  # not to be flushed again

@@ -11,7 +11,7 @@ import sys
 
 
 class _Lenient(io.FileIO):
-    """A file whose errors in writing are noted instead of raised, but for a reader that is gone."""
+    """A file that notes write errors instead of raising them, except of a reader that is gone."""
 
     lost = ""
 

@@ -137,7 +137,7 @@ class RunRecord:
 
     @property
     def devices(self) -> set[str]:
-        """The devices that ``clock`` is of."""
+        """The devices that ``clock`` was measured on."""
         return {run.provenance[0]["device"] for run in self.clocks or (self,)}
 
     @property
@@ -285,7 +285,7 @@ def recorded_arms(results: Path) -> dict[str, Arm]:
 
 
 def with_clocks(arm: Arm, clocks: Sequence[RunRecord]) -> Arm:
-    """Returns an arm whose time is that of other runs of its model.
+    """Returns an arm that takes its time from other runs of its model.
 
     Raises:
       UserError: none of the runs has its model.

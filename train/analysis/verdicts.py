@@ -1,4 +1,4 @@
-"""The tests that judge claims by recorded runs, each a pure function of the records.
+"""Tests that judge claims by recorded runs; each is a pure function of the records.
 
 A comparison of means is decided if both arms have two seeds or more and differ by more than two
 standard errors of the difference; a single seed decides nothing. Losses are BPC of the whole

@@ -325,5 +325,5 @@ def _check_link(folder: Path, link: Path) -> None:
     if where != "outside it" or not target.is_relative_to(folder.resolve()):
         raise UserError(
             f"config.data.path={folder} holds {link.relative_to(folder)}, a link to {target} "
-            f"{where}: remove it, or put what is meant in its place"
+            f"{where}: remove it, or replace it by the file itself"
         )

@@ -1,4 +1,4 @@
-"""Windows of a split: their order in training, where they are read, and those of an evaluation.
+"""Windows of a split: their order in training, how they are read, and windows of an evaluation.
 
 An epoch is a seeded permutation of non-overlapping windows of L tokens, offset by a seeded shift.
 The window that begins at s has the inputs `tokens[s : s + L]` and the targets
@@ -194,9 +194,9 @@ def evaluation_windows(
 ) -> Iterator[EvaluationBatch]:
     """Yields windows in which every token of a split but its first is scored exactly once.
 
-    Windows begin every ``stride`` tokens. Each scores what the one before did not reach, so each
-    scored token but those of the first window has at least ``context - stride + 1`` tokens before
-    it. The last window is moved back to end with the split. All batches have the same shape.
+    Windows begin every ``stride`` tokens. Each scores the tokens that the previous one did not
+    reach. So each scored token after the first window has at least ``context - stride + 1`` tokens
+    before it. The last window is moved back to end with the split. All batches have the same shape.
 
     Args:
       num_tokens: length of the split, see ``check_evaluation``.

@@ -62,15 +62,7 @@ TRANSFORMER_1M = dataclasses.replace(
     TRANSFORMER_POCKET, num_layers=6, width=112, feedforward_width=327
 )
 FSN_POCKET = match_parameters(
-    FSNConfig(
-        vocab_size=VOCABULARY,
-        num_layers=4,
-        num_phases=64,
-        num_heads=2,
-        heads_per_phase=2,
-        score_scope="block",
-        similarity_heads=1,
-    ),
+    FSNConfig(vocab_size=VOCABULARY, num_layers=4, num_phases=64),
     TRANSFORMER_POCKET.num_params(),
 )
 FSN_1M = match_parameters(
@@ -80,14 +72,12 @@ PROJECTED_POCKET = FSNConfig(
     vocab_size=VOCABULARY,
     num_layers=4,
     num_phases=64,
-    num_heads=2,
-    heads_per_phase=2,
     num_harmonics=1,
     kernel_angle=0.0,
     score="projected",
+    score_scope="all",
     score_phases=8,
     score_angles=False,
-    similarity_heads=1,
     features="quadrature",
     feature_scale=1.0,
     field_features=True,

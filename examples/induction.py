@@ -39,6 +39,7 @@ _FSN: dict[str, Any] = {
     "num_harmonics": 1,
     "kernel_angle": 0.0,
     "score": "projected",
+    "similarity_heads": 0,
     "feedforward_width": 32,
 }
 ARMS: dict[str, FSN | Transformer] = {

@@ -70,20 +70,22 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
 
     .. math::
 
-        \Delta\theta_{t,n} = \operatorname{Im} \sum_{\tau=0}^{T-1} \sum_{m=1}^{M} \kappa_{\tau,m,n}
-        e^{-i m \theta_{t,n}} \sum_{u : u + \tau \le t} A_{h(n),t,u} \, e^{i m \theta_{u+\tau,n}}
+        \Delta\theta_{t,n} = \operatorname{Im} \sum_{\tau=0}^{T-1} \sum_{m=1}^{M} \sum_{h \in H(n)}
+        \kappa_{\tau,m,h,n} e^{-i m \theta_{t,n}}
+        \sum_{u : u + \tau \le t} A_{h,t,u} \, e^{i m \theta_{u+\tau,n}}
 
-        A_{h,t,u} = \operatorname{softmax}_{u \le t} \Bigl( \beta_h \sum_n g_{h,n}
-        \cos\bigl(\theta_{t,n} - \theta_{u,n} + (t - u)\,\omega_n - a_{h,n}\bigr) \Bigr)
+        A_{h,t,u} = \operatorname{softmax}_{u \le t} \Bigl( \beta_h \sum_{n \in h} g_n
+        \cos\bigl(\theta_{t,n} - \theta_{u,n} + (t - u)\,\omega_n - a_n\bigr) \Bigr)
 
-    Phases are angles in radians, ``theta[B, L, N]``; N is read from the input. Parameters:
-    ``kernel_real`` and ``kernel_imag``, the kernel ``kappa`` ``[T, M, N]``; ``score/gate`` and
-    ``score/gate_angle``, ``g`` and ``a`` ``[H, N]``; ``score/log_beta`` ``[H]``. There is no query,
-    key, value or output matrix.
+    Head h compares its own block of N / H phases; phase n hears the J heads ``H(n)``. Phases are
+    angles in radians, ``theta[B, L, N]``; N is read from the input. Parameters: ``kernel_real`` and
+    ``kernel_imag``, the kernel ``kappa`` ``[T, M, J, N]`` (``[T, M, N]`` for J = 1); ``score/gate``
+    and ``score/gate_angle``, ``g`` and ``a`` ``[N]`` (``[H, N]`` if heads compare all phases);
+    ``score/log_beta`` ``[H]``. There is no query, key, value or output matrix.
 
     Cost of a token, compared with multi-head attention of width N and the same L: no dense layers
-    (attention: ``8 N**2`` FLOPs), scores of ``2 N`` reals a head (``N / H``) and values of
-    ``2 M N / H`` (``N / H``). Neither the forward nor the backward pass holds an ``[L, L]`` array.
+    (attention: ``8 N**2`` FLOPs), scores of ``2 N / H`` reals a head (``N / H``) and values of
+    ``2 M J N / H`` (``N / H``). Neither the forward nor the backward pass holds an ``[L, L]`` array.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -93,7 +95,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
       >>> variables = layer.init(jax.random.key(1), theta)
       >>> theta = theta + layer.apply(variables, theta)
       >>> jax.tree.map(jnp.shape, variables["params"]["kernel_real"])
-      (2, 2, 8)
+      (2, 2, 2, 8)
     """
 
     @nn.compact

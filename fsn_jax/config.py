@@ -249,10 +249,11 @@ def recorded_fields(
 ) -> dict[str, Any]:
     """Returns all fields of a config that this or an earlier version wrote, in today's names.
 
-    Before ``score_scope`` was a field, ``gated`` meant gates that depend on content, ``static`` was
-    one gate a phase, and kernels began without frustration angles. Before ``feature_scale`` was,
-    features were not scaled, and scores had no frustration angles. Before ``mode_weights`` was,
-    a dense layer weighed the collective modes.
+    Before ``similarity_heads`` and ``heads_per_phase`` were fields, every head had drift and a
+    phase heard one head. Before ``score_scope`` was a field, ``gated`` meant gates that depend on
+    content, ``static`` was one gate a phase, and kernels began without frustration angles. Before
+    ``feature_scale`` was, features were not scaled, and scores had no frustration angles. Before
+    ``mode_weights`` was, a dense layer weighed the collective modes.
 
     Args:
       kind: the class of the config.
@@ -261,6 +262,8 @@ def recorded_fields(
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     if fields.get("feedforward") == "collective_modes" and "mode_weights" not in fields:
         defaults |= {"mode_weights": "dense"}
+    if kind is FSNConfig:
+        defaults |= {"score_scope": "all", "similarity_heads": 0, "heads_per_phase": 1}
     if kind is FSNConfig and "feature_scale" not in fields:
         defaults |= {"feature_scale": 1.0, "score_angles": False}
     if kind is FSNConfig and "score_scope" not in fields:

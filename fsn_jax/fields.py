@@ -175,7 +175,7 @@ class DenseFields(ComputeFields):
 class ScoreFields(DenseFields):
     """Settings of the score, which selects the tokens that couple."""
 
-    num_heads: int = setting(4, "H, number of attention heads", least=1)
+    num_heads: int = setting(2, "H, number of attention heads", least=1)
     score: Score = setting(
         "gated",
         "what selects the tokens that couple: ``gated`` (phase coherence under learned gates, one "
@@ -183,7 +183,7 @@ class ScoreFields(DenseFields):
         "(dense queries and keys), ``none`` (uniform mean field)",
     )
     score_scope: ScoreScope = setting(
-        "all", "phases that a gated head compares: ``all`` N, or its own ``block`` of N / H"
+        "block", "phases that a gated head compares: ``all`` N, or its own ``block`` of N / H"
     )
     score_harmonics: int = setting(
         1, "harmonics of the phases that a gated head compares, each with gates of its own", least=1
@@ -200,7 +200,7 @@ class ScoreFields(DenseFields):
         0, "R, phase pairs a head of a projected score; 0 stands for N / H", least=0
     )
     similarity_heads: int = setting(
-        0,
+        1,
         "S, heads that compare what two tokens are and not where: they have no drift, and in a "
         "projected score their keys are their queries",
         least=0,
@@ -209,6 +209,7 @@ class ScoreFields(DenseFields):
         1.0,
         "share of the compared phases whose score drifts with the distance, from 0 to 1",
         least=0,
+        most=1,
     )
     rotary_base: float = setting(
         10_000.0,
@@ -222,20 +223,16 @@ class ScoreFields(DenseFields):
 
     def _check(self) -> None:
         super()._check()
-        gated = self.score in ("gated", "content_gated")
         if self.similarity_heads > self.num_heads:
             self.refuse("similarity_heads", f"be from 0 to num_heads ({self.num_heads})")
-        if self.drift_share > 1:
-            self.refuse("drift_share", "be from 0 to 1")
-        for name, neutral, fits in (
+        for name, default, fits in (
             ("score_phases", 0, self.score == "projected"),
-            ("similarity_heads", 0, self.score in ("projected", "gated")),
-            ("score_scope", "all", gated),
             ("score_harmonics", 1, self.score == "gated"),
+            ("similarity_heads", 1, self.score != "none"),
             ("drift_share", 1, self.score != "none"),
         ):
-            if getattr(self, name) != neutral and not fits:
-                self.refuse(name, f"be {neutral!r} for score={self.score!r}")
+            if getattr(self, name) not in (0, default) and not fits:
+                self.refuse(name, f"be {default!r} for score={self.score!r}")
 
     def check_width(self, num_phases: int) -> None:
         """Raises ConfigError unless ``num_heads`` divides the number of phases."""
@@ -262,7 +259,7 @@ class CouplingFields(ScoreFields):
     """Settings of the coupling kernel, beside those of the score."""
 
     heads_per_phase: int = setting(
-        1,
+        2,
         "J, heads that each phase hears: with 1, head h couples the h-th block of N / H phases by "
         "a kernel ``[T, M, N]``; with more, a phase of block h hears heads h, ..., h + J - 1 "
         "(modulo H), each by a kernel of its own, ``[T, M, J, N]``",

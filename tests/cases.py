@@ -23,7 +23,10 @@ TINY_FSN: dict[str, Any] = {
     "num_layers": 2,
     "num_phases": 9,
     "num_heads": 3,
+    "heads_per_phase": 1,
     "score": "projected",
+    "score_scope": "all",
+    "similarity_heads": 0,
     "feedforward_width": 7,
     "num_modes": 5,
 }
@@ -60,6 +63,7 @@ FSN_VARIANTS: dict[str, dict[str, Any]] = {
     "gated_block_harmonics": {"score": "gated", "score_scope": "block", "score_harmonics": 2},
     "content_gated": {"score": "content_gated", "score_scope": "block"},
     "content_gated_all": {"score": "content_gated", "drift_share": 0.6},
+    "content_gated_similarity": {"score": "content_gated", "similarity_heads": 1},
     "no_score": {"score": "none"},
     "one_quadrature": {"features": "quadrature"},
     "content_gated_one_quadrature": {

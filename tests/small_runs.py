@@ -43,9 +43,9 @@ TINY_FSN = FSNConfig(
     num_layers=1,
     num_phases=8,
     num_heads=2,
-    score="gated",
-    score_scope="block",
+    heads_per_phase=1,
     score_angles=False,
+    similarity_heads=0,
     kernel_angle=0.0,
     feedforward="none",
 )

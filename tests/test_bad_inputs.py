@@ -556,7 +556,7 @@ CASES = [
         "a checkpoint of another architecture",
         "train --config=small.py:transformer --config.run_dir=other",
         "the checkpoint other/checkpoints/10 is of another model: "
-        "block_0/attention/kernel_imag is (2, 2, 8) there and absent in the config (19 "
+        "block_0/attention/kernel_imag is (2, 2, 2, 8) there and absent in the config (19 "
         "arrays differ); use the run's own config, or another folder with "
         "--config.run_dir=FOLDER",
         checkpoints_of_another_model,

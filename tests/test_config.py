@@ -86,19 +86,13 @@ def test_refuses_a_bad_field_in_one_line_that_names_it(config_class, field, valu
     assert str(value) in message
 
 
-@pytest.mark.parametrize("field", ["score_phases", "similarity_heads"])
-@pytest.mark.parametrize("score", ["content_gated", "none"])
-def test_refuses_what_belongs_to_a_projection_where_there_is_none(score, field):
-    with pytest.raises(ConfigError, match=field):
-        FSNConfig(**{"score": score, field: 3})
-
-
 @pytest.mark.parametrize(
     ("score", "field", "value"),
     [
-        ("projected", "score_scope", "block"),
-        ("none", "score_scope", "block"),
         ("gated", "score_phases", 3),
+        ("content_gated", "score_phases", 3),
+        ("none", "score_phases", 3),
+        ("none", "similarity_heads", 2),
         ("projected", "score_harmonics", 2),
         ("content_gated", "score_harmonics", 2),
         ("none", "drift_share", 0.5),
@@ -146,10 +140,10 @@ def fsn_grid():
             num_layers=1 + i % 2,
             num_heads=(1, 3, 9)[i % 3],
             vocab_size=5 + i % 4,
-            score_scope=("all", "block")[i % 2] if "gated" in score else "all",
+            score_scope=("all", "block")[i % 2],
             score_harmonics=1 + i % 2 if score == "gated" else 1,
             score_phases=i % 3 if score == "projected" else 0,
-            similarity_heads=i // 3 if score == "projected" else 0,
+            similarity_heads=i % 2,
         )
 
 

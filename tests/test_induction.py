@@ -24,6 +24,8 @@ CONFIG = {
     "num_layers": 1,
     "num_phases": V,
     "num_heads": 1,
+    "heads_per_phase": 1,
+    "similarity_heads": 0,
     "num_harmonics": 1,
     "static_angles": False,
     "score": "projected",

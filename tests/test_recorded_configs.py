@@ -57,7 +57,8 @@ def test_a_recorded_model_is_built_with_its_parameters(record):
 @pytest.mark.parametrize(
     ("before", "now"),
     [
-        ({}, {"score": "projected", "score_scope": "all"}),
+        ({}, {"score": "projected", "score_scope": "all", "similarity_heads": 0}),
+        ({"num_heads": 4}, {"num_heads": 4, "heads_per_phase": 1}),
         ({"score": "gated"}, {"score": "content_gated", "score_scope": "block"}),
         ({"score": "static"}, {"score": "gated", "score_scope": "block"}),
         ({"score": "gated", "score_scope": "all"}, {"score": "gated", "score_scope": "all"}),

@@ -40,7 +40,7 @@ def test_in_a_linen_model():
     assert same[:40].all() and not same[40:].any(), "it is causal"
     assert diagnostics["dtheta"].shape == diagnostics["theta"].shape
     assert diagnostics["entropy"].shape == (2, 4, 64)
-    assert diagnostics["kernel"].re.shape == (2, 2, 1, 32)
+    assert diagnostics["kernel"].re.shape == (2, 2, 2, 32)
 
 
 def test_packed_documents():
@@ -82,7 +82,7 @@ def test_from_nnx():
     (names,) = run("From Flax NNX")
     assert names["losses"][-1] < names["losses"][0]
     assert isinstance(names["kernel"], nnx.Param)
-    assert names["kernel"].shape == (2, 2, 32)
+    assert names["kernel"].shape == (2, 2, 2, 32)
 
 
 @pytest.mark.slow

@@ -71,7 +71,6 @@ def inspect(
     parameters = [
         {
             **parameter,
-            "dtype": leaves[parameter["path"]].dtype.name,
             "group": group_of(tuple(parameter["path"].split("/"))),
             "sharding": _sharding(leaves[parameter["path"]]),
         }

@@ -29,9 +29,14 @@ def _is_number(cell: str) -> bool:
 
 
 def parameters_of(params: Any) -> list[dict[str, Any]]:
-    """Returns path, shape and number of scalars of each parameter."""
+    """Returns path, shape, type and number of scalars of each parameter."""
     return [
-        {"path": path, "shape": tuple(leaf.shape), "size": math.prod(leaf.shape)}
+        {
+            "path": path,
+            "shape": tuple(leaf.shape),
+            "dtype": leaf.dtype.name,
+            "size": math.prod(leaf.shape),
+        }
         for path, leaf in flatten_dict(params, sep="/").items()
     ]
 

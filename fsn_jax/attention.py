@@ -85,7 +85,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
 
     Cost of a token, compared with multi-head attention of width N and the same L: no dense layers
     (attention: ``8 N**2`` FLOPs), scores of ``2 N / H`` reals a head (``N / H``) and values of
-    ``2 M J N / H`` (``N / H``). Neither the forward nor the backward pass holds an ``[L, L]`` array.
+    ``2 M J N / H`` (``N / H``). Neither pass, forward or backward, holds an ``[L, L]`` array.
 
     Example:
       >>> import jax, jax.numpy as jnp

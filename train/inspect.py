@@ -67,15 +67,7 @@ def inspect(
         separator = experiment.data.separator(corpus.vocabulary)
         steps = train_steps_of(experiment, model, optimizer, mesh, separator=separator)
         memory |= _compiled_memory(steps, state, inputs)
-    leaves = flatten_dict(state.params, sep="/")
-    parameters = [
-        {
-            **parameter,
-            "group": group_of(tuple(parameter["path"].split("/"))),
-            "sharding": _sharding(leaves[parameter["path"]]),
-        }
-        for parameter in parameters_of(state.params)
-    ]
+    parameters = _parameters(state.params)
     per_token = experiment.model.flops_per_token(experiment.data.context)
     per_step, steps_of_run = experiment.characters_per_step, experiment.training.num_steps
     return {
@@ -99,6 +91,14 @@ def inspect(
         "data_sha256": corpus.sha256,
         "config": experiment.to_dict(),
     }
+
+
+def _parameters(params: Any) -> list[dict[str, Any]]:
+    leaves = flatten_dict(params, sep="/").values()
+    return [
+        {**p, "group": group_of(tuple(p["path"].split("/"))), "sharding": _sharding(leaf)}
+        for p, leaf in zip(parameters_of(params), leaves, strict=True)
+    ]
 
 
 def _abstract_inputs(

@@ -100,7 +100,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
 
     @nn.compact
     def _kernel(self, num_phases: int) -> Complex:
-        """The coupling kernel ``[T, M, J, N]``, real and imaginary parts."""
+        """Returns the coupling kernel ``[T, M, J, N]``, real and imaginary parts."""
         initial = initial_kernel(self, num_phases)
         start = initial if self.signed_harmonics else softplus_inverse(initial)
         real = self.param("kernel_real", lambda _: jnp.asarray(start, jnp.float32))
@@ -164,7 +164,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         return Complex(*map(merge_heads, field)), cache
 
     def _rows(self, weights: Array, visible: Array) -> Array:
-        """The weights of every block's tokens, ``[B, H, T, J, S, C]``: by delay and head heard."""
+        """Returns the weights of each block by delay and head heard, ``[B, H, T, J, S, C]``."""
         heard = [jnp.roll(weights, -j, axis=1) for j in range(self.heads_per_phase)]
         rows = [jnp.stack(heard, axis=2)]
         if self.delay:
@@ -176,7 +176,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         return jnp.stack(rows, axis=2)
 
     def _kappa_by_head(self, kappa: Complex) -> Complex:
-        """The kernel by head, ``[T, M, H, J P]``, over the phases in the order of ``_coupled``."""
+        """Returns the kernel by head, ``[T, M, H, J P]``, phases in the order of ``_coupled``."""
         heads, heard = self.num_heads, self.heads_per_phase
         block = np.arange(heads)
 
@@ -190,14 +190,14 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         return Complex(by_head(kappa.re), by_head(kappa.im))
 
     def _coupled(self, z: Complex) -> Complex:
-        """The phases that each head couples, ``[B, H, L, J P]``; if J = H all, ``[B, 1, L, N]``."""
+        """Returns the phases that each head couples, ``[B, H, L, J P]``; ``[B, 1, L, N]`` if J = H."""
         if self.heads_per_phase == self.num_heads:
             return Complex(z.re[:, None], z.im[:, None])
         zh = self._heads(z)
         return Complex(*(_by_head([part] * self.heads_per_phase, axis=1) for part in zh))
 
     def _gather(self, field: Complex) -> Complex:
-        """The field of all heads together, ``[B, L, N]``."""
+        """Sums the fields of all heads, ``[B, L, N]``."""
         return Complex(*map(self._gather_part, field))
 
     def _gather_part(self, part: Array) -> Array:

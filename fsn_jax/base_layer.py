@@ -252,7 +252,7 @@ class LinearValueAttention(_SummedAttention):
 
     @nn.compact
     def _dense(self, z: Complex, total: Array | None) -> Array:
-        """The values of tokens, ``[B, L, N]``, or the output for their sums ``[B, H, L, P]``."""
+        """Returns the values of tokens, or the output for their sums ``[B, H, L, P]``."""
         num_phases = z.re.shape[-1]
         value = PhasorDense(**shared_settings(self, PhasorDense), outputs=num_phases, name="value")
         output = nn.Dense(num_phases, use_bias=False, dtype=jnp.dtype(self.dtype), name="output")

@@ -271,7 +271,7 @@ def recorded_fields(
         renamed = {"gated": "content_gated", "static": "gated"}
         if fields.get("score") in renamed:
             fields = {**fields, "score": renamed[fields["score"]], "score_scope": "block"}
-    kept = {name: value for name, value in fields.items() if REMOVED.get(name) != value}
+    kept = {name: value for name, value in fields.items() if (name, value) not in REMOVED.items()}
     return {**defaults, **kept}
 
 

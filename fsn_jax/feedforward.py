@@ -105,7 +105,7 @@ class CollectiveModes(ModesFields, nn.Module):
         return total.im * z.re - total.re * z.im
 
     def _native(self, z: Complex, field: Complex | None) -> Complex:
-        """The field of all modes, ``[B, L, N]``, with weights from phase coherence."""
+        """Computes the field of all modes, ``[B, L, N]``, with weights from phase coherence."""
         phases, modes = z.re.shape[-1], self.num_modes
         seen = z
         if field is not None:
@@ -121,7 +121,7 @@ class CollectiveModes(ModesFields, nn.Module):
         return self._product("down", weighted, 0.5 * modes**-0.5, phases)
 
     def _product(self, name: str, x: Complex, deviation: float, outputs: int) -> Complex:
-        """A complex matrix product, written as one real product."""
+        """Computes a complex matrix product as one real product."""
         init, shape = nn.initializers.normal(deviation), (x.re.shape[-1], outputs)
         re = self.param(f"{name}_real", init, shape, jnp.float32)
         im = self.param(f"{name}_imag", init, shape, jnp.float32)
@@ -130,7 +130,7 @@ class CollectiveModes(ModesFields, nn.Module):
         return Complex(*jnp.split(product.astype(jnp.float32), 2, axis=-1))
 
     def _dense(self, z: Complex, field: Complex | None) -> Complex:
-        """The field of all modes, ``[B, L, N]``, with weights from a dense layer."""
+        """Computes the field of all modes, ``[B, L, N]``, with weights from a dense layer."""
         shared = shared_settings(self, PhasorDense)
         drive = PhasorDense(**shared, outputs=self.num_modes, use_bias=True, name="weights")(
             z, field

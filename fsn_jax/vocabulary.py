@@ -178,7 +178,7 @@ def code_points(pieces: Iterable[bytes]) -> Iterator[npt.NDArray[np.uint32]]:
 
 
 def _marked(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """Each piece, then an empty one that is marked as the last."""
+    """Yields each piece, then an empty one that is marked as the last."""
     for piece in pieces:
         yield piece, False
     yield b"", True

@@ -139,15 +139,15 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint; None without a checkpoint."""
+        """Returns the step of the newest checkpoint; None without a checkpoint."""
         return self._manager.latest_step()
 
     def all_steps(self) -> list[int]:
-        """The steps of all kept checkpoints, ascending."""
+        """Returns the steps of all kept checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def best(self) -> int | None:
-        """The step of the checkpoint with the lowest validation loss; None without evaluations."""
+        """Returns the step with the lowest validation loss; None without evaluations."""
         return self._manager.best_step()
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -274,7 +274,7 @@ def has_pattern(path: str | Path) -> bool:
 
 
 def _holds(saved: np.ndarray, leaf: jax.Array) -> bool:
-    """Whether an array that was read holds the bits that this process has of ``leaf``."""
+    """Whether an array from disk has the bits of this process's shards of ``leaf``."""
     return all(
         saved[shard.index].tobytes() == np.asarray(shard.data).tobytes()
         for shard in leaf.addressable_shards

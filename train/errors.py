@@ -19,7 +19,7 @@ class UserError(Exception):
     everywhere = False
 
     def __init__(self, message: str):
-        """Join `message` into one line, whatever the texts quoted in it contain."""
+        """Joins `message` into one line, whatever the texts quoted in it contain."""
         super().__init__(" ".join(message.split()))
 
 

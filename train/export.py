@@ -86,7 +86,7 @@ def export_sampler(trained: Pretrained) -> bytes:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train export", description=__doc__)
     p.add_argument("run", help="a run's folder, for instance runs/quickstart")
     p.add_argument("folder", type=Path, help="a new folder to write to")

@@ -11,7 +11,7 @@ from train.errors import UserError
 
 
 def user_path(setting: str, text: str | Path) -> Path:
-    """A path as the user wrote it, with ``~`` for the home folder, whether or not it is there.
+    """Returns a path that the user wrote, with ``~`` expanded, whether or not it exists.
 
     Args:
       setting: what named it, for the messages.

@@ -72,7 +72,7 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
 
 
 def _prompt(corpus: Corpus) -> str:
-    """A prompt for the command that is shown, of characters that the corpus has."""
+    """Returns a prompt of characters in the corpus, for the command that is shown."""
     values = corpus.vocabulary.values.tolist()
     shown = [chr(value) for value in values if 32 < value < 127]
     return "The " if {*b"The "} <= {*values} or not shown else shown[0]

@@ -66,7 +66,7 @@ def parse_config(argv: Sequence[str]) -> ExperimentConfig:
 
 
 def _hint(name: str, settings: Sequence[str]) -> str:
-    """What may have been meant: judged by the last part of the name, since the others are long."""
+    """Suggests a setting by the last part of the name, since the other parts are long."""
     by_last: dict[str, list[str]] = {}
     for setting in settings:
         by_last.setdefault(setting.rpartition(".")[2], []).append(setting)
@@ -104,7 +104,7 @@ def parse_options(argv: Sequence[str]) -> tuple[Joining, str, list[str]]:
 
 @contextlib.contextmanager
 def config_file(file: str) -> Iterator[dict[str, Any]]:
-    """The names that a config file defines.
+    """Yields the names that a config file defines.
 
     In the file ``from configs import ...`` finds the files beside it, from any working folder.
 

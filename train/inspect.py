@@ -224,7 +224,7 @@ def as_text(seen: Mapping[str, Any]) -> str:
 
 
 def topology_mesh(name: str) -> Mesh:
-    """The mesh of a TPU slice that need not be there, for instance ``v5e:2x4``.
+    """Returns the mesh of a TPU slice that need not exist, for instance ``v5e:2x4``.
 
     Raises:
       UserError: there is no such slice, or libtpu is not installed.
@@ -244,7 +244,7 @@ def topology_mesh(name: str) -> Mesh:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train inspect", description=__doc__, allow_abbrev=False)
     p.add_argument("--json", action="store_true", help="as JSON")
     p.add_argument("--no_compile", action="store_true", help="quicker; without the step's memory")

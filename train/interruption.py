@@ -32,7 +32,7 @@ class Interruptions:
     """
 
     def __init__(self) -> None:
-        """Nothing is changed until ``listen``."""
+        """Changes nothing until ``listen``."""
         self.came = False
         self.listening = False
         self.kept: Callable[[], str] = lambda: ""
@@ -50,12 +50,12 @@ class Interruptions:
         signal.signal(signal.SIGINT, self._handle)
 
     def begin(self) -> None:
-        """To be called when all is imported: from now on Ctrl-C is a KeyboardInterrupt."""
+        """Makes Ctrl-C a KeyboardInterrupt from now on; called when all is imported."""
         self._does = "raise"
 
     @contextlib.contextmanager
     def noticed(self) -> Iterator[None]:
-        """Meanwhile Ctrl-C is a notice; its handler is the caller's to set."""
+        """Makes Ctrl-C a notice inside the context, where the caller sets the handler."""
         before, self._does = self._does, "notice"
         try:
             yield
@@ -64,7 +64,7 @@ class Interruptions:
 
     @property
     def line(self) -> str:
-        """What to say of a program that Ctrl-C ended."""
+        """The message for a program that Ctrl-C ended."""
         kept = self.kept()
         return f"interrupted; {kept}" if kept else "interrupted"
 

@@ -136,7 +136,7 @@ def load_language_model(run_dir: str | Path, *, which: str = "best") -> Pretrain
 def _restored(
     run: RunFolder, experiment: ExperimentConfig, which: str, mesh: Mesh
 ) -> tuple[FSN | Transformer, Any, int]:
-    """The model, its parameters at a checkpoint, and the checkpoint's step."""
+    """Returns the model, its parameters at a checkpoint, and the checkpoint's step."""
     model = build_model(experiment.model)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps)
     if not run.checkpoints.is_dir():

@@ -19,7 +19,7 @@ from train.run import RunFolder, create_or_resume, default_folder
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     joining, profile, argv = parse_options(argv)
     experiment = parse_config(argv)
     traced = TracedSteps.parse(profile, experiment.training.num_steps) if profile else None

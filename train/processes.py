@@ -103,7 +103,7 @@ def join(joining: Joining) -> None:
 
 
 def _await_coordinator(address: str) -> None:
-    """JAX would end the process with a stack trace; a refused connection deserves a line."""
+    """Waits for process 0, without which JAX would end this one with a stack trace."""
     host, _, port = address.rpartition(":")
     end = time.monotonic() + JOINING_SECONDS
     while True:

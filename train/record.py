@@ -73,7 +73,7 @@ def record(run_dir: str | Path, results: Path, *, allow_modified: bool = False) 
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train record", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of finished runs")
     p.add_argument("--results", type=Path, default=Path("results"))

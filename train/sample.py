@@ -53,7 +53,7 @@ def write_as_it_comes(chunks: Iterable[bytes], out: TextIO) -> None:
 
 
 def parser() -> Arguments:
-    """The command line."""
+    """Returns the parser of the command line."""
     p = Arguments(prog="python -m train sample", description=__doc__)
     p.add_argument("run", help="the folder of a run, or of an exported model")
     add_options(p)
@@ -69,7 +69,7 @@ def parser() -> Arguments:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     options = parser().parse_args(argv[1:])
     try:
         check_options(options)

@@ -45,6 +45,6 @@ def mend() -> None:
 
 
 def lost() -> str:
-    """Why something that was printed is lost, in words; "" if nothing is."""
+    """Returns why printed text was lost, in words; "" if none was."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return raw.lost if isinstance(raw, _Lenient) else ""

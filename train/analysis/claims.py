@@ -313,7 +313,7 @@ def page_of(root: Path) -> str:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train claims", description=__doc__)
     p.add_argument("--root", type=Path, default=Path(), help="the repository")
     p.add_argument("--check", action="store_true", help="write nothing; fail if the page differs")

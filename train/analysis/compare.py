@@ -214,7 +214,7 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train compare", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of the finished runs of two arms")
     p.add_argument("--reference", default="", help="the arm to compare with; else the transformer")

@@ -339,7 +339,7 @@ def draw(result: dict[str, Any], target: Path) -> None:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train copy_depth", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs with checkpoints")
     p.add_argument("--output", type=Path, help="a .json; else copy_depth.json with the runs")

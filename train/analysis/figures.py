@@ -107,7 +107,7 @@ def draw_curve(axes: Any, arm: Arm, kind: str, label: str, colour: str, **line: 
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train figures", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs or of their records")
     p.add_argument("--output", type=Path, required=True, help="the picture to write, a .png")

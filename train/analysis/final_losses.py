@@ -203,7 +203,7 @@ def write(found: Mapping[str, Any], output: Path) -> None:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train final_losses", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of finished runs or of their records")
     p.add_argument("--reference", default="", help="the arm to compare with; else the first")

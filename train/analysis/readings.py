@@ -282,7 +282,7 @@ def draw_depth(page: dict[str, Any], target: Path) -> None:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train readings", description=__doc__)
     p.add_argument("run", help="the folder of an FSN's run with checkpoints")
     p.add_argument("--output", type=Path, help="a .json; else readings.json with the run")

@@ -344,7 +344,7 @@ def _arm(name: str, runs: list[RunRecord]) -> Arm:
 
 
 def _differing(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> list[Any]:
-    """The settings in which two runs differ; one that only one has is newer than the other."""
+    """Returns the settings in which two runs differ, among those that both have."""
     return sorted(k for k in one.keys() & other.keys() if one[k] != other[k])
 
 

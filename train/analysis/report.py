@@ -155,7 +155,7 @@ def render(data: dict[str, Any], title: str) -> str:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train report", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs or of their records")
     p.add_argument("--add", nargs="+", type=Path, default=[], help="JSON of the other programs")

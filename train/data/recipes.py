@@ -166,7 +166,7 @@ def _codeparrot(path: str) -> Recipe:
 
 
 def _text(path: str, progress: Progress, unit: Unit) -> Recipe:
-    """The user's own files; of Unicode characters, they must be UTF-8 and none is cut."""
+    """Returns the recipe of the user's files; as characters they are UTF-8 and none is cut."""
     found = find_files(path, report=progress)
     files = without_duplicates(found)
     if unit == "characters":

@@ -45,7 +45,7 @@ SIGNATURES = {
 
 @dataclasses.dataclass(frozen=True)
 class UserFile:
-    """A file of the user's.
+    """A file that the user named.
 
     Attributes:
       path: path of the file.

@@ -190,7 +190,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         return Complex(by_head(kappa.re), by_head(kappa.im))
 
     def _coupled(self, z: Complex) -> Complex:
-        """Returns the phases that each head couples, ``[B, H, L, J P]``; ``[B, 1, L, N]`` if J = H."""
+        """Returns what each head couples, ``[B, H, L, J P]``; ``[B, 1, L, N]`` if J = H."""
         if self.heads_per_phase == self.num_heads:
             return Complex(z.re[:, None], z.im[:, None])
         zh = self._heads(z)

@@ -49,7 +49,7 @@ def reaching(setting: str, path: str) -> Iterator[None]:
 
 
 def files_below(folder: epath.Path, *, but: Sequence[str] = ()) -> Iterator[str]:
-    """Yields the paths of files below a folder, relative to it and sorted, without entries ``but``."""
+    """Yields the sorted paths of files below a folder, relative to it, without ``but``."""
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.name in but:
             continue

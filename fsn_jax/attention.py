@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from fsn_jax.base_layer import PhaseAttention, softplus_inverse
-from fsn_jax.cache import LayerCache, extend_weights, weighted_sum
+from fsn_jax.cache import weighted_sum
 from fsn_jax.causal import attention_weights, causal_sum, merge_heads
 from fsn_jax.coupling import (
     field_of_sums,
@@ -144,24 +144,18 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
     def _fold(self, z: Complex, kappa: Complex, follows: Array | None) -> Array:
         return fold_values(z, kappa, follows, self.dtype)
 
-    def _extend_field(
-        self,
-        z: Complex,
-        query: Array,
-        key: Array,
-        cache: LayerCache,
-        position: Array,
-        segment_ids: Array | None,
-    ) -> tuple[Complex, LayerCache]:
-        length = z.re.shape[1]
+    def _values(self, z: Complex) -> Array:
+        return side_by_side(self._heads(z), self.num_harmonics)
+
+    def _field_of_weights(
+        self, z: Complex, weights: Array, values: Array, visible: Array
+    ) -> Complex:
         kappa, zh = self._kernel(z.re.shape[2]), self._heads(z)
-        waves = side_by_side(zh, self.num_harmonics)
-        weights, cache = extend_weights(query, key, waves, cache, position, segment_ids)
-        rows = self._rows(weights, cache.visible(position + 1, length, segment_ids))
-        sums = weighted_sum(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]), cache.value)
+        rows = self._rows(weights, visible)
+        sums = weighted_sum(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]), values)
         kappa = Complex(*(part.reshape(*part.shape[:3], self.num_heads, -1) for part in kappa))
         field = field_of_sums(zh, sums.reshape(*rows.shape[:-1], -1), kappa)
-        return Complex(*map(merge_heads, field)), cache
+        return Complex(*map(merge_heads, field))
 
     def _rows(self, weights: Array, visible: Array) -> Array:
         """Returns the weights of each block by delay and head heard, ``[B, H, T, J, S, C]``."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fsn_jax.cache import LayerCache, empty_layer_cache, extend_sum
+from fsn_jax.cache import LayerCache, empty_layer_cache, extend_weights, weighted_sum
 from fsn_jax.causal import attention_weights, causal_sum, merge_heads, split_heads
 from fsn_jax.dense import PhasorDense
 from fsn_jax.fields import ScoreFields, documented, setting, shared_settings
@@ -27,7 +27,8 @@ def attention_entropy(weights: Float[Array, "*shape L"]) -> Float[Array, "*shape
 class PhaseAttention(ScoreFields, nn.Module):
     """Base class of the phase layers: score, full and cached passes, diagnostics.
 
-    A layer defines ``_field`` and ``_extend_field``, the field for given queries and keys.
+    A layer defines its field: for queries and keys of whole sequences, ``_field``, and for
+    attention weights over a cache that keeps its ``_values``, ``_field_of_weights``.
     """
 
     def setup(self) -> None:
@@ -100,7 +101,10 @@ class PhaseAttention(ScoreFields, nn.Module):
     ) -> tuple[Complex, LayerCache]:
         """Applies ``field`` to S tokens at ``position`` and on, after those in the cache."""
         z, query, key = self._score(theta, cache.capacity, position, positions)
-        return self._extend_field(z, query, key, cache, position, segment_ids)
+        values = self._values(z)
+        weights, cache = extend_weights(query, key, values, cache, position, segment_ids)
+        visible = cache.visible(position + 1, theta.shape[1], segment_ids)
+        return self._field_of_weights(z, weights, cache.value, visible), cache
 
     def weights(
         self,
@@ -149,15 +153,12 @@ class PhaseAttention(ScoreFields, nn.Module):
     ) -> Complex:
         raise NotImplementedError
 
-    def _extend_field(
-        self,
-        z: Complex,
-        query: Array,
-        key: Array,
-        cache: LayerCache,
-        position: Array,
-        segment_ids: Array | None,
-    ) -> tuple[Complex, LayerCache]:
+    def _values(self, z: Complex) -> Array:
+        raise NotImplementedError
+
+    def _field_of_weights(
+        self, z: Complex, weights: Array, values: Array, visible: Array
+    ) -> Complex:
         raise NotImplementedError
 
     def _value_width(self, num_phases: int) -> int:
@@ -190,20 +191,11 @@ class _SummedAttention(PhaseAttention):
         )
         return self._field_of_sum(z, summed.total)
 
-    def _extend_field(
-        self,
-        z: Complex,
-        query: Array,
-        key: Array,
-        cache: LayerCache,
-        position: Array,
-        segment_ids: Array | None,
-    ) -> tuple[Complex, LayerCache]:
-        total, cache = extend_sum(query, key, self._values(z), cache, position, segment_ids)
-        return self._field_of_sum(z, total), cache
-
-    def _values(self, z: Complex) -> Array:
-        raise NotImplementedError
+    def _field_of_weights(
+        self, z: Complex, weights: Array, values: Array, visible: Array
+    ) -> Complex:
+        del visible  # the weights are zero elsewhere
+        return self._field_of_sum(z, weighted_sum(weights, values))
 
     def _field_of_sum(self, z: Complex, total: Array) -> Complex:
         raise NotImplementedError

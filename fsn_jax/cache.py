@@ -152,22 +152,6 @@ def extend_weights(
     return jnp.where(fits, weights, jnp.nan), cache
 
 
-def extend_sum(
-    query: Array,
-    key: Array,
-    value: Array,
-    cache: LayerCache,
-    position: Array,
-    segment_ids: Array | None = None,
-) -> tuple[Float[Array, "B H S G"], LayerCache]:
-    """Writes S new keys and values and returns the attention-weighted sum of all values.
-
-    The values of the cache are ``[B, H, C, G]``.
-    """
-    weights, cache = extend_weights(query, key, value, cache, position, segment_ids)
-    return weighted_sum(weights, cache.value), cache
-
-
 def attention_weights_cached(
     query: Float[Array, "B H S E"],
     key: Float[Array, "BH E C"],

@@ -162,15 +162,7 @@ class PhasorSwiGLU(SwiGLUFields, nn.Module):
     def __call__(
         self, theta: Float[Array, "B L N"], field: Complex | None = None
     ) -> Float[Array, "B L N"]:
-        """Computes the update of the phases, in radians, float32.
-
-        Args:
-          theta: phases in radians.
-          field: ``[B, L, N]``, a further input of both factors: ``FrustratedAttention.field``.
-
-        Raises:
-          ValueError: ``theta`` is not ``[B, L, N]``.
-        """
+        """Computes the update ``[B, L, N]``; arguments and errors as for ``CollectiveModes``."""
         z = token_phasor(theta)
         dense = functools.partial(
             PhasorDense, outputs=self.feedforward_width, **shared_settings(self, PhasorDense)

@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fsn_jax.cache import LayerCache, empty_layer_cache, extend_sum, shifted
+from fsn_jax.cache import (
+    LayerCache,
+    empty_layer_cache,
+    extend_weights,
+    shifted,
+    weighted_sum,
+)
 from fsn_jax.causal import causal_sum, merge_heads, split_heads
 from fsn_jax.config import TransformerConfig
 from fsn_jax.dense import sum_in_float32
@@ -82,8 +88,8 @@ class RotaryAttention(nn.Module):
             cache = dataclasses.replace(cache, state=state)
             before = cache.before(position, x.shape[1], segment_ids)
         query, key, value = self._project(x, before, rotary)
-        total, cache = extend_sum(query, key, value, cache, position, segment_ids)
-        return self._output(total), cache
+        weights, cache = extend_weights(query, key, value, cache, position, segment_ids)
+        return self._output(weighted_sum(weights, cache.value)), cache
 
     def empty_cache(self, batch: int, capacity: int, segments: bool) -> LayerCache:
         """Returns an empty cache for ``capacity`` tokens of each of ``batch`` sequences."""

@@ -1,5 +1,6 @@
 """Fetching from sources that are cut, altered, refused, silent or hostile; only on this machine."""
 
+import dataclasses
 import gzip
 import hashlib
 import http.server
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from train.data import fetch as fetching
-from train.data.fetch import LocalFile, PackageFile, UrlArchive, fetch
+from train.data.fetch import LocalFile, PackageFile, PinnedFile, UrlArchive, fetch
 from train.data.pinned import PINNED
 from train.errors import UserError
 
@@ -120,14 +121,9 @@ def url_source(url: str) -> UrlArchive:
 
 
 def fetch_corpus(cache: Path, *sources: fetching.Source, lines: list[str] | None = None) -> Path:
-    return fetch(
-        cache / "corpus",
-        sources,
-        size=len(CONTENT),
-        sha256=SHA256,
-        advice=ADVICE,
-        progress=(lines if lines is not None else []).append,
-    )
+    wanted = PinnedFile("corpus", len(CONTENT), SHA256, sources)
+    progress = (lines if lines is not None else []).append
+    return fetch(wanted, cache, advice=ADVICE, progress=progress)
 
 
 def test_a_good_download_is_moved_into_place_alone(server, cache):
@@ -301,9 +297,8 @@ def test_a_wheel_is_taken_as_it_is(index, cache):
     (index / "some_wheel-1.0-py3-none-any.whl").write_bytes(wheel)
     digest = hashlib.sha256(wheel).hexdigest()
     source = PackageFile("some-wheel", "1.0", digest)
-    path = fetch(
-        cache / "w.whl", [source], size=len(wheel), sha256=digest, advice="", progress=[].append
-    )
+    wanted = PinnedFile("w.whl", len(wheel), digest, [source])
+    path = fetch(wanted, cache, advice="", progress=[].append)
     assert path.read_bytes() == wheel
     assert os.listdir(cache) == ["w.whl"]
     altered = PackageFile("some-wheel", "1.0", SHA256)
@@ -332,7 +327,7 @@ def test_a_python_without_pip_is_reported(cache, tmp_path, monkeypatch):
     ],
 )
 def test_every_pinned_package_holds_its_file(cache, file, source):
-    target = cache / file.name
-    fetch(target, [source], size=file.size, sha256=file.sha256, advice="", progress=print)
+    wanted = dataclasses.replace(file, sources=[source])
+    target = fetch(wanted, cache, advice="", progress=print)
     assert target.stat().st_size == file.size
     assert os.listdir(cache) == [file.name]

@@ -34,7 +34,7 @@ from fsn_jax import FSNConfig, TransformerConfig
 from train.config import ExperimentConfig
 from train.data import python_files
 from train.data.corpus import Corpus
-from train.data.fetch import LocalFile, fetch
+from train.data.fetch import LocalFile, PinnedFile, fetch
 from train.data.prepare import prepare_corpus
 from train.data.user_files import contents, find_files
 from train.data.windows import WindowOrder
@@ -338,14 +338,9 @@ def test_a_hostile_archive_gives_its_member_or_nothing(cage, archive):
         file.unlink()
     (cage / "archive").write_bytes(archive)
     with contextlib.suppress(UserError):
-        fetch(
-            cage / "target",
-            [LocalFile(cage / "archive", "corpus")],
-            size=LIMIT,
-            sha256=hashlib.sha256(bytes(LIMIT)).hexdigest(),
-            advice="",
-            progress=[].append,
-        )
+        digest = hashlib.sha256(bytes(LIMIT)).hexdigest()
+        sources = [LocalFile(cage / "archive", "corpus")]
+        fetch(PinnedFile("target", LIMIT, digest, sources), cage, advice="", progress=[].append)
     assert_nothing_outside(cage, "archive", "target")
 
 

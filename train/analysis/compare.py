@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from train.analysis import verdicts
-from train.analysis.figures import SEEN, draw_curve, style
+from train.analysis.figures import SEEN, draw_curve, panels
 from train.analysis.records import (
     Arm,
     RunRecord,
@@ -177,8 +176,7 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
     """Draws loss against characters and against time, and the difference with its errors."""
     points = result["points"]
     seen = [point["characters"] / 1e6 for point in points]
-    with style():
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    with panels(target, 1, 3, figsize=(12, 3.8)) as (left, middle, right):
         for index, arm in enumerate((one, other)):
             colour = f"C{index}"
             draw_curve(left, arm, "validation", arm.name, colour, marker="o", ms=3)
@@ -205,12 +203,10 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
             axes.set_ylim(min(ends) - 0.05, min(ends) + 0.95)
             axes.set_ylabel("bits per character, validation")
         left.set_xlabel(SEEN)
-        figure.legend(frameon=False, loc="outside upper left", ncols=2)
+        left.figure.legend(frameon=False, loc="outside upper left", ncols=2)
         middle.set_xlabel("minutes of training" if result["equal_time"] else "no clock in common")
         right.set_xlabel(SEEN)
         right.set_ylabel(f"difference of the means, BPC, ± {STANDARD_ERRORS:g} s.e.")
-        figure.savefig(target, dpi=150)
-        plt.close(figure)
 
 
 def program(argv: Sequence[str]) -> None:

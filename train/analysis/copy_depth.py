@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from train.analysis.figures import style
+from train.analysis.figures import panels
 from train.analysis.records import mean_and_deviation, read_arms, reference_arm
 from train.data.suffix_match import SuffixMatch, match_suffixes
 from train.errors import UserError
@@ -308,10 +307,7 @@ def draw(result: dict[str, Any], target: Path) -> None:
     views = (("all", "any"), ("copy", "any"), ("copy", "far"))
     titles = ("all predictions", "copy events", f"copy events, source beyond {result['far']}")
     reference = result["reference"]
-    with style():
-        figure, axes = plt.subplots(
-            2, 3, figsize=(11, 5.6), sharex=True, sharey="row", layout="constrained"
-        )
+    with panels(target, 2, 3, figsize=(11, 5.6), sharex=True, sharey="row") as axes:
         for column, (view, title) in enumerate(zip(views, titles, strict=True)):
             for index, (arm, table) in enumerate(result["arms"].items()):
                 for row, kind in enumerate(("loss", "difference")):
@@ -334,8 +330,6 @@ def draw(result: dict[str, Any], target: Path) -> None:
         axes[0, 0].set_ylabel("bits per character")
         axes[1, 0].set_ylabel(f"difference to\n{reference}")
         axes[0, 0].legend(frameon=False, fontsize=8)
-        figure.savefig(target, dpi=150)
-        plt.close(figure)
 
 
 def program(argv: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ from fsn_jax.readings import (
 )
 from fsn_jax.torus import order_parameter
 from train.analysis.copy_depth import spread_windows
-from train.analysis.figures import style
+from train.analysis.figures import STYLE, panels
 from train.errors import UserError
 from train.files import check_json_output, default_output, write_atomically
 from train.load import load
@@ -194,7 +194,7 @@ def draw_kernels(page: dict[str, Any], target: Path) -> None:
     columns = 2 * delays + 1
     phi = np.linspace(-np.pi, np.pi, POINTS)
     edges = np.linspace(-np.pi, np.pi, BINS + 1)
-    with style():
+    with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(2.5 * columns, 2.3 * len(layers)), layout="constrained")
         for row, layer in enumerate(layers):
             for delay in range(delays):
@@ -241,8 +241,7 @@ def draw_depth(page: dict[str, Any], target: Path) -> None:
     """Draws order parameters, attention entropy and repeats, and the text's angles by layer."""
     layers = page["layers"]
     depth = np.arange(len(layers))
-    with style():
-        figure, axes = plt.subplots(1, 4, figsize=(14.5, 3.4), layout="constrained")
+    with panels(target, 1, 4, figsize=(14.5, 3.4)) as axes:
         by_depth = [layers[0]["order"]["before"], *(layer["order"]["after"] for layer in layers)]
         coordinates = np.array([order["coordinates"] for order in by_depth])
         places = np.arange(len(by_depth))
@@ -277,8 +276,6 @@ def draw_depth(page: dict[str, Any], target: Path) -> None:
             axis.set_xticks(depth, [str(i + 1) for i in depth])
         for axis in axes:
             axis.set_xlabel("layer")
-        figure.savefig(target, dpi=150)
-        plt.close(figure)
 
 
 def program(argv: Sequence[str]) -> None:

@@ -208,7 +208,8 @@ def test_the_provenance_tells_what_ran_on_what(corpus, whole):
 
 
 def test_the_parameter_table_adds_up(whole):
-    lines = (whole[0] / "parameters.txt").read_text().splitlines()
+    head, *lines = (whole[0] / "parameters.txt").read_text().splitlines()
+    assert head.split() == ["parameter", "shape", "size"]
     sizes = [int(line.split()[-1].replace(",", "")) for line in lines]
     assert lines[-1].startswith("total")
     assert sum(sizes[:-1]) == sizes[-1] == TINY_FSN.num_params()

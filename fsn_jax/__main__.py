@@ -2,7 +2,8 @@
 
 import sys
 
-sys.exit(
-    "fsn_jax is a library; its programs, python -m train, run in a checkout of the repository. "
-    "A pretrained model needs no checkout: fsn_jax.hub.load(folder)"
-)
+if __name__ == "__main__":
+    sys.exit(
+        "fsn_jax is a library; its programs, python -m train, run in a checkout of the "
+        "repository. A pretrained model needs no checkout: fsn_jax.hub.load(folder)"
+    )

@@ -203,7 +203,6 @@ def experiment(
     training: TrainingConfig | None = None,
     evaluation: EvaluationConfig | None = None,
     checkpoints: CheckpointConfig | None = None,
-    seed: int = 0,
 ) -> ConfigDict:
     """Returns a locked ConfigDict for a file under ``configs/``, missing parts by default."""
     architecture = "fsn" if isinstance(model, FSNConfig) else "transformer"
@@ -219,7 +218,7 @@ def experiment(
             "name": name,
             "run_dir": "",
             "mirror_dir": "",
-            "seed": seed,
+            "seed": 0,
             "model": {"architecture": architecture, **dataclasses.asdict(model)},
             **{key: dataclasses.asdict(part) for key, part in parts.items()},
         }

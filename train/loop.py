@@ -16,7 +16,7 @@ import numpy as np
 from train.checkpoint import Checkpoints
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus
-from train.data.windows import WindowOrder, host_batches, place_tokens
+from train.data.windows import WindowOrder, host_batches
 from train.errors import UserError
 from train.evaluate import Evaluator
 from train.files import write_atomically
@@ -288,7 +288,7 @@ def _batches(
     ends = range(start + per_dispatch, training.num_steps + 1, per_dispatch)
     by_rows = by_step_and_row(mesh)
     if experiment.data.placement == "resident":
-        tokens = place_tokens(corpus.tokens("train"), replicated(mesh))
+        tokens = placed(corpus.tokens("train"), replicated(mesh))
         for end in ends:
             starts = order.starts_of_steps(end - per_dispatch, per_dispatch)
             yield end, (tokens, placed(starts, by_rows))

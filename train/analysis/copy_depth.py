@@ -41,6 +41,8 @@ MOST_WINDOWS = 2000
 """Scored if no number is given."""
 LEAST_RESAMPLES = 100
 """Least number of resamples: fewer give no 95% interval and may miss a rare cell."""
+LEVEL = 0.95
+"""Confidence level of the intervals."""
 FAR = 64
 """Distance to the source, in characters, beyond which a repetition is long-range."""
 
@@ -86,17 +88,15 @@ def selectors() -> dict[tuple[str, str, str], npt.NDArray[np.bool_]]:
     }
 
 
-def resamples(num_windows: int, count: int, seed: int = 0) -> Floats:
+def resamples(num_windows: int, count: int) -> Floats:
     """Counts how often each bootstrap resample draws each window, ``[count, W]``."""
-    draw = np.random.default_rng(seed).multinomial(
+    draw = np.random.default_rng(0).multinomial(
         num_windows, np.full(num_windows, 1 / num_windows), size=count
     )
     return draw.astype(np.float64)
 
 
-def interval(
-    sums: Floats, counts: Floats, sum_draws: Floats, count_draws: Floats, level: float = 0.95
-) -> Interval:
+def interval(sums: Floats, counts: Floats, sum_draws: Floats, count_draws: Floats) -> Interval:
     """Returns the mean of a cell and its percentile interval over resamples that have the cell.
 
     Args:
@@ -104,12 +104,11 @@ def interval(
       counts: scalar, the cell's number of predictions.
       sum_draws: ``[R]``, the sum in each resample.
       count_draws: ``[R]``, the number in each resample.
-      level: confidence level of the interval.
     """
     if not counts:
         return Interval(None, None, None)
     drawn = count_draws > 0
-    tail = 100 * (1 - level) / 2
+    tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(sum_draws[drawn] / count_draws[drawn], [tail, 100 - tail])
     return Interval(float(sums / counts), float(low), float(high))
 
@@ -194,12 +193,11 @@ def bits_of_windows(
     windows: npt.NDArray[np.unsignedinteger[Any]],
     *,
     mesh: Mesh,
-    batch_size: int = 64,
     separator: int | None = None,
 ) -> Floats:
     """Computes the bits of each prediction, ``[W, L]``, for windows of tokens ``[W, L + 1]``."""
     losses = make_window_losses(model, mesh=mesh, separator=separator)
-    batch_size += -batch_size % mesh.size
+    batch_size = 64 + -64 % mesh.size
     nats = []
     for first in range(0, len(windows), batch_size):
         part = windows[first : first + batch_size]
@@ -260,7 +258,7 @@ def measure(
         "windows": num_windows,
         "length": length,
         "far": FAR,
-        "level": 0.95,
+        "level": LEVEL,
         "resamples": num_resamples,
         "provenance": provenance(corpus),
         "arms": table,

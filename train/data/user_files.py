@@ -149,10 +149,10 @@ def _with_text(found: Found, others: Sequence[str], report: Callable[[str], None
     return [(name, file) for name, file in found if not looks[name]]
 
 
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    """Formats the first names in order, and the number of the others."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(sorted(names)[:most]) + more
+def _listed(names: Sequence[str]) -> str:
+    """Formats the first five names in order, and the number of the others."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(sorted(names)[:5]) + more
 
 
 def not_text(file: Path) -> str:

@@ -30,6 +30,7 @@ Offsets = npt.NDArray[np.signedinteger[Any]]  # int32; int64 from INT32_LIMIT by
 
 INT32_LIMIT = 2**31  # tokens that 32-bit offsets can point into
 READ_THREADS = 4
+BATCHES_AHEAD = 16
 
 
 class WindowOrder:
@@ -95,11 +96,6 @@ def _offset_dtype(num_tokens: int) -> np.dtype[np.signedinteger[Any]]:
     return np.dtype(np.int32 if num_tokens < INT32_LIMIT else np.int64)
 
 
-def place_tokens(tokens: Tokens, sharding: jax.sharding.Sharding) -> UInt[Array, " n"]:
-    """Puts a whole corpus on the devices, unsigned[n]."""
-    return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])
-
-
 def check_placement(placement: str, num_tokens: int) -> None:
     """Raises UserError if a corpus is too long to be ``resident``: offsets have 32 bits there."""
     if placement == "resident" and num_tokens >= INT32_LIMIT:
@@ -139,7 +135,6 @@ def host_batches(
     table: npt.NDArray[np.uint8] | None = None,
     process_index: int = 0,
     process_count: int = 1,
-    prefetch: int = 16,
 ) -> Iterator[Tokens]:
     """Reads the batches of steps start_step to start_step + num_steps on the host.
 
@@ -151,7 +146,6 @@ def host_batches(
       table: uint8[256], the token of each byte, applied to what is read; None for data of tokens.
       process_index: index of this process.
       process_count: number of processes that share each batch.
-      prefetch: number of batches read ahead.
 
     Returns:
       An iterator over unsigned[batch_size / process_count, L + 1]. The thread pool that reads ahead
@@ -172,7 +166,7 @@ def host_batches(
     if num_steps <= 0:
         return iter(())
     steps = grain.MapDataset.range(start_step, start_step + num_steps)
-    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=prefetch)
+    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=BATCHES_AHEAD)
     return iter(steps.map(batch).to_iter_dataset(options))
 
 

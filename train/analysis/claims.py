@@ -75,17 +75,14 @@ def judge(
     status: Status
     if shortfall:
         status = "not comparable"
-        what = verdict.direction + (f" ({verdict.reason})" if verdict.reason else "")
-        reason = f"{shortfall}; at this scale the direction {_is(verdict)}{what}"
+        what = "is undecided" if verdict.direction == "undecided" else verdict.direction
+        why = f" ({verdict.reason})" if verdict.reason else ""
+        reason = f"{shortfall}; at this scale the direction {what}{why}"
     elif verdict.direction == "undecided":
         status, reason = "not comparable", f"undecided: {verdict.reason}"
     else:
         status, reason = verdict.direction, ""
     return Row(claim, evidence, status, _scale(arms), verdict.measured, reason, arms)
-
-
-def _is(verdict: Verdict) -> str:
-    return "is " if verdict.direction == "undecided" else ""
 
 
 def _test(

@@ -18,7 +18,6 @@ from train.analysis import verdicts
 from train.analysis.figures import SEEN, draw_curve, panels
 from train.analysis.records import (
     Arm,
-    RunRecord,
     read_arms,
     read_run,
     reference_arm,
@@ -110,7 +109,13 @@ def equal_time(one: Arm, other: Arm) -> dict[str, Any] | None:
     if first is None or second is None or len(devices) > 1:
         return None
     seconds = min(first, second)
-    curves = {arm.name: [_by_time(run) for run in arm.runs] for arm in (one, other)}
+    curves = {
+        arm.name: [
+            [(run.clock[seen], bpc) for seen, bpc in run.losses["validation"].items()]
+            for run in arm.runs
+        ]
+        for arm in (one, other)
+    }
     losses = [
         Loss(
             name,
@@ -129,11 +134,6 @@ def _seconds(arm: Arm) -> float | None:
     if not all(run.clock for run in arm.runs):
         return None
     return statistics.fmean(max(run.clock.values()) for run in arm.runs)
-
-
-def _by_time(run: RunRecord) -> list[tuple[float, float]]:
-    """Returns ``(seconds of training, BPC)`` for each evaluation."""
-    return [(run.clock[seen], bpc) for seen, bpc in run.losses["validation"].items()]
 
 
 def table_text(result: Mapping[str, Any]) -> str:

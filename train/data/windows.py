@@ -120,12 +120,6 @@ def gather_windows(
     return jax.vmap(window)(starts)
 
 
-def process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    """Returns the rows of a batch that one process reads: equal shares, in process order."""
-    share = batch_size // process_count
-    return slice(process_index * share, (process_index + 1) * share)
-
-
 def host_batches(
     data: Tokens,
     order: WindowOrder,
@@ -156,7 +150,8 @@ def host_batches(
         raise ValueError(f"the order is for {order.num_tokens} tokens, the data has {data.size}")
     import grain  # here: only placement=host takes the time to import it
 
-    rows = process_rows(order.batch_size, process_index, process_count)
+    share = order.batch_size // process_count
+    rows = slice(process_index * share, (process_index + 1) * share)
     columns = np.arange(order.context + 1)
 
     def batch(step: int) -> Tokens:

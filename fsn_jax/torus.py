@@ -194,8 +194,7 @@ def token_rotary(
       capacity: positions in the table, which is a constant of the compiled program.
       position: of the first token, int32 scalar, moved back where ``position + length`` exceeds the
         capacity; None: 0.
-      positions: of all tokens, if these do not follow each other, ``[L]`` or ``[B, L]``; they come
-        before ``position``.
+      positions: of all tokens, ``[L]`` or ``[B, L]``, in place of ``position``.
 
     Returns:
       float32 arrays that broadcast against ``[B, H, L, R]``.

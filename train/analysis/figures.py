@@ -23,7 +23,7 @@ from train.program import Arguments
 SEEN = "characters seen, millions"
 
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -131,6 +131,7 @@ def prepare_corpus(
             made = scratch / "corpus"
             made.mkdir()
             corpus = _write_splits(name, recipe, made, unit)
+            _check_pins(corpus)
             write_manifest(corpus, recipe.sha256, recipe.rule)
             _move_into_place(made, folder)
     except OSError as error:
@@ -164,6 +165,13 @@ def _write_splits(name: str, recipe: Recipe, folder: Path, unit: Unit) -> Corpus
 
 def _bytes(text: bytes) -> Tokens:
     return np.frombuffer(text, np.uint8)
+
+
+def _check_pins(corpus: Corpus) -> None:
+    if corpus.name in PINNED:
+        made = {split: (info.num_bytes, info.sha256) for split, info in corpus.splits.items()}
+        if made != PINNED[corpus.name].splits:
+            raise RuntimeError(f"{corpus.name} came out other than it is pinned: {made}")
 
 
 def _move_into_place(made: Path, folder: Path) -> None:

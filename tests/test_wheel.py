@@ -3,6 +3,7 @@
 The programs are not in it: a user's own train.py would hide them. They run from a checkout.
 """
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -25,25 +26,13 @@ assert logits.shape == (2, 5, 7) and bool(jax.numpy.isfinite(logits).all())
 """
 
 
-# The user's own train.py is in the folder.
+# Five lines with the library alone; the user's own train.py is in the folder.
 PRETRAINED = """
-import dataclasses, json, pathlib
-import jax, numpy, safetensors.numpy
-from flax.traverse_util import flatten_dict
-from fsn_jax import FSN, FSNConfig, hub
-config = FSNConfig(vocab_size=7, num_layers=1, num_phases=8, num_heads=2)
-variables = FSN(config).init(jax.random.key(0), jax.numpy.zeros((1, 2), int))
-pathlib.Path("model").mkdir()
-arrays = {name: numpy.asarray(x) for name, x in flatten_dict(variables["params"], sep=".").items()}
-safetensors.numpy.save_file(arrays, "model/" + hub.WEIGHTS)
-words = {"of": "letters", "unit": "bytes", "values": b"abcdefg".hex()}
-described = {"format": 1, "model_type": "fsn", "model": dataclasses.asdict(config)}
-pathlib.Path("model", hub.CONFIG).write_text(
-    json.dumps({**described, "context": 16, "vocabulary": words})
-)
+from fsn_jax import hub
 trained = hub.load("model")
-assert len(trained.sample("abc", num_tokens=20)) == 20
-assert trained.states("abc").shape == (1, 3, 8) and trained.logits("abc").shape == (1, 3, 7)
+assert len(trained.sample("The ", num_tokens=20)) == 20
+assert trained.states("abc").shape == (1, 3, 64)  # the phases that the readout reads
+assert trained.logits("abc").shape == (1, 3, 205)
 """
 
 
@@ -87,6 +76,7 @@ def test_a_wheel_installs_and_runs_from_an_empty_folder(tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     (own / "train.py").write_text("raise RuntimeError('the user has a train.py')\n")
+    shutil.copytree(ROOT / "pretrained" / "enwik8_projected_pocket", own / "model")
     run(python, "-c", PRETRAINED, cwd=own)
     assert "--config=configs/quickstart.py" in run(python, "-m", "train", "--help", cwd=source)
     assert "usage: python -m train" in run(python, "-m", "train", "sample", "--help", cwd=source)

@@ -280,7 +280,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
-    """All combinations that are asked for."""
+    """All requested combinations."""
     named = (options.machines, options.arms, options.dtypes, options.implementations)
     combinations = itertools.product(*(text.split(",") for text in (*named, options.lengths)))
     return [

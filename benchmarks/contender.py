@@ -1,4 +1,4 @@
-"""What is timed: a program that does a known piece of work each time it is told to."""
+"""What is timed: a program that does one known piece of work at each call."""
 
 import dataclasses
 import time

@@ -38,6 +38,7 @@ class FlaxTransformer(Transformer):
         """Builds the layers of ``Transformer`` with another block."""
         c = self.config
         self.embedding = TokenEmbedding(c)
+        self.dropout = nn.Dropout(c.dropout)
         self.blocks = [
             FlaxBlock(c, name=f"block_{i}")  # type: ignore[misc]
             for i in range(c.num_layers)

@@ -5,7 +5,7 @@
 The contenders of a row are timed in turn, each once a round, so that a machine that slows down
 slows all of them; a ratio is the median over the rounds of the ratio within a round. A batch holds
 ``--tokens`` tokens whatever the length. Every row is added to ``--output`` when it is done and is
-not measured again by the same code on the same machine: an interrupted table goes on.
+not measured again by the same code on the same machine: an interrupted table is completed.
 
 Contenders: ``fsn``, ``fsn-remat`` (its blocks recomputed in the backward pass), ``fsn-reference``
 (the plain definition), ``projected`` (the FSN with projected scores), ``transformer`` (ours),

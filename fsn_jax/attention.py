@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from fsn_jax.base_layer import PhaseAttention, softplus_inverse
-from fsn_jax.cache import LayerCache, extend_weights, weighted_sum
+from fsn_jax.cache import weighted_sum
 from fsn_jax.causal import attention_weights, merge_heads
 from fsn_jax.coupled import coupled_field
 from fsn_jax.coupling import field_of_sums, local_field, side_by_side
@@ -23,19 +23,16 @@ from fsn_jax.torus import Complex, kept_in
 
 
 def initial_kernel(layer: CouplingFields, num_phases: int) -> np.ndarray:
-    """Returns the initial in-phase coefficients of the kernel.
+    """Returns the initial in-phase coefficients of the kernel: the first harmonic alone.
 
     ``[T, M, N]``, or ``[T, M, J, N]`` if a phase hears J > 1 heads; all but the first head have
     coefficients of zero. Where the kernel must be positive (``signed_harmonics=False``) the least
     coefficient is ``SOFTPLUS_FLOOR``.
     """
-    m = np.arange(1, layer.num_harmonics + 1)
-    wave = {"sawtooth": (-1.0) ** (m + 1) / m, "first_harmonic": 1.0 * (m == 1)}
-    rho = layer.kernel_scale * wave[layer.kernel_init]
     heard = layer.heads_per_phase
-    kernel = np.zeros((layer.num_delays, layer.num_harmonics, heard, num_phases))
-    kernel[:, :, 0] = rho[:, None]
-    return (kernel if heard > 1 else kernel[:, :, 0]).astype(np.float32)
+    kernel = np.zeros((layer.num_delays, layer.num_harmonics, heard, num_phases), np.float32)
+    kernel[:, 0, 0] = layer.kernel_scale
+    return kernel if heard > 1 else kernel[:, :, 0]
 
 
 def initial_quadrature(layer: CouplingFields, num_phases: int) -> nn.initializers.Initializer:
@@ -79,9 +76,9 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
     and ``score/gate_angle``, ``g`` and ``a`` ``[N]`` (``[H, N]`` if heads compare all phases);
     ``score/log_beta`` ``[H]``. There is no query, key, value or output matrix.
 
-    Cost of a token, beside multi-head attention of width N and equal L: no dense layers (there
-    ``8 N**2`` FLOPs), scores of ``2 N / H`` reals a head (there ``N / H``) and values of
-    ``2 M J N / H`` (there ``N / H``). Neither direction holds an ``[L, L]`` array.
+    Cost of a token, compared with multi-head attention of width N and the same L: no dense layers
+    (attention: ``8 N**2`` FLOPs), scores of ``2 N / H`` reals a head (``N / H``) and values of
+    ``2 M J N / H`` (``N / H``). Neither pass, forward or backward, holds an ``[L, L]`` array.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -96,7 +93,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
 
     @nn.compact
     def _kernel(self, num_phases: int) -> Complex:
-        """The coupling kernel ``[T, M, J, N]``, real and imaginary parts."""
+        """Returns the coupling kernel ``[T, M, J, N]``, real and imaginary parts."""
         initial = initial_kernel(self, num_phases)
         start = initial if self.signed_harmonics else softplus_inverse(initial)
         real = self.param("kernel_real", lambda _: jnp.asarray(start, jnp.float32))
@@ -117,44 +114,10 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         """
         return self._kernel(self.get_variable("params", "kernel_real").shape[-1])
 
-    def __call__(
-        self,
-        theta: Float[Array, "B L N"],
-        *,
-        segment_ids: Int[Array, "B L"] | None = None,
-        positions: Int[Array, "*B L"] | None = None,
-    ) -> Float[Array, "B L N"]:
-        """Computes the update of the phases, in radians, float32.
-
-        Differentiable in reverse mode. Forward mode (``jax.jvp``, ``jax.hessian``) needs
-        ``implementation="reference"``; the other paths raise TypeError and say so.
-
-        Args:
-          theta: phases in radians.
-          segment_ids: tokens couple to those of their own segment; None: all are in one.
-          positions: of the tokens, for the drift, ``[L]`` or ``[B, L]``; None: 0, 1, 2, ...
-
-        Raises:
-          ValueError: ``theta`` is not ``[B, L, N]``.
-          ConfigError: ``num_heads`` does not divide N.
-        """
-        return self.field(theta, segment_ids=segment_ids, positions=positions).im
-
-    def field(
-        self,
-        theta: Float[Array, "B L N"],
-        *,
-        segment_ids: Int[Array, "B L"] | None = None,
-        positions: Int[Array, "*B L"] | None = None,
+    def _field(
+        self, theta: Array, z: Complex, query: Array, key: Array, segment_ids: Array | None
     ) -> Complex:
-        """Computes the local field of every phase, ``[B, L, N]``, seen from that phase.
-
-        ``im`` is the torque, the update of the phases in radians; ``re`` is the coherence of a
-        phase with its field. Arguments as for ``__call__``.
-        """
-        z, query, key = self._score(theta, positions)
         kappa = self._kernel(theta.shape[-1])
-        self._sow_entropy(query, key, segment_ids)
         if self.implementation == "reference":
             attention = attention_weights(query, key, segment_ids)
             return self._reference(theta, attention, kappa, segment_ids)
@@ -168,47 +131,25 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         )
         return self._gather(field)
 
-    def extend(
-        self,
-        theta: Float[Array, "B S N"],
-        cache: LayerCache,
-        position: Int[Array, ""],
-        *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "*B S"] | None = None,
-    ) -> tuple[Float[Array, "B S N"], LayerCache]:
-        """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
-        field, cache = self.extend_field(
-            theta, cache, position, segment_ids=segment_ids, positions=positions
-        )
-        return field.im, cache
+    def _values(self, z: Complex) -> Array:
+        return side_by_side(self._heads(z), self.num_harmonics)
 
-    def extend_field(
-        self,
-        theta: Float[Array, "B S N"],
-        cache: LayerCache,
-        position: Int[Array, ""],
-        *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "*B S"] | None = None,
-    ) -> tuple[Complex, LayerCache]:
-        """Applies ``field`` to S tokens at ``position`` and on, after those in the cache."""
-        z, query, key = self._score_at(theta, cache.capacity, position, positions)
-        kappa, zh = self._kernel(theta.shape[-1]), self._heads(z)
-        waves = side_by_side(zh, self.num_harmonics)
-        weights, cache = extend_weights(query, key, waves, cache, position, segment_ids)
-        rows = self._rows(weights, cache.visible(position + 1, theta.shape[1], segment_ids))
-        sums = weighted_sum(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]), cache.value)
+    def _field_of_weights(
+        self, z: Complex, weights: Array, values: Array, visible: Array
+    ) -> Complex:
+        kappa, zh = self._kernel(z.re.shape[2]), self._heads(z)
+        rows = self._rows(weights, visible)
+        sums = weighted_sum(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]), values)
         kappa = Complex(*(part.reshape(*part.shape[:3], self.num_heads, -1) for part in kappa))
         field = field_of_sums(zh, sums.reshape(*rows.shape[:-1], -1), kappa)
-        return Complex(*map(merge_heads, field)), cache
+        return Complex(*map(merge_heads, field))
 
     def _rows(self, weights: Array, visible: Array) -> Array:
-        """The weights of every block's tokens, ``[B, H, T, J, S, C]``: by delay and head heard."""
+        """Returns the weights of each block by delay and head heard, ``[B, H, T, J, S, C]``."""
         heard = [jnp.roll(weights, -j, axis=1) for j in range(self.heads_per_phase)]
         rows = [jnp.stack(heard, axis=2)]
         if self.delay:
-            # What was the weight of a token is that of its successor, if the token may see that.
+            # The weight of a token becomes that of its successor, where the successor is visible.
             shifted = jnp.pad(rows[0][..., :-1], ((0, 0),) * 4 + ((1, 0),))
             if visible.ndim == 4:
                 visible = visible[:, :, None]
@@ -216,7 +157,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         return jnp.stack(rows, axis=2)
 
     def _kappa_by_head(self, kappa: Complex) -> Complex:
-        """The kernel by head, ``[T, M, H, J P]``, over the phases in the order of ``_coupled``."""
+        """Returns the kernel by head, ``[T, M, H, J P]``, phases in the order of ``_coupled``."""
         heads, heard = self.num_heads, self.heads_per_phase
         num_phases = kappa.re.shape[3]
         block = np.arange(num_phases) // (num_phases // heads)
@@ -232,14 +173,14 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         return Complex(by_head(kappa.re), by_head(kappa.im))
 
     def _coupled(self, z: Complex) -> Complex:
-        """The phases that each head couples, ``[B, H, L, J P]``; if J = H all, ``[B, 1, L, N]``."""
+        """Returns what each head couples, ``[B, H, L, J P]``; ``[B, 1, L, N]`` if J = H."""
         if self.heads_per_phase == self.num_heads:
             return Complex(z.re[:, None], z.im[:, None])
         zh = self._heads(z)
         return Complex(*(_by_head([part] * self.heads_per_phase, axis=1) for part in zh))
 
     def _gather(self, field: Complex) -> Complex:
-        """The field of all heads together, ``[B, L, N]``."""
+        """Sums the fields of all heads, ``[B, L, N]``."""
         return Complex(*map(self._gather_part, field))
 
     def _gather_part(self, part: Array) -> Array:

@@ -11,19 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fsn_jax.cache import LayerCache, empty_layer_cache, extend_sum
-from fsn_jax.causal import CausalSum, attention_weights, causal_sum, merge_heads, split_heads
+from fsn_jax.cache import LayerCache, empty_layer_cache, extend_weights, weighted_sum
+from fsn_jax.causal import attention_weights, causal_sum, merge_heads, split_heads
 from fsn_jax.dense import PhasorDense
 from fsn_jax.fields import ScoreFields, documented, setting, shared_settings
 from fsn_jax.score import PhaseScore, drift_frequencies
-from fsn_jax.torus import (
-    Complex,
-    over_heads,
-    rotary_phasor,
-    rotary_phasor_at,
-    rotary_phasor_from,
-    token_phasor,
-)
+from fsn_jax.torus import Complex, token_phasor, token_rotary
 
 
 def attention_entropy(weights: Float[Array, "*shape L"]) -> Float[Array, "*shape"]:
@@ -32,10 +25,86 @@ def attention_entropy(weights: Float[Array, "*shape L"]) -> Float[Array, "*shape
 
 
 class PhaseAttention(ScoreFields, nn.Module):
-    """Base class of the phase layers: score, full and cached passes, diagnostics."""
+    """Base class of the phase layers: score, full and cached passes, diagnostics.
+
+    A layer defines its field: for queries and keys of whole sequences, ``_field``, and for
+    attention weights over a cache that keeps its ``_values``, ``_field_of_weights``.
+    """
 
     def setup(self) -> None:
         self.scores = PhaseScore(**shared_settings(self, PhaseScore), name="score")
+
+    def __call__(
+        self,
+        theta: Float[Array, "B L N"],
+        *,
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "*B L"] | None = None,
+    ) -> Float[Array, "B L N"]:
+        """Computes the update of the phases, in radians, float32.
+
+        Differentiable in reverse mode. Forward mode (``jax.jvp``, ``jax.hessian``) needs
+        ``implementation="reference"``; the other paths raise TypeError and say so.
+
+        Args:
+          theta: phases in radians.
+          segment_ids: tokens couple to those of their own segment; None: all are in one.
+          positions: of the tokens, for the drift, ``[L]`` or ``[B, L]``; None: 0, 1, 2, ...
+
+        Raises:
+          ValueError: ``theta`` is not ``[B, L, N]``.
+          ConfigError: ``num_heads`` does not divide N.
+        """
+        return self.field(theta, segment_ids=segment_ids, positions=positions).im
+
+    def field(
+        self,
+        theta: Float[Array, "B L N"],
+        *,
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "*B L"] | None = None,
+    ) -> Complex:
+        """Computes the local field of every phase, ``[B, L, N]``, seen from that phase.
+
+        ``im`` is the torque, the update of the phases in radians; ``re`` is the coherence of a
+        phase with its field. Arguments as for ``__call__``.
+        """
+        z, query, key = self._score(theta, theta.shape[1], None, positions)
+        if self.is_mutable_collection("diagnostics") and not self.is_initializing():
+            entropy = attention_entropy(attention_weights(query, key, segment_ids))
+            self.sow("diagnostics", "attention_entropy", entropy)
+        return self._field(theta, z, query, key, segment_ids)
+
+    def extend(
+        self,
+        theta: Float[Array, "B S N"],
+        cache: LayerCache,
+        position: Int[Array, ""],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "*B S"] | None = None,
+    ) -> tuple[Float[Array, "B S N"], LayerCache]:
+        """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
+        field, cache = self.extend_field(
+            theta, cache, position, segment_ids=segment_ids, positions=positions
+        )
+        return field.im, cache
+
+    def extend_field(
+        self,
+        theta: Float[Array, "B S N"],
+        cache: LayerCache,
+        position: Int[Array, ""],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "*B S"] | None = None,
+    ) -> tuple[Complex, LayerCache]:
+        """Applies ``field`` to S tokens at ``position`` and on, after those in the cache."""
+        z, query, key = self._score(theta, cache.capacity, position, positions)
+        values = self._values(z)
+        weights, cache = extend_weights(query, key, values, cache, position, segment_ids)
+        visible = cache.visible(position + 1, theta.shape[1], segment_ids)
+        return self._field_of_weights(z, weights, cache.value, visible), cache
 
     def weights(
         self,
@@ -45,7 +114,7 @@ class PhaseAttention(ScoreFields, nn.Module):
         positions: Int[Array, "*B L"] | None = None,
     ) -> Float[Array, "B H L L"]:
         """Returns the attention weights ``A``, for inspection: ``__call__`` does not form them."""
-        _, query, key = self._score(theta, positions)
+        _, query, key = self._score(theta, theta.shape[1], None, positions)
         return attention_weights(query, key, segment_ids)
 
     def empty_cache(
@@ -64,54 +133,33 @@ class PhaseAttention(ScoreFields, nn.Module):
             batch, capacity, self.num_heads, widths, self.dtype, segments=segments
         )
 
-    def _score(self, theta: Array, positions: Array | None) -> tuple[Complex, Array, Array]:
-        """Returns phasors, queries and keys of whole sequences."""
-        return self._score_at(theta, theta.shape[1], None, positions)
-
-    def _score_at(
+    def _score(
         self, theta: Array, capacity: int, position: Array | None, positions: Array | None
     ) -> tuple[Complex, Array, Array]:
-        """Returns phasors, queries and keys of tokens at ``position`` and on."""
+        """Returns phasors, queries and keys of tokens at ``position`` (None: 0) and on."""
         z = token_phasor(theta)
-        num_phases, length = theta.shape[2], theta.shape[1]
+        num_phases = theta.shape[2]
         self.check_width(num_phases)
         frequencies = drift_frequencies(self, num_phases)
-        if positions is not None:
-            drift = rotary_phasor_at(positions, frequencies)
-        elif position is None:
-            drift = rotary_phasor(length, frequencies)
-        else:
-            drift = rotary_phasor_from(position, length, capacity, frequencies)
-        query, key = self.scores(z, over_heads(drift))
+        drift = token_rotary(frequencies, theta.shape[1], capacity, position, positions)
+        query, key = self.scores(z, drift)
         return z, query, key
-
-    def _causal_sum(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        segment_ids: Array | None,
-        *,
-        include_self: bool,
-    ) -> CausalSum:
-        implementation = self.implementation
-        self._sow_entropy(query, key, segment_ids)
-        return causal_sum(
-            query,
-            key,
-            value,
-            segment_ids,
-            include_self=include_self,
-            implementation=implementation,
-        )
 
     def _heads(self, z: Complex) -> Complex:
         return Complex(split_heads(z.re, self.num_heads), split_heads(z.im, self.num_heads))
 
-    def _sow_entropy(self, query: Array, key: Array, segment_ids: Array | None) -> None:
-        if self.is_mutable_collection("diagnostics") and not self.is_initializing():
-            entropy = attention_entropy(attention_weights(query, key, segment_ids))
-            self.sow("diagnostics", "attention_entropy", entropy)
+    def _field(
+        self, theta: Array, z: Complex, query: Array, key: Array, segment_ids: Array | None
+    ) -> Complex:
+        raise NotImplementedError
+
+    def _values(self, z: Complex) -> Array:
+        raise NotImplementedError
+
+    def _field_of_weights(
+        self, z: Complex, weights: Array, values: Array, visible: Array
+    ) -> Complex:
+        raise NotImplementedError
 
     def _value_width(self, num_phases: int) -> int:
         raise NotImplementedError
@@ -129,37 +177,27 @@ def softplus_inverse(x: np.ndarray) -> np.ndarray:
 class _SummedAttention(PhaseAttention):
     """A phase layer whose heads sum one value a token, its own included."""
 
-    def __call__(
-        self,
-        theta: Float[Array, "B L N"],
-        *,
-        segment_ids: Int[Array, "B L"] | None = None,
-        positions: Int[Array, "*B L"] | None = None,
-    ) -> Float[Array, "B L N"]:
-        """Computes the update of the phases, in radians, float32; see ``FrustratedAttention``."""
-        z, query, key = self._score(theta, positions)
-        value = self._values(z)
-        summed = self._causal_sum(query, key, value, segment_ids, include_self=True)
-        return self._update(z, summed.total)
+    def _field(
+        self, theta: Array, z: Complex, query: Array, key: Array, segment_ids: Array | None
+    ) -> Complex:
+        del theta  # its phasors suffice
+        summed = causal_sum(
+            query,
+            key,
+            self._values(z),
+            segment_ids,
+            include_self=True,
+            implementation=self.implementation,
+        )
+        return self._field_of_sum(z, summed.total)
 
-    def extend(
-        self,
-        theta: Float[Array, "B S N"],
-        cache: LayerCache,
-        position: Int[Array, ""],
-        *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "*B S"] | None = None,
-    ) -> tuple[Float[Array, "B S N"], LayerCache]:
-        """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
-        z, query, key = self._score_at(theta, cache.capacity, position, positions)
-        total, cache = extend_sum(query, key, self._values(z), cache, position, segment_ids)
-        return self._update(z, total), cache
+    def _field_of_weights(
+        self, z: Complex, weights: Array, values: Array, visible: Array
+    ) -> Complex:
+        del visible  # the weights are zero elsewhere
+        return self._field_of_sum(z, weighted_sum(weights, values))
 
-    def _values(self, z: Complex) -> Array:
-        raise NotImplementedError
-
-    def _update(self, z: Complex, total: Array) -> Array:
+    def _field_of_sum(self, z: Complex, total: Array) -> Complex:
         raise NotImplementedError
 
 
@@ -177,11 +215,14 @@ class KuramotoAttention(_SummedAttention):
         return jnp.concatenate(self._heads(z), axis=-1).astype(self.dtype)
 
     @nn.compact
-    def _update(self, z: Complex, total: Array) -> Array:
+    def _field_of_sum(self, z: Complex, total: Array) -> Complex:
         mean = Complex(*(merge_heads(part) for part in jnp.split(total, 2, axis=-1)))
         initial = softplus_inverse(np.full(z.re.shape[-1], self.kernel_scale))
         gain = jax.nn.softplus(self.param("gain", lambda _: jnp.asarray(initial, jnp.float32)))
-        return gain[None, None] * (mean.im * z.re - mean.re * z.im)
+        gain = gain[None, None]
+        return Complex(
+            gain * (mean.re * z.re + mean.im * z.im), gain * (mean.im * z.re - mean.re * z.im)
+        )
 
     def _value_width(self, num_phases: int) -> int:
         return 2 * num_phases // self.num_heads
@@ -189,43 +230,21 @@ class KuramotoAttention(_SummedAttention):
 
 @documented
 class LinearValueAttention(_SummedAttention):
-    """An ablation: dense values and an output matrix, as in a transformer, in place of a kernel."""
+    """An ablation: dense values and an output matrix, as in a transformer, in place of a kernel.
 
-    def field(
-        self,
-        theta: Float[Array, "B L N"],
-        *,
-        segment_ids: Int[Array, "B L"] | None = None,
-        positions: Int[Array, "*B L"] | None = None,
-    ) -> Complex:
-        """The update in radians as ``im``, ``[B, L, N]``; dense values have no coherence: zero."""
-        update = self(theta, segment_ids=segment_ids, positions=positions)
-        return Complex(jnp.zeros_like(update), update)
-
-    def extend_field(
-        self,
-        theta: Float[Array, "B S N"],
-        cache: LayerCache,
-        position: Int[Array, ""],
-        *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "*B S"] | None = None,
-    ) -> tuple[Complex, LayerCache]:
-        """Applies ``field`` to S tokens at ``position`` and on, after those in the cache."""
-        update, cache = self.extend(
-            theta, cache, position, segment_ids=segment_ids, positions=positions
-        )
-        return Complex(jnp.zeros_like(update), update), cache
+    Dense values have no coherence: the real part of the field is zero.
+    """
 
     def _values(self, z: Complex) -> Array:
         return split_heads(self._dense(z, None), self.num_heads)
 
-    def _update(self, z: Complex, total: Array) -> Array:
-        return self._dense(z, total).astype(jnp.float32)
+    def _field_of_sum(self, z: Complex, total: Array) -> Complex:
+        update = self._dense(z, total).astype(jnp.float32)
+        return Complex(jnp.zeros_like(update), update)
 
     @nn.compact
     def _dense(self, z: Complex, total: Array | None) -> Array:
-        """The values of tokens, ``[B, L, N]``, or the output for their sums ``[B, H, L, P]``."""
+        """Returns the values of tokens, or the output for their sums ``[B, H, L, P]``."""
         num_phases = z.re.shape[-1]
         value = PhasorDense(**shared_settings(self, PhasorDense), outputs=num_phases, name="value")
         output = nn.Dense(num_phases, use_bias=False, dtype=jnp.dtype(self.dtype), name="output")

@@ -15,16 +15,16 @@ from fsn_jax.kernels.xla import MASKED, slots_before
 class LayerCache:
     """Keys and values of the tokens that a layer has seen: slot u holds position u.
 
-    Tokens past its last slot cannot be kept: what is computed for them is NaN. Batch and heads are
-    one axis, and the slots of the keys the last: the layout that the products take as it is, so
-    that XLA writes a token in place and copies nothing.
+    The result for tokens past the last slot is NaN. Batch and heads share one axis, and slots are
+    the last axis of the keys: the matrix products take this layout as it is, so XLA writes a token
+    in place and copies nothing.
 
     Attributes:
       key: ``[B H, E, C]``.
       value: ``[B H, C, G]``. For the frustrated coupling these are the powers of the h-th block of
         phases, real and imaginary parts side by side, which all heads and delays share.
       segment_ids: int32 ``[B, C]``, or None where all tokens of a row are in one segment.
-      state: float32 ``[B, C, D]``, what entered the layer, where a token also sees that of the
+      state: float32 ``[B, C, D]``, the layer's inputs, if its tokens also see the input of the
         token before; else None.
     """
 
@@ -147,25 +147,9 @@ def extend_weights(
     )
     visible = cache.visible(position + 1, query.shape[2], segment_ids)
     weights = attention_weights_cached(query, cache.key, visible)
-    # A slice that does not fit is moved to where it does: silently, over tokens of before.
+    # JAX silently moves a slice that does not fit, and would overwrite earlier tokens.
     fits = position + query.shape[2] <= cache.capacity
     return jnp.where(fits, weights, jnp.nan), cache
-
-
-def extend_sum(
-    query: Array,
-    key: Array,
-    value: Array,
-    cache: LayerCache,
-    position: Array,
-    segment_ids: Array | None = None,
-) -> tuple[Float[Array, "B H S G"], LayerCache]:
-    """Writes S new keys and values and returns the attention-weighted sum of all values.
-
-    The values of the cache are ``[B, H, C, G]``.
-    """
-    weights, cache = extend_weights(query, key, value, cache, position, segment_ids)
-    return weighted_sum(weights, cache.value), cache
 
 
 def attention_weights_cached(

@@ -23,29 +23,25 @@ from fsn_jax.fields import (
     ModelFields,
     ModesFields,
     SwiGLUFields,
-    check_at_least,
     check_fields,
-    check_positive,
     documented,
     setting,
 )
 
 __all__ = [
+    "ARCHITECTURES",
     "ConfigError",
     "DType",
     "FSNConfig",
     "Implementation",
     "TransformerConfig",
-    "check_at_least",
     "check_fields",
-    "check_positive",
     "match_parameters",
     "recorded_fields",
 ]
 
 Values = Literal["circular", "linear"]
 FeedForward = Literal["swiglu", "collective_modes", "none"]
-EmbeddingInit = Literal["normal", "uniform"]
 TokenShift = Literal["none", "keys", "queries_and_keys"]
 
 TRAINING_FLOPS_FACTOR = 3
@@ -82,9 +78,8 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
     feedforward: FeedForward = setting(
         "swiglu", "feed-forward: ``swiglu``, ``collective_modes`` (no MLP) or ``none``"
     )
-    embedding_init: EmbeddingInit = setting("normal", "distribution of the initial angles")
     embedding_scale: float = setting(
-        1.0, "standard deviation of normal initial angles, in radians", least=0
+        1.0, "standard deviation of the initial angles of the embedding, in radians", least=0
     )
 
     def _check(self) -> None:
@@ -163,8 +158,8 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
     def flops_per_token(self, context: int) -> float:
         """Returns the floating-point operations of training, per token, in windows of ``context``.
 
-        Counts the multiplications and additions of matrix products, forward and backward, and of
-        attention only the causal pairs; leaves out what is elementwise (sines, softmax, gates).
+        Counts multiplications and additions of matrix products, forward and backward, and only the
+        causal pairs of attention. Elementwise operations (sines, softmax, gates) do not count.
         """
         n, inputs = self.num_phases, self._inputs
         pairs = _mean_causal_pairs(context)
@@ -211,8 +206,8 @@ class TransformerConfig(Frozen, ModelFields):
     rotary_base: float = setting(10_000.0, "base of RoPE", above=1)
     token_shift: TokenShift = setting(
         "none",
-        "what sees the token before: ``keys`` or ``queries_and_keys`` add those of the token "
-        "before, times a learned weight a channel, which lets one layer copy",
+        "``keys`` or ``queries_and_keys`` add those of the previous token, times a learned weight "
+        "per channel, which lets one layer copy",
     )
 
     def _check(self) -> None:
@@ -238,6 +233,15 @@ class TransformerConfig(Frozen, ModelFields):
         layer = 4 * d * d + attention + 3 * d * self.feedforward_width
         multiply_adds = self.num_layers * layer + d * self.vocab_size
         return float(TRAINING_FLOPS_FACTOR * 2 * multiply_adds)
+
+
+ARCHITECTURES: dict[str, type[FSNConfig] | type[TransformerConfig]] = {
+    "fsn": FSNConfig,
+    "transformer": TransformerConfig,
+}
+
+REMOVED = {"embedding_init": "normal", "kernel_init": "first_harmonic"}
+"""Settings of earlier versions, and the value that every recorded run has."""
 
 
 def recorded_fields(
@@ -267,7 +271,8 @@ def recorded_fields(
         renamed = {"gated": "content_gated", "static": "gated"}
         if fields.get("score") in renamed:
             fields = {**fields, "score": renamed[fields["score"]], "score_scope": "block"}
-    return {**defaults, **fields}
+    kept = {name: value for name, value in fields.items() if (name, value) not in REMOVED.items()}
+    return {**defaults, **kept}
 
 
 _Model = typing.TypeVar("_Model", FSNConfig, TransformerConfig)

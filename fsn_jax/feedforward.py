@@ -44,7 +44,7 @@ class SwiGLU(nn.Module):
       width: F.
       features: width of the result.
       dtype: of the matrix products.
-      implementation: ``reference`` for one that has all derivatives, as for a model.
+      implementation: ``reference`` has all derivatives, the others those of reverse mode.
     """
 
     width: int
@@ -83,8 +83,8 @@ class CollectiveModes(ModesFields, nn.Module):
     phase differences enter, so the layer commutes with a rotation of all phases by one angle.
 
     With ``mode_weights="dense"`` instead ``w[t, k] = silu(g_k . f_t + c_k)``, of the features f of
-    the token, and b is 1: a hidden layer, which has a preferred direction. ``features`` is of that
-    layer alone.
+    the token, and b is 1: a hidden layer, which has a preferred direction. ``features``
+    applies to that layer alone.
     """
 
     @nn.compact
@@ -95,7 +95,7 @@ class CollectiveModes(ModesFields, nn.Module):
 
         Args:
           theta: phases in radians.
-          field: ``[B, L, N]``, what the weights see besides: ``FrustratedAttention.field``.
+          field: ``[B, L, N]``, a further input of the weights: ``FrustratedAttention.field``.
 
         Raises:
           ValueError: ``theta`` is not ``[B, L, N]``.
@@ -105,7 +105,7 @@ class CollectiveModes(ModesFields, nn.Module):
         return total.im * z.re - total.re * z.im
 
     def _native(self, z: Complex, field: Complex | None) -> Complex:
-        """The field of all modes, ``[B, L, N]``, with weights from phase coherence."""
+        """Computes the field of all modes, ``[B, L, N]``, with weights from phase coherence."""
         phases, modes = z.re.shape[-1], self.num_modes
         seen = z
         if field is not None:
@@ -121,7 +121,7 @@ class CollectiveModes(ModesFields, nn.Module):
         return self._product("down", weighted, 0.5 * modes**-0.5, phases)
 
     def _product(self, name: str, x: Complex, deviation: float, outputs: int) -> Complex:
-        """A complex matrix product, written as one real product."""
+        """Computes a complex matrix product as one real product."""
         init, shape = nn.initializers.normal(deviation), (x.re.shape[-1], outputs)
         re = self.param(f"{name}_real", init, shape, jnp.float32)
         im = self.param(f"{name}_imag", init, shape, jnp.float32)
@@ -130,7 +130,7 @@ class CollectiveModes(ModesFields, nn.Module):
         return Complex(*jnp.split(product.astype(jnp.float32), 2, axis=-1))
 
     def _dense(self, z: Complex, field: Complex | None) -> Complex:
-        """The field of all modes, ``[B, L, N]``, with weights from a dense layer."""
+        """Computes the field of all modes, ``[B, L, N]``, with weights from a dense layer."""
         shared = shared_settings(self, PhasorDense)
         drive = PhasorDense(**shared, outputs=self.num_modes, use_bias=True, name="weights")(
             z, field
@@ -162,16 +162,7 @@ class PhasorSwiGLU(SwiGLUFields, nn.Module):
     def __call__(
         self, theta: Float[Array, "B L N"], field: Complex | None = None
     ) -> Float[Array, "B L N"]:
-        """Computes the update of the phases, in radians, float32.
-
-        Args:
-          theta: phases in radians.
-          field: ``[B, L, N]``, what the gate and the other factor see besides:
-            ``FrustratedAttention.field``.
-
-        Raises:
-          ValueError: ``theta`` is not ``[B, L, N]``.
-        """
+        """Computes the update ``[B, L, N]``; arguments and errors as for ``CollectiveModes``."""
         z = token_phasor(theta)
         dense = functools.partial(
             PhasorDense, outputs=self.feedforward_width, **shared_settings(self, PhasorDense)

@@ -7,6 +7,7 @@ layers of the model. They check themselves: what cannot work is refused by name 
 import dataclasses
 import inspect
 import math
+import operator
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,6 @@ import numpy as np
 Score = Literal["gated", "content_gated", "projected", "none"]
 ScoreScope = Literal["all", "block"]
 Features = Literal["phasor", "quadrature"]
-KernelInit = Literal["sawtooth", "first_harmonic"]
 ModeWeights = Literal["coherence", "dense"]
 DType = Literal["float32", "bfloat16"]
 Implementation = Literal["auto", "reference", "xla", "pallas"]
@@ -30,19 +30,15 @@ class ConfigError(ValueError):
     """A setting has a value that cannot work; one line that names it."""
 
 
-def setting(
-    default: _Value, doc: str, *, least: int | float | None = None, above: int | float | None = None
-) -> _Value:
+def setting(default: _Value, doc: str, **bounds: int | float) -> _Value:
     """Returns a dataclass field with its meaning and its range.
 
     Args:
       default: its default.
       doc: what it is, for the docstring of every class that has it.
-      least: the least value allowed.
-      above: a bound that the value must exceed.
+      **bounds: of a number: ``least`` and ``most`` are allowed, ``above`` and ``below`` are not.
     """
-    metadata = {"doc": doc, "least": least, "above": above}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"doc": doc, **bounds})
 
 
 def check_fields(config: object) -> None:
@@ -76,27 +72,19 @@ def _problem(hint: Any, value: Any) -> str:
     return ""
 
 
-def _out_of_range(metadata: Mapping[Any, Any], value: Any) -> str:
-    least, above = metadata.get("least"), metadata.get("above")
-    if least is not None and value < least:
-        return f"at least {least}; got {value}"
-    if above is not None and not value > above:
-        return f"above {above}; got {value}"
-    return ""
+_BOUNDS = {"least": operator.ge, "most": operator.le, "above": operator.gt, "below": operator.lt}
 
 
-def check_at_least(config: object, least: int, *names: str) -> None:
-    """Raises ConfigError unless each named field is at least ``least``."""
-    for name in names:
-        if problem := _out_of_range({"least": least}, getattr(config, name)):
-            raise ConfigError(f"{type(config).__name__}.{name} must be {problem}")
-
-
-def check_positive(config: object, *names: str) -> None:
-    """Raises ConfigError unless each named field is above zero."""
-    for name in names:
-        if problem := _out_of_range({"above": 0}, getattr(config, name)):
-            raise ConfigError(f"{type(config).__name__}.{name} must be {problem}")
+def _out_of_range(bounds: Mapping[Any, Any], value: Any) -> str:
+    if all(holds(value, bounds[name]) for name, holds in _BOUNDS.items() if name in bounds):
+        return ""
+    if "above" in bounds:
+        return f"above {bounds['above']}; got {value}"
+    if "most" in bounds:
+        return f"from {bounds['least']} to {bounds['most']}; got {value}"
+    if "below" in bounds:
+        return f"from {bounds['least']} to below {bounds['below']}; got {value}"
+    return f"at least {bounds['least']}; got {value}"
 
 
 def documented(kind: _Class) -> _Class:
@@ -221,6 +209,7 @@ class ScoreFields(DenseFields):
         1.0,
         "share of the compared phases whose score drifts with the distance, from 0 to 1",
         least=0,
+        most=1,
     )
     rotary_base: float = setting(
         10_000.0,
@@ -236,8 +225,6 @@ class ScoreFields(DenseFields):
         super()._check()
         if self.similarity_heads > self.num_heads:
             self.refuse("similarity_heads", f"be from 0 to num_heads ({self.num_heads})")
-        if self.drift_share > 1:
-            self.refuse("drift_share", "be from 0 to 1")
         for name, default, fits in (
             ("score_phases", 0, self.score == "projected"),
             ("score_harmonics", 1, self.score == "gated"),
@@ -287,11 +274,6 @@ class CouplingFields(ScoreFields):
     )
     signed_harmonics: bool = setting(
         True, "whether the in-phase part of the kernel may be negative (repulsive)"
-    )
-    kernel_init: KernelInit = setting(
-        "first_harmonic",
-        "initial kernel: ``first_harmonic`` (the others are zero) or ``sawtooth`` (coefficients "
-        "proportional to ``(-1)**(m+1) / m``; the full series moves a phase onto the attended one)",
     )
     kernel_scale: float = setting(
         0.5,
@@ -347,17 +329,13 @@ class ModelFields(ComputeFields):
         "probability of dropout, from 0 to below 1, in training (``deterministic=False``): of the "
         "update of each layer and of the embedding",
         least=0,
+        below=1,
     )
     remat: bool = setting(
         False,
         "recompute each block in the backward pass instead of keeping its activations; on a CPU "
         "XLA (jaxlib 0.10.2) undoes that",
     )
-
-    def _check(self) -> None:
-        super()._check()
-        if self.dropout >= 1:
-            self.refuse("dropout", "be from 0 to below 1")
 
 
 class Frozen:

@@ -44,20 +44,13 @@ class PhaseEmbedding(nn.Module):
         Dropout draws a phase anew from the circle: its mean phasor is zero.
         """
         c = self.config
-        shape = (c.vocab_size, c.num_phases)
-        theta = lookup(self.param("angles", initial_angles(c), shape, jnp.float32), tokens)
+        init, shape = nn.initializers.normal(c.embedding_scale), (c.vocab_size, c.num_phases)
+        theta = lookup(self.param("angles", init, shape, jnp.float32), tokens)
         if deterministic or not c.dropout:
             return theta
         drop, angle = jax.random.split(self.make_rng("dropout"))
         dropped = jax.random.bernoulli(drop, c.dropout, theta.shape)
         return jnp.where(dropped, jax.random.uniform(angle, theta.shape, maxval=2 * np.pi), theta)
-
-
-def initial_angles(config: FSNConfig) -> jax.nn.initializers.Initializer:
-    """Returns the initializer of the embedding angles, in radians."""
-    if config.embedding_init == "normal":
-        return nn.initializers.normal(config.embedding_scale)
-    return nn.initializers.uniform(2 * np.pi)
 
 
 ATTENTION: dict[str, type[Any]] = {
@@ -86,8 +79,7 @@ class Block(nn.Module):
         if c.feedforward != "none":
             feedforward = FEEDFORWARD[c.feedforward]
             self.feedforward = feedforward(**shared_settings(c, feedforward))
-        if c.dropout:
-            self.dropout = nn.Dropout(c.dropout)
+        self.dropout = nn.Dropout(c.dropout)
 
     def __call__(
         self,
@@ -98,7 +90,7 @@ class Block(nn.Module):
     ) -> Float[Array, "B L N"]:
         """Returns the phases after the block, in radians, float32; arguments as for ``FSN``."""
         field = self.attention.field(theta, segment_ids=segment_ids, positions=positions)
-        theta = theta + self._dropped(field.im, deterministic)
+        theta = theta + self.dropout(field.im, deterministic=deterministic)
         if self.is_mutable_collection("diagnostics") and not self.is_initializing():
             self.sow("diagnostics", "order_parameter", order_parameter(theta))
         return self._feed_forward(theta, field, deterministic)
@@ -126,12 +118,7 @@ class Block(nn.Module):
         if self.config.feedforward == "none":
             return theta
         update = self.feedforward(theta, field if self.config.field_features else None)
-        return theta + self._dropped(update, deterministic)
-
-    def _dropped(self, update: Array, deterministic: bool) -> Array:
-        if deterministic or not self.config.dropout:
-            return update
-        return self.dropout(update, deterministic=False)
+        return theta + self.dropout(update, deterministic=deterministic)
 
 
 class FSN(LanguageModel):

@@ -29,13 +29,13 @@ Variables = Mapping[str, Any]
 Tokens = Sequence[int] | Int[np.ndarray, " _"]
 
 CHUNK = 8
-"""Tokens drawn in one compiled call: often enough to stream, seldom enough to be quick."""
+"""Tokens drawn in one compiled call: few enough to stream, many enough to be quick."""
 
 SHORTEST_PROMPT = 32
-"""Prompts are padded to powers of two from here on: texts of any length share a few programs."""
+"""Least padded length of a prompt. Lengths are powers of two, so few programs are compiled."""
 
 NO_TOKEN = -1
-"""Follows a row's last token where the other rows of its batch go on."""
+"""Fills a row that has ended while other rows of its batch have not."""
 
 
 def likeliest(
@@ -44,7 +44,7 @@ def likeliest(
     top_k: int | Int[Array, ""],
     top_p: float | Float[Array, ""],
 ) -> Bool[Array, "B V"]:
-    """Returns which tokens top-k and top-p leave; of equally likely ones the first ones.
+    """Returns a mask of the tokens that top-k and top-p keep; ties keep the first.
 
     Args:
       logits: of a row's next token.
@@ -93,14 +93,14 @@ def _likeliest_of_noisy(
     top_k: int | Array,
     top_p: float | Array,
 ) -> Array:
-    """Draws as ``sample_token`` does, with the Gumbel noise given."""
+    """Computes ``sample_token`` from given Gumbel noise."""
     greedy = jnp.equal(temperature, 0)
     scaled = logits / jnp.where(greedy, 1.0, temperature)
 
     def restricted(scaled: Array) -> Array:
         return jnp.where(likeliest(scaled, top_k=top_k, top_p=top_p), scaled, -jnp.inf)
 
-    # Two sorts, which cost as much as a layer.
+    # ``restricted`` sorts twice, which costs as much as a layer: skip it where nothing is cut.
     all_may_be_drawn = jnp.equal(top_k, 0) & jnp.equal(top_p, 1)
     kept = jax.lax.cond(all_may_be_drawn, lambda scaled: scaled, restricted, scaled)
     return jnp.where(greedy, logits.argmax(axis=-1), (kept + noise).argmax(axis=-1))
@@ -160,7 +160,7 @@ def _sample_chunk(
         )
         return _Read(extended[0][:, 0], extended[1], document), token
 
-    # That of a whole chunk at once: a call of the generator costs more than the bits it makes.
+    # The noise of a whole chunk at once: a call of the generator costs more than its bits.
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(drawn + jnp.arange(CHUNK))
     noise = jax.vmap(lambda key: jax.random.gumbel(key, read.logits.shape))(keys)
     read, tokens = jax.lax.scan(body, read, noise)
@@ -303,38 +303,14 @@ class _Ending:
 
 
 def generate(
-    model: FSN | Transformer,
-    variables: Variables,
-    prompt: npt.ArrayLike,
-    *,
-    num_tokens: int,
-    key: Array,
-    context: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop: Sequence[Tokens] = (),
-    separator: int | None = None,
+    model: FSN | Transformer, variables: Variables, prompt: npt.ArrayLike, **settings: Any
 ) -> Int[Array, "B n"]:
-    """Returns the tokens that follow ``prompt``; arguments and errors as for ``stream``.
+    """Returns the tokens that follow ``prompt``; settings and errors as for ``stream``.
 
     Returns:
       ``num_tokens`` a row; with ``stop`` as many as the longest row has.
     """
-    chunks = stream(
-        model,
-        variables,
-        prompt,
-        num_tokens=num_tokens,
-        key=key,
-        context=context,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop=stop,
-        separator=separator,
-    )
-    return jnp.concatenate(list(chunks), axis=1)
+    return jnp.concatenate(list(stream(model, variables, prompt, **settings)), axis=1)
 
 
 def check_sampling(*, num_tokens: int, temperature: float, top_k: int, top_p: float) -> None:

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import safetensors
 import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from fsn_jax.config import FSNConfig, TransformerConfig, recorded_fields
+from fsn_jax.config import ARCHITECTURES, FSNConfig, recorded_fields
 from fsn_jax.documents import document_ids
 from fsn_jax.fsn import FSN
 from fsn_jax.generate import stream
@@ -27,10 +28,6 @@ from fsn_jax.vocabulary import Vocabulary
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = 1
-CONFIGS: dict[str, type[FSNConfig] | type[TransformerConfig]] = {
-    "fsn": FSNConfig,
-    "transformer": TransformerConfig,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +132,7 @@ def load(folder: str | Path) -> Pretrained:
         config = json.loads((folder / CONFIG).read_text())
         if config["format"] != FORMAT:
             raise ValueError(f"format {config['format']}, not {FORMAT}")
-        kind = CONFIGS[config["model_type"]]
+        kind = ARCHITECTURES[config["model_type"]]
         settings = kind(**recorded_fields(kind, config["model"]))
         words = config["vocabulary"]
         vocabulary = Vocabulary.from_text(words["values"], words["unit"])
@@ -157,19 +154,11 @@ def is_exported(folder: str | Path) -> bool:
     return (Path(folder) / WEIGHTS).is_file()
 
 
-def flat_params(params: Any) -> dict[str, Any]:
-    """Returns all parameters by their paths, joined by dots."""
-    return {
-        ".".join(entry.key for entry in path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
-
-
 def _params(arrays: Mapping[str, np.ndarray], model: FSN | Transformer, file: Path) -> Any:
     """Builds the parameter tree of a model from its arrays."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     like = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    wanted = flat_params(like)
+    wanted = flatten_dict(like, sep=".")
     for name in sorted(wanted.keys() | arrays.keys()):
         there = (arrays[name].shape, arrays[name].dtype) if name in arrays else None
         here = (wanted[name].shape, wanted[name].dtype) if name in wanted else None
@@ -178,5 +167,4 @@ def _params(arrays: Mapping[str, np.ndarray], model: FSN | Transformer, file: Pa
                 f"{file} does not fit its {CONFIG}: {name} is {there or 'absent'} in the one and "
                 f"{here or 'absent'} in the other; export it again"
             )
-    leaves = [jnp.asarray(arrays[name]) for name in wanted]  # in the order of the tree
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return unflatten_dict({name: jnp.asarray(array) for name, array in arrays.items()}, sep=".")

@@ -1,7 +1,7 @@
 """Reading a trained FSN as a system of coupled oscillators: pure functions of kernels and states.
 
 ``fsn_jax.coupling.coupling_function`` is the kernel as a curve, ``fsn_jax.torus.order_parameter``
-the order of a state; here is what they leave. Source of the names: a kernel entry
+the order of a state; this module has the other readings. Source of the names: a kernel entry
 ``kappa = rho exp(-i alpha)`` acts as ``rho sin(m (theta_u - theta_t) - alpha)``, so alpha is the
 frustration angle of Sakaguchi and Kuramoto and rho the coefficient of Daido's m-th harmonic.
 """

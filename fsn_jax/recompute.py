@@ -1,4 +1,4 @@
-"""Computing again in the backward pass, where XLA would keep what the forward pass had."""
+"""Recomputation in the backward pass, where XLA would keep results of the forward pass."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,11 +14,12 @@ Result = TypeVar("Result")
 
 
 def delay_until(cotangent: Array, tree: Tree) -> Tree:
-    """Returns the arrays of a tree, which the compiler learns no sooner than a cotangent.
+    """Returns a tree that the compiler cannot use before a cotangent is computed.
 
-    So it cannot find that what is computed from them is what the forward pass has, nor compute it
-    before the backward pass is there. It is a barrier, as in ``jax.checkpoint``. For CPUs, where
-    XLA drops barriers (jaxlib 0.10.2) before it merges what is equal, it is a sum with a number.
+    Otherwise XLA would merge a recomputation with the forward pass, or start it early, and keep the
+    result in memory. It is an optimization barrier, as in ``jax.checkpoint``. On CPUs, where XLA
+    (jaxlib 0.10.2) drops barriers before it merges equal computations, it adds zero times the
+    cotangent's first number.
 
     Args:
       cotangent: an array of any shape; if its first number is not finite, the result need not be.
@@ -46,10 +47,10 @@ def _spec(x: Array) -> tuple[Any, ...]:
 
 
 def match_varying_axes(tree: Tree) -> Tree:
-    """Returns the arrays of a tree, typed in ``shard_map`` as varying where any of them does.
+    """Casts the arrays of a tree to the ``shard_map`` axes over which any of them varies.
 
     A custom derivative gives parameters, which are the same on all devices, a cotangent that is
-    not; JAX sums it over the devices if it is told here that they meet. Elsewhere nothing changes.
+    not. This cast lets JAX sum it over the devices. Elsewhere nothing changes.
 
     Args:
       tree: arrays of any shape.
@@ -71,12 +72,12 @@ def _varying(x: Array) -> frozenset[str]:
 def recomputed(
     function: Callable[..., Result], implementation: Implementation = "auto"
 ) -> Callable[..., Result]:
-    """Returns a function whose backward pass keeps the arguments and computes the rest again.
+    """Returns a function whose backward pass keeps its arguments and recomputes the rest.
 
     Args:
       function: of arrays, or trees of them, to arrays.
-      implementation: with ``reference`` the function stays as it is, and has all derivatives;
-        otherwise those of reverse mode, and the returned function raises TypeError for others.
+      implementation: ``reference`` returns the function itself, which has all derivatives. The
+        others have those of reverse mode and raise TypeError for forward mode.
     """
     if implementation == "reference":
         return function

@@ -1,9 +1,8 @@
-"""Functions with derivatives of reverse mode alone, and what they say when asked for others.
+"""Functions with derivatives of reverse mode alone, and the error for others.
 
-JAX's own error about a ``custom_vjp`` names no remedy. All derivatives pass tangents on: in reverse
-mode these are transposed and never computed, in forward mode they are computed. So an identity
-whose tangents can be transposed but not computed tells the two apart. It is no operation of the
-compiled program.
+JAX's own error about a ``custom_vjp`` names no remedy. Reverse mode transposes tangents and never
+computes them; forward mode computes them. So an identity whose tangents can be transposed but not
+computed allows reverse mode alone. It adds no operation to the compiled program.
 """
 
 from typing import Any, TypeVar
@@ -23,7 +22,7 @@ MESSAGE = (
 
 
 def reverse_mode_only(tree: Tree) -> Tree:
-    """Returns a tree as it is; JAX raises if it comes to compute a tangent of one of its arrays.
+    """Returns a tree unchanged; JAX raises if forward mode computes a tangent of its arrays.
 
     Args:
       tree: arrays of any shape; others than of floating point have no tangents.

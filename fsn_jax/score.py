@@ -73,7 +73,7 @@ class PhaseScore(ScoreFields, nn.Module):
         return self._to_reals(Complex(beta * query.re, beta * query.im)), self._to_reals(key)
 
     def _by_head(self, drift: Complex) -> Complex:
-        """The drift ``[B or 1, H or 1, L, R]``: similarity heads have none."""
+        """Removes the drift of similarity heads, ``[B or 1, H or 1, L, R]``."""
         if not self.similarity_heads:
             return drift
         static = (np.arange(self.num_heads) < self.similarity_heads)[:, None, None]
@@ -98,7 +98,7 @@ class PhaseScore(ScoreFields, nn.Module):
         return self._to_reals(query), self._to_reals(key)
 
     def _initial_angles(self, key: Array, shape: tuple[int, ...]) -> Array:
-        """Normal angles; zero for similarity heads, which are to compare a token with its like."""
+        """Draws normal angles; zero for similarity heads, which compare what tokens are."""
         angles = self.score_angle * jax.random.normal(key, shape, jnp.float32)
         similarity = np.arange(self.num_heads)[:, None] < self.similarity_heads
         return jnp.where(similarity, 0.0, angles.reshape(self.num_heads, -1)).reshape(shape)
@@ -130,7 +130,7 @@ class PhaseScore(ScoreFields, nn.Module):
         return [self._as_pairs(queries), self._as_pairs(keys)]
 
     def _compared(self, z: Complex) -> Complex:
-        """The phasors that each head compares: ``[B, 1, L, N]``, or a block, ``[B, H, L, P]``."""
+        """Returns the phasors that each head compares, ``[B, 1, L, N]`` or ``[B, H, L, P]``."""
         if self.score_scope == "all":
             return Complex(z.re[:, None], z.im[:, None])
         return Complex(split_heads(z.re, self.num_heads), split_heads(z.im, self.num_heads))

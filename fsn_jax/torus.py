@@ -152,24 +152,6 @@ def rotary_phasor(length: int, frequencies: npt.NDArray[np.float64], step: int =
     return Complex(jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32))
 
 
-def rotary_phasor_from(
-    position: Int[Array, ""], length: int, capacity: int, frequencies: npt.NDArray[np.float64]
-) -> Complex:
-    """Returns ``exp(i t omega_p)`` for L positions from ``position`` on.
-
-    Args:
-      position: int32 scalar; moved back where ``position + length`` exceeds the capacity.
-      length: L.
-      capacity: positions in the table, which is a constant of the compiled program.
-      frequencies: ``omega``, in radians a position, ``[R]``.
-
-    Returns:
-      float32 arrays ``[L, R]``.
-    """
-    table = rotary_phasor(capacity, frequencies)
-    return Complex(*(jax.lax.dynamic_slice_in_dim(x, position, length, axis=0) for x in table))
-
-
 _DIGIT = 1024
 MAX_POSITIONS = _DIGIT**2
 """Positions that ``rotary_phasor_at`` knows: from 0 on, so many."""
@@ -197,9 +179,34 @@ def rotary_phasor_at(
     return multiply(rows(high, positions // _DIGIT), rows(low, positions % _DIGIT))
 
 
-def over_heads(x: Complex) -> Complex:
-    """Reshapes ``[L, R]`` or ``[B, L, R]`` to broadcast against ``[B, H, L, R]``."""
-    return Complex(*((part if part.ndim == 3 else part[None])[:, None] for part in x))
+def token_rotary(
+    frequencies: npt.NDArray[np.float64],
+    length: int,
+    capacity: int,
+    position: Int[Array, ""] | None,
+    positions: Int[Array, "*B L"] | None,
+) -> Complex:
+    """Returns ``exp(i t omega_p)`` for the positions t of L tokens.
+
+    Args:
+      frequencies: ``omega``, in radians a position, ``[R]``.
+      length: L.
+      capacity: positions in the table, which is a constant of the compiled program.
+      position: of the first token, int32 scalar, moved back where ``position + length`` exceeds the
+        capacity; None: 0.
+      positions: of all tokens, ``[L]`` or ``[B, L]``, in place of ``position``.
+
+    Returns:
+      float32 arrays that broadcast against ``[B, H, L, R]``.
+    """
+    if positions is not None:
+        table = rotary_phasor_at(positions, frequencies)
+    elif position is None:
+        table = rotary_phasor(length, frequencies)
+    else:
+        whole = rotary_phasor(capacity, frequencies)
+        table = Complex(*(jax.lax.dynamic_slice_in_dim(x, position, length) for x in whole))
+    return Complex(*((part if part.ndim == 3 else part[None])[:, None] for part in table))
 
 
 def order_parameter(theta: Float[Array, "*shape N"], harmonic: int = 1) -> Float[Array, "*shape"]:

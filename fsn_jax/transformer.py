@@ -10,26 +10,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-import numpy.typing as npt
 from jaxtyping import Array, Float, Int
 
-from fsn_jax.cache import LayerCache, empty_layer_cache, extend_sum, shifted
+from fsn_jax.cache import (
+    LayerCache,
+    empty_layer_cache,
+    extend_weights,
+    shifted,
+    weighted_sum,
+)
 from fsn_jax.causal import causal_sum, merge_heads, split_heads
 from fsn_jax.config import TransformerConfig
 from fsn_jax.dense import sum_in_float32
 from fsn_jax.feedforward import SwiGLU
 from fsn_jax.language_model import DETERMINISTIC_ARGUMENT, LanguageModel
 from fsn_jax.lookup import lookup
-from fsn_jax.torus import (
-    Complex,
-    multiply,
-    over_heads,
-    rotary_frequencies,
-    rotary_phasor,
-    rotary_phasor_at,
-    rotary_phasor_from,
-)
+from fsn_jax.torus import Complex, multiply, rotary_frequencies, token_rotary
 
 RMS_EPSILON = 1e-6
 
@@ -65,11 +61,7 @@ class RotaryAttention(nn.Module):
         positions: Int[Array, "*B L"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Returns the update of the residual stream, float32; arguments as for ``Transformer``."""
-        frequencies = self._frequencies()
-        if positions is None:
-            rotary = rotary_phasor(x.shape[1], frequencies)
-        else:
-            rotary = rotary_phasor_at(positions, frequencies)
+        rotary = self._rotary(x.shape[1], x.shape[1], None, positions)
         before = None
         if self.config.token_shift != "none":
             before = shifted(x, segment_ids)
@@ -89,19 +81,15 @@ class RotaryAttention(nn.Module):
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
-        frequencies = self._frequencies()
-        if positions is None:
-            rotary = rotary_phasor_from(position, x.shape[1], cache.capacity, frequencies)
-        else:
-            rotary = rotary_phasor_at(positions, frequencies)
+        rotary = self._rotary(x.shape[1], cache.capacity, position, positions)
         before = None
         if cache.state is not None:
             state = jax.lax.dynamic_update_slice_in_dim(cache.state, x, position, axis=1)
             cache = dataclasses.replace(cache, state=state)
             before = cache.before(position, x.shape[1], segment_ids)
         query, key, value = self._project(x, before, rotary)
-        total, cache = extend_sum(query, key, value, cache, position, segment_ids)
-        return self._output(total), cache
+        weights, cache = extend_weights(query, key, value, cache, position, segment_ids)
+        return self._output(weighted_sum(weights, cache.value)), cache
 
     def empty_cache(self, batch: int, capacity: int, segments: bool) -> LayerCache:
         """Returns an empty cache for ``capacity`` tokens of each of ``batch`` sequences."""
@@ -117,9 +105,12 @@ class RotaryAttention(nn.Module):
             return None
         return self.param(name, nn.initializers.zeros, (self.config.width,), jnp.float32)
 
-    def _frequencies(self) -> npt.NDArray[np.float64]:
+    def _rotary(
+        self, length: int, capacity: int, position: Array | None, positions: Array | None
+    ) -> Complex:
         c = self.config
-        return rotary_frequencies(c.width // c.num_heads // 2, c.rotary_base)
+        frequencies = rotary_frequencies(c.width // c.num_heads // 2, c.rotary_base)
+        return token_rotary(frequencies, length, capacity, position, positions)
 
     def _project(
         self, x: Array, before: Array | None, rotary: Complex
@@ -139,7 +130,6 @@ class RotaryAttention(nn.Module):
 
     def _rotate(self, x: Array, rotary: Complex) -> Array:
         pairs = Complex(*jnp.split(x.astype(jnp.float32), 2, axis=-1))
-        rotary = over_heads(rotary)
         return jnp.concatenate(multiply(pairs, rotary), axis=-1).astype(self.config.dtype)
 
     def _output(self, total: Array) -> Array:
@@ -161,8 +151,7 @@ class TransformerBlock(nn.Module):
         self.attention = RotaryAttention(c)
         self.feedforward_norm = nn.RMSNorm(epsilon=RMS_EPSILON)
         self.feedforward = SwiGLU(c.feedforward_width, c.width, c.dtype, c.implementation)
-        if c.dropout:
-            self.dropout = nn.Dropout(c.dropout)
+        self.dropout = nn.Dropout(c.dropout)
 
     def __call__(
         self,
@@ -173,8 +162,9 @@ class TransformerBlock(nn.Module):
     ) -> Float[Array, "B L D"]:
         """Returns the residual stream after it, float32; arguments as for ``Transformer``."""
         update = self.attention(self.attention_norm(x), segment_ids, positions)
-        x = x + self._dropped(update, deterministic)
-        return x + self._dropped(self.feedforward(self.feedforward_norm(x)), deterministic)
+        x = x + self.dropout(update, deterministic=deterministic)
+        update = self.feedforward(self.feedforward_norm(x))
+        return x + self.dropout(update, deterministic=deterministic)
 
     def extend(
         self,
@@ -194,11 +184,6 @@ class TransformerBlock(nn.Module):
     def empty_cache(self, batch: int, capacity: int, segments: bool) -> LayerCache:
         """Returns an empty cache for ``capacity`` tokens of each of ``batch`` sequences."""
         return self.attention.empty_cache(batch, capacity, segments)
-
-    def _dropped(self, update: Array, deterministic: bool) -> Array:
-        if deterministic or not self.config.dropout:
-            return update
-        return self.dropout(update, deterministic=False)
 
 
 class TokenEmbedding(nn.Module):
@@ -234,8 +219,7 @@ class Transformer(LanguageModel):
     def setup(self) -> None:
         c = self.config
         self.embedding = TokenEmbedding(c)
-        if c.dropout:
-            self.dropout = nn.Dropout(c.dropout)
+        self.dropout = nn.Dropout(c.dropout)
         block = TransformerBlock
         if c.remat:
             block = nn.remat(TransformerBlock, static_argnums=DETERMINISTIC_ARGUMENT)
@@ -250,10 +234,7 @@ class Transformer(LanguageModel):
             )
 
     def _embed(self, tokens: Array, deterministic: bool) -> Array:
-        x = self.embedding(tokens)
-        if deterministic or not self.config.dropout:
-            return x
-        return self.dropout(x, deterministic=False)
+        return self.dropout(self.embedding(tokens), deterministic=deterministic)
 
     def _read_out(self, state: Array) -> Array:
         x = self.final_norm(state)

@@ -81,7 +81,7 @@ class Vocabulary:
 
         Args:
           text: bytes, or UTF-8.
-          source: what to call the text that the vocabulary is of.
+          source: name of the text that the vocabulary was made from.
 
         Raises:
           TextError: the text holds what has no token, or is no UTF-8 where characters are needed.
@@ -136,12 +136,12 @@ class Vocabulary:
         """Inverts ``to_text``.
 
         Raises:
-          ValueError: there is no such unit, or the text is not of it.
+          ValueError: the unit is unknown, or the text is not in it.
         """
         if unit == "bytes":
             return cls(np.frombuffer(bytes.fromhex(text), np.uint8), unit)
         if unit != "characters":
-            raise ValueError(f"no vocabulary is of {unit!r}")
+            raise ValueError(f"the unit must be bytes or characters; got {unit!r}")
         points = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.uint32)
         if points.size == 0 or (np.diff(points.astype(np.int64)) <= 0).any():
             raise ValueError("the characters are not in ascending order")
@@ -178,7 +178,7 @@ def code_points(pieces: Iterable[bytes]) -> Iterator[npt.NDArray[np.uint32]]:
 
 
 def _marked(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """Each piece, then an empty one that is marked as the last."""
+    """Yields each piece, then an empty one that is marked as the last."""
     for piece in pieces:
         yield piece, False
     yield b"", True

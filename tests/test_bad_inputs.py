@@ -395,8 +395,7 @@ CASES = [
     Case(
         "characters of a corpus of bytes",
         f"{FRESH} --config.data.name=enwik8 --config.data.vocabulary=characters",
-        "config.data.vocabulary=characters is for config.data.name=text; enwik8 is a corpus of "
-        "bytes",
+        "config.data.vocabulary=characters is for config.data.name=text; got enwik8",
     ),
     Case(
         "characters of a corpus that was prepared as bytes",
@@ -414,8 +413,7 @@ CASES = [
     Case(
         "documents of a corpus that is one text",
         f"{FRESH} --config.data.name=pycode --config.data.segments=documents",
-        "config.data.segments=documents is for config.data.name=text; windows of pycode are read "
-        "as one text",
+        "config.data.segments=documents is for config.data.name=text; got pycode",
     ),
     Case(
         "documents of a text that has none",
@@ -564,7 +562,7 @@ CASES = [
     Case(
         "a run whose only checkpoint is damaged",
         TRAIN,
-        "no checkpoint of the run is whole: run/checkpoints/10 is damaged (state/manifest.ocdbt "
+        "no checkpoint of the run is intact: run/checkpoints/10 is damaged (state/manifest.ocdbt "
         "is missing); restore one from a copy, or remove run to start again from the beginning",
         damaged_checkpoint,
     ),
@@ -825,7 +823,7 @@ PROCESSES = [
         "a damaged checkpoint",
         "train evaluate run",
         "the checkpoint run/checkpoints/10 is damaged (state/manifest.ocdbt is missing); name "
-        "another with --checkpoint=STEP, or go on training, from the newest whole one",
+        "another with --checkpoint=STEP, or resume training, from the newest intact one",
         damaged_checkpoint,
     ),
     *(
@@ -851,7 +849,7 @@ def test_a_process_ends_with_status_2_and_one_line(case, work):
     assert done.stderr.replace(f"{work}/", "") == f"error: {case.message}\n"
 
 
-def test_the_inputs_are_many_and_each_is_told_once():
+def test_the_inputs_are_many_and_each_appears_once():
     assert len(CASES) >= 70
     assert len({case.about for case in CASES}) == len(CASES)
 

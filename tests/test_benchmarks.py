@@ -1,4 +1,4 @@
-"""The benchmark program: rows, ratios, going on where it stopped, mistakes; the size of a peer."""
+"""The benchmark program: rows, ratios, resuming, mistakes; the size of a peer."""
 
 import json
 
@@ -19,18 +19,18 @@ SECONDS = {"fsn": 0.3, "transformer": 0.2}
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Contenders that report known times, and a list of those that were asked."""
-    asked = []
+    """Contenders that report known times, and a list of those that were timed."""
+    called = []
 
     def fake(name, experiment, steps):
         def seconds():
-            asked.append(name)
+            called.append(name)
             return SECONDS[name]
 
         return Contender(name, seconds, params=1, flops=experiment.model.flops_per_token(8))
 
     monkeypatch.setitem(MEASURES, "train", fake)
-    return asked
+    return called
 
 
 def run(path, *more):
@@ -56,11 +56,11 @@ def test_rows_are_written_and_not_measured_again(tmp_path, timed, capsys):
     assert capsys.readouterr().out == first
     assert run(path, "--again") == 0
     assert len(path.read_text().splitlines()) == 2
-    asked = len(timed)
+    called = len(timed)
     for other in ("--rounds=1", "--steps=3", "--optimizer=adam"):
         assert run(path, other) == 0
-        assert len(timed) > asked, other
-        asked = len(timed)
+        assert len(timed) > called, other
+        called = len(timed)
 
 
 @pytest.mark.parametrize(

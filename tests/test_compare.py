@@ -94,7 +94,7 @@ def test_other_runs_of_the_same_models_may_give_the_clock(records, tmp_path):
         compared(records, tmp_path, *options[:-1])
 
 
-def test_a_shorter_run_is_compared_at_its_own_end_if_that_is_asked_for(records, tmp_path):
+def test_any_budget_compares_a_shorter_run_at_its_own_end(records, tmp_path):
     shorter = [
         write_record(
             tmp_path, "shorter", seed=seed, curve=curve, whole=2.2 + seed / 10, characters=2_000_000
@@ -152,7 +152,7 @@ def test_arms_of_other_data_or_unfinished_are_refused(records, tmp_path):
 
 
 @pytest.mark.parametrize("beside", ["out.txt", "out.png"])
-def test_a_folder_in_the_way_of_the_table_or_figure_is_told_before(records, tmp_path, beside):
+def test_a_folder_in_the_way_of_a_result_is_reported_first(records, tmp_path, beside):
     (tmp_path / beside).mkdir()
     with pytest.raises(compare.UserError, match=f"{beside} beside it is a folder; name another"):
         compared(records, tmp_path)

@@ -78,7 +78,7 @@ def test_the_arms_of_ones_own_text_have_one_size_at_its_vocabulary(vocab_size):
     )
     assert transformer.model.num_params() == pytest.approx(fsn.model.num_params(), rel=0.002)
     assert transformer.model.vocab_size == fsn.model.vocab_size == vocab_size
-    # What is recorded is settled: a run that goes on reads the same.
+    # What is recorded is settled: a resumed run reads the same.
     assert transformer.match is None
     assert read_experiment(json.dumps(transformer.to_dict())) == transformer
 

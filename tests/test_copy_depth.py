@@ -196,7 +196,7 @@ def test_bits_are_those_of_the_logits():
 
     windows = np.array([[0, 1, 0], [1, 1, 0]], np.uint8)
     bits = copy_depth.bits_of_windows(
-        Fixed(FSNConfig(vocab_size=2)), {}, windows, mesh=small_runs.mesh_of(2), batch_size=3
+        Fixed(FSNConfig(vocab_size=2)), {}, windows, mesh=small_runs.mesh_of(2)
     )
     expected = -np.log2([[0.5, 0.25], [0.75, 0.25]])
     np.testing.assert_allclose(bits, expected, rtol=1e-6)

@@ -106,7 +106,7 @@ def test_phases_have_a_unit():
     assert missing == []
 
 
-def test_errors_are_told():
+def test_docstrings_name_the_errors():
     """A function with a raise statement names what it raises."""
     missing = []
     for name, (function, docs) in FUNCTIONS.items():

@@ -1,5 +1,6 @@
 """Fetching from sources that are cut, altered, refused, silent or hostile; only on this machine."""
 
+import dataclasses
 import gzip
 import hashlib
 import http.server
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from train.data import fetch as fetching
-from train.data.fetch import LocalFile, PackageFile, UrlArchive, fetch
+from train.data.fetch import LocalFile, PackageFile, PinnedFile, UrlArchive, fetch
 from train.data.pinned import PINNED
 from train.errors import UserError
 
@@ -120,14 +121,9 @@ def url_source(url: str) -> UrlArchive:
 
 
 def fetch_corpus(cache: Path, *sources: fetching.Source, lines: list[str] | None = None) -> Path:
-    return fetch(
-        cache / "corpus",
-        sources,
-        size=len(CONTENT),
-        sha256=SHA256,
-        advice=ADVICE,
-        progress=(lines if lines is not None else []).append,
-    )
+    wanted = PinnedFile("corpus", len(CONTENT), SHA256, sources)
+    progress = (lines if lines is not None else []).append
+    return fetch(wanted, cache, advice=ADVICE, progress=progress)
 
 
 def test_a_good_download_is_moved_into_place_alone(server, cache):
@@ -161,16 +157,16 @@ def test_a_failing_download_says_why_and_leaves_nothing(server, cache, monkeypat
     assert os.listdir(cache) == []
 
 
-def test_every_failure_is_told_and_the_next_source_is_tried(server, cache):
+def test_every_failure_is_reported_and_the_next_source_is_tried(server, cache):
     lines: list[str] = []
     sources = [url_source(f"{server}/{route}") for route in ("refused", "cut", "altered", "good")]
     assert fetch_corpus(cache, *sources, lines=lines).read_bytes() == CONTENT
-    told = [line for line in lines if not line.startswith("downloading")]
-    assert [line.split(": ")[0] for line in told] == [source.url for source in sources[:3]]
+    reasons = [line for line in lines if not line.startswith("downloading")]
+    assert [line.split(": ")[0] for line in reasons] == [source.url for source in sources[:3]]
     assert os.listdir(cache) == ["corpus"]
 
 
-def test_a_server_that_is_not_there_is_told(server, cache):
+def test_a_server_that_is_not_there_is_reported(server, cache):
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9/corpus: .*refused"):
         fetch_corpus(cache, url_source("http://127.0.0.1:9/corpus"))
 
@@ -281,7 +277,7 @@ def index(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_a_package_that_is_not_published_is_told_in_pips_words(index, cache):
+def test_a_package_that_is_not_published_is_reported_in_pips_words(index, cache):
     source = PackageFile("no-such-corpus", "1.0", SHA256)
     with pytest.raises(UserError, match="No matching distribution found for no-such-corpus"):
         fetch_corpus(cache, source)
@@ -301,9 +297,8 @@ def test_a_wheel_is_taken_as_it_is(index, cache):
     (index / "some_wheel-1.0-py3-none-any.whl").write_bytes(wheel)
     digest = hashlib.sha256(wheel).hexdigest()
     source = PackageFile("some-wheel", "1.0", digest)
-    path = fetch(
-        cache / "w.whl", [source], size=len(wheel), sha256=digest, advice="", progress=[].append
-    )
+    wanted = PinnedFile("w.whl", len(wheel), digest, [source])
+    path = fetch(wanted, cache, advice="", progress=[].append)
     assert path.read_bytes() == wheel
     assert os.listdir(cache) == ["w.whl"]
     altered = PackageFile("some-wheel", "1.0", SHA256)
@@ -311,7 +306,7 @@ def test_a_wheel_is_taken_as_it_is(index, cache):
         fetch_corpus(cache, altered)
 
 
-def test_a_python_without_pip_is_told(cache, tmp_path, monkeypatch):
+def test_a_python_without_pip_is_reported(cache, tmp_path, monkeypatch):
     (tmp_path / "pip").mkdir()
     (tmp_path / "pip" / "__main__.py").write_text("import sys; sys.exit('No module named pip')")
     (tmp_path / "pip" / "__init__.py").touch()
@@ -332,7 +327,7 @@ def test_a_python_without_pip_is_told(cache, tmp_path, monkeypatch):
     ],
 )
 def test_every_pinned_package_holds_its_file(cache, file, source):
-    target = cache / file.name
-    fetch(target, [source], size=file.size, sha256=file.sha256, advice="", progress=print)
+    wanted = dataclasses.replace(file, sources=[source])
+    target = fetch(wanted, cache, advice="", progress=print)
     assert target.stat().st_size == file.size
     assert os.listdir(cache) == [file.name]

@@ -128,7 +128,7 @@ def test_a_locale_without_utf_8_is_enough(tmp_path):
     assert streamed(tmp_path, "", **plain)[:2] == (0, b"caf? ?\n")
 
 
-def test_a_full_disk_under_the_output_is_told_after_the_work(tmp_path):
+def test_a_full_disk_under_the_output_is_reported_after_the_work(tmp_path):
     status, _, err = streamed(tmp_path, ">/dev/full", PYTHONIOENCODING="utf-8")
     said = "error: what was printed is lost (No space left on device); the work itself is done\n"
     assert (status, err.decode()) == (2, "·\n" + said)

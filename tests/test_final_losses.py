@@ -31,7 +31,7 @@ def variants(tmp_path):
     ]
 
 
-def test_variants_are_told_apart_from_the_reference(tmp_path, capsys):
+def test_variants_show_their_difference_to_the_reference(tmp_path, capsys):
     records = variants(tmp_path)
     result = found(records, tmp_path, "--reference=pre_fsn")
     assert result["variants"]

@@ -156,7 +156,7 @@ def test_rotates_as_one_where_nothing_reads_the_absolute_phase(score):
     np.testing.assert_allclose(apply({"params": rotated}, tokens), logits, atol=3e-5)
 
 
-def test_diagnostics_are_off_unless_asked_for():
+def test_diagnostics_are_off_by_default():
     tokens = cases.tokens(length=5)
     model = FSN(cases.fsn_config(num_layers=1))
     variables = cases.random_variables(model, tokens)
@@ -204,8 +204,6 @@ def small_configs(draw):
         feedforward=draw(st.sampled_from(["swiglu", "collective_modes", "none"])),
         feedforward_width=draw(st.integers(1, 4)),
         num_modes=draw(st.integers(1, 4)),
-        embedding_init=draw(st.sampled_from(["normal", "uniform"])),
-        kernel_init=draw(st.sampled_from(["sawtooth", "first_harmonic"])),
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         remat=draw(st.booleans()),
         implementation=draw(st.sampled_from(["auto", *cases.IMPLEMENTATIONS])),

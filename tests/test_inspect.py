@@ -1,4 +1,4 @@
-"""What is told of a run before it starts, against what the run then does."""
+"""What inspect says of a run before it starts, against what the run then does."""
 
 import hashlib
 import json
@@ -88,7 +88,7 @@ def test_memory_is_that_of_the_compiled_step_and_no_run_is_begun(here, capsys):
     assert not (here / "run").exists()
 
 
-def test_divided_parameters_are_told_by_axis_and_size(here, capsys):
+def test_sharded_parameters_are_listed_with_axis_and_size(here, capsys):
     whole = seen(here, capsys, "--no_compile")
     divided = seen(here, capsys, "--no_compile", "--config.training.layout=sharded")
     assert {p["sharding"] for p in whole["parameters"]} == {"replicated"}

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: named, moved aside, the newest whole one used; never a silent restart."""
+"""Damaged checkpoints: named, moved aside, the newest intact one used; never a silent restart."""
 
 import shutil
 from collections.abc import Callable
@@ -135,7 +135,7 @@ def test_with_no_whole_checkpoint_the_run_stops_and_keeps_everything(corpus, cop
     for step in ("10", "20", "30"):
         flip(folder / "checkpoints" / step)
     before = sorted(folder.rglob("*"))
-    with pytest.raises(UserError, match="no checkpoint of the run is whole: .*/10 is damaged"):
+    with pytest.raises(UserError, match="no checkpoint of the run is intact: .*/10 is damaged"):
         run_to_the_end(experiment, corpus)
     assert sorted(folder.rglob("*")) == before
 

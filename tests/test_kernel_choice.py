@@ -33,17 +33,17 @@ class Mesh:
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """Two TPUs, a compilation cache, and a measurement that counts its calls."""
-    devices, asked = [Device(0), Device(1)], []
+    devices, timed = [Device(0), Device(1)], []
     monkeypatch.setattr(jax, "devices", lambda: devices)
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
 
     def fastest(sizes):
-        asked.append(sizes)
+        timed.append(sizes)
         return "pallas"
 
     monkeypatch.setattr(kernel_choice, "fastest", fastest)
-    yield Mesh(devices), asked
+    yield Mesh(devices), timed
     jax.config.update("jax_compilation_cache_dir", before)
 
 
@@ -52,10 +52,10 @@ def choose(mesh):
 
 
 def test_measured_once_and_remembered_beside_the_compilation_cache(machine, tmp_path):
-    mesh, asked = machine
+    mesh, timed = machine
     assert [choose(mesh), choose(mesh)] == ["pallas", "pallas"]
     assert (MODEL.num_heads, MODEL.num_harmonics, MODEL.heads_per_phase) == (2, 2, 2)
-    assert asked == [Sizes(8, 2, 512, *sum_widths(MODEL), "float32", (2, 2, 1))]
+    assert timed == [Sizes(8, 2, 512, *sum_widths(MODEL), "float32", (2, 2, 1))]
     file = tmp_path / FILE
     file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()), "xla")))
     assert choose(mesh) == "xla"
@@ -65,20 +65,20 @@ def test_measured_once_and_remembered_beside_the_compilation_cache(machine, tmp_
 
 @pytest.mark.parametrize("first_says", [0, 1])
 def test_processes_do_what_the_first_found(machine, monkeypatch, first_says):
-    """A later process does not measure, and takes what it is told."""
-    mesh, asked = machine
+    """A later process does not measure, and takes the choice that is broadcast."""
+    mesh, timed = machine
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(
         multihost_utils, "broadcast_one_to_all", lambda own: np.asarray(first_says, own.dtype)
     )
     assert choose(mesh) == ("pallas" if first_says else "xla")
-    assert not asked
+    assert not timed
 
 
 def test_a_described_machine_takes_the_kernel_and_a_cpu_stays(machine):
-    _, asked = machine
+    _, timed = machine
     assert choose(Mesh([Device(7)])) == "pallas"
-    assert not asked
+    assert not timed
     cpu = data_mesh(jax.local_devices(backend="cpu")[:1])
     assert choose(cpu) == "auto"

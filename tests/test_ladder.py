@@ -94,7 +94,7 @@ def test_a_failed_arm_is_reported_the_rest_run_on_and_a_finished_one_is_skipped(
 @pytest.mark.parametrize(
     ("status", "error"), [(75, TryAgain), (130, KeyboardInterrupt), (-2, KeyboardInterrupt)]
 )
-def test_a_run_that_was_told_to_stop_stops_the_ladder(arms, monkeypatch, status, error):
+def test_a_stopped_run_stops_the_ladder(arms, monkeypatch, status, error):
     """Not a failure of the arm: the others must not begin on a machine that is wanted back."""
     begun = []
     monkeypatch.setattr(ladder, "train_one", lambda job, *_: begun.append(job.name) or status)

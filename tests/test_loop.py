@@ -208,7 +208,8 @@ def test_the_provenance_tells_what_ran_on_what(corpus, whole):
 
 
 def test_the_parameter_table_adds_up(whole):
-    lines = (whole[0] / "parameters.txt").read_text().splitlines()
+    head, *lines = (whole[0] / "parameters.txt").read_text().splitlines()
+    assert head.split() == ["parameter", "shape", "size"]
     sizes = [int(line.split()[-1].replace(",", "")) for line in lines]
     assert lines[-1].startswith("total")
     assert sum(sizes[:-1]) == sizes[-1] == TINY_FSN.num_params()
@@ -363,9 +364,9 @@ def test_a_diverged_run_stops_and_says_where_it_was_good(poisoned, tmp_path):
     assert str(stopped.value) == (
         "the loss or its gradient was not finite at step 13; the checkpoint of step 10 is good; "
         "lower config.optimizer.peak_learning_rate or config.optimizer.clip_norm in another "
-        "--config.run_dir, or go on past such steps with a higher config.training.skipped_limit"
+        "--config.run_dir, or skip such steps with a higher config.training.skipped_limit"
     )
-    # As the hint says: the same run goes on past the step.
+    # As the hint says: the same run skips the step.
     allowed = tiny_experiment(poisoned.folder, tmp_path / "run", training__skipped_limit=1)
     outcome = run_to_the_end(allowed, poisoned)
     assert outcome.resumed_from == 10

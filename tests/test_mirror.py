@@ -1,4 +1,4 @@
-"""A run's copy in a bucket: what it holds, going on from it, refusing what does not fit."""
+"""A run's copy in a bucket: what it holds, resuming from it, refusing what does not fit."""
 
 import shutil
 import threading
@@ -88,10 +88,10 @@ def test_another_machine_goes_on_from_the_copy_to_the_same_bits(corpus, whole, t
     setting, there = place
     experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir=setting)
 
-    def told_to_stop(self, first, last):
+    def stop_at_once(self, first, last):
         return last == 15
 
-    stopped = mock.patch.object(preemption.Preemption, "reached", told_to_stop)
+    stopped = mock.patch.object(preemption.Preemption, "reached", stop_at_once)
     with stopped, pytest.raises(TryAgain):
         run_to_the_end(experiment, corpus)
     shutil.rmtree(tmp_path / "one")  # the machine is gone
@@ -186,7 +186,7 @@ def test_training_goes_on_while_the_storage_is_away(corpus, tmp_path, storage, c
     assert tree(storage.folder / "bucket" / "runs" / "one") == tree(tmp_path / "one")
 
 
-def test_a_failure_of_the_run_is_told_before_one_of_its_copy(corpus, tmp_path, storage, capsys):
+def test_a_failure_of_the_run_is_reported_before_one_of_its_copy(corpus, tmp_path, storage, capsys):
     experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
     failing = mock.patch.object(loop, "Metrics", side_effect=UserError("no room"))
     storage.away_for.append("provenance.json")

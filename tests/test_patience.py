@@ -88,8 +88,8 @@ def test_a_resumed_run_counts_as_an_uninterrupted_one(
     assert metrics == (folder / "metrics.jsonl").read_bytes()
 
 
-def test_a_run_that_ended_goes_on_if_it_is_told_to(unlike, tmp_path, capsys):
-    """First it says that it has ended and how to go on; then it is the run without an end."""
+def test_an_ended_run_resumes_with_more_patience(unlike, tmp_path, capsys):
+    """First it says that it has ended and how to train on; then it is the run without an end."""
     folder = tmp_path / "run"
     run_to_the_end(experiment_of(unlike, folder), unlike)
     experiment = experiment_of(unlike, folder)
@@ -98,8 +98,8 @@ def test_a_run_that_ended_goes_on_if_it_is_told_to(unlike, tmp_path, capsys):
     assert (again.resumed_from, again.step, again.ended_early) == (15, 15, True)
     assert (folder / "metrics.jsonl").read_bytes() == before
     assert main.ending(experiment, again) == (
-        "ended before, at step 15 of 30: no new lowest validation loss in 2 evaluations; to go on, "
-        "start it with a higher --config.training.patience, or 0"
+        "ended before, at step 15 of 30: no new lowest validation loss in 2 evaluations; to train "
+        "on, start it with a higher --config.training.patience, or 0"
     )
     with (
         create_or_resume(experiment, unlike) as run,

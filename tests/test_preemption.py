@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT: the step is finished and saved, the next start goes on to the same bits."""
+"""SIGTERM, SIGINT: the step is finished and saved, the next start resumes to the same bits."""
 
 import os
 import signal
@@ -46,15 +46,15 @@ def signal_in_dispatch(
 @pytest.mark.parametrize(
     ("sent", "status"), [(signal.SIGTERM, EXIT_TRY_AGAIN), (signal.SIGINT, EXIT_INTERRUPTED)]
 )
-def test_a_run_told_to_stop_saves_its_step_and_goes_on_from_it(
+def test_a_signal_saves_the_step_and_the_run_resumes_from_it(
     corpus, whole, tmp_path, dispatch, sent, status
 ):
     experiment = tiny_experiment(corpus.folder, tmp_path / "run")
     before = signal.getsignal(sent)
     with pytest.MonkeyPatch.context() as patch:
         signal_in_dispatch(patch, dispatch, sent)
-        told = f"stopped by {sent.name} after step {5 * dispatch}, which is saved"
-        with pytest.raises(TryAgain, match=told) as caught:
+        message = f"stopped by {sent.name} after step {5 * dispatch}, which is saved"
+        with pytest.raises(TryAgain, match=message) as caught:
             run_to_the_end(experiment, corpus)
     assert caught.value.status == status
     assert signal.getsignal(sent) == before
@@ -108,7 +108,7 @@ def test_a_run_tells_what_is_kept_of_it(corpus, tmp_path):
     assert run.kept() == nothing
     for step in (5, 10):
         (run.checkpoints / str(step)).mkdir()
-    assert run.kept() == "the checkpoint of step 10 is kept: the same command goes on from there"
+    assert run.kept() == "the checkpoint of step 10 is kept: the same command resumes from it"
 
 
 def test_a_start_after_one_that_saved_nothing_says_that_it_begins_again(

@@ -147,7 +147,7 @@ def test_no_device_is_a_users_mistake(monkeypatch, error):
 @pytest.mark.parametrize(
     ("flags", "devices"), [("", 3), ("--xla_force_host_platform_device_count=5", 5)]
 )
-def test_a_cpu_is_as_many_devices_as_asked_for_unless_the_user_has_said(flags, devices):
+def test_a_cpu_has_the_requested_number_of_devices_unless_the_user_sets_it(flags, devices):
     program = (
         "from train.program import start_jax; start_jax(cpu_devices=3);"
         "import jax; print(jax.device_count())"

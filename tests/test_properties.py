@@ -34,7 +34,7 @@ from fsn_jax import FSNConfig, TransformerConfig
 from train.config import ExperimentConfig
 from train.data import python_files
 from train.data.corpus import Corpus
-from train.data.fetch import LocalFile, fetch
+from train.data.fetch import LocalFile, PinnedFile, fetch
 from train.data.prepare import prepare_corpus
 from train.data.user_files import contents, find_files
 from train.data.windows import WindowOrder
@@ -75,10 +75,8 @@ FSN_FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "feedforward_width": st.sampled_from([0, 1, 8]),
     "num_modes": st.integers(0, 3),
     "rotary_base": st.sampled_from([0.5, 2.0, 1e4, float("inf")]),
-    "embedding_init": st.sampled_from(["normal", "uniform"]),
     "embedding_scale": st.sampled_from([0.0, 1.0, 1e30]),
     "score_sharpness": st.sampled_from([-1.0, 1e-30, 4.0, 1e30]),
-    "kernel_init": st.sampled_from(["first_harmonic", "sawtooth"]),
     "kernel_scale": st.sampled_from([0.0, 0.5, 10.0]),
     "dtype": st.sampled_from(["float32", "bfloat16", "float8"]),
     "remat": st.booleans(),
@@ -340,14 +338,9 @@ def test_a_hostile_archive_gives_its_member_or_nothing(cage, archive):
         file.unlink()
     (cage / "archive").write_bytes(archive)
     with contextlib.suppress(UserError):
-        fetch(
-            cage / "target",
-            [LocalFile(cage / "archive", "corpus")],
-            size=LIMIT,
-            sha256=hashlib.sha256(bytes(LIMIT)).hexdigest(),
-            advice="",
-            progress=[].append,
-        )
+        digest = hashlib.sha256(bytes(LIMIT)).hexdigest()
+        sources = [LocalFile(cage / "archive", "corpus")]
+        fetch(PinnedFile("target", LIMIT, digest, sources), cage, advice="", progress=[].append)
     assert_nothing_outside(cage, "archive", "target")
 
 

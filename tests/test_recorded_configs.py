@@ -72,6 +72,12 @@ def test_scores_have_todays_names(before, now):
     assert recorded_fields(FSNConfig, dataclasses.asdict(config)) == dataclasses.asdict(config)
 
 
+def test_a_removed_setting_loads_with_the_value_that_every_record_has():
+    assert "kernel_init" not in recorded_fields(FSNConfig, {"kernel_init": "first_harmonic"})
+    with pytest.raises(TypeError, match="kernel_init"):
+        FSNConfig(**recorded_fields(FSNConfig, {"kernel_init": "sawtooth"}))
+
+
 FORMER = {"architecture": "fsn"}
 
 

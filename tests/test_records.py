@@ -95,7 +95,7 @@ def test_no_run_and_a_damaged_one(tmp_path):
     ("name", "content", "what", "why"),
     [
         ("config.json", "[]", "config", "no name in []"),
-        ("config.json", '{"name": "one", "seed": "0"}', "config", "seed is '0'"),
+        ("config.json", '{"name": "one"}', "config", "no seed in {'name': 'one'}"),
         ("summary.json", '{"parameters": 3}', "summary", "no steps in {'parameters': 3}"),
         ("summary.json", "[{}, {}]", "summary", "no steps in [{}, {}]"),
         ("provenance.json", "[]", "provenance", "no list of starts"),
@@ -103,9 +103,9 @@ def test_no_run_and_a_damaged_one(tmp_path):
         ("provenance.json", '[{"command": []}]', "provenance", "no git.commit in"),
         ("metrics.jsonl", '{"kind": "train"}\n', "losses", "no step in"),
         ("metrics.jsonl", b"\xff\n", "losses", "can't decode"),
-        ("timing.jsonl", '{"step": 1, "seconds": "5"}\n', "clock", "seconds is '5'"),
+        ("timing.jsonl", '{"step": 1}\n', "clock", "no seconds in"),
         ("evaluations.jsonl", "3\n", "whole_validation", "no step in 3"),
-        ("test_reads.jsonl", '{"step": 2, "bpc": null}\n', "test", "bpc is None"),
+        ("test_reads.jsonl", '{"step": 2}\n', "test", "no bpc in"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, content, what, why):

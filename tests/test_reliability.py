@@ -55,7 +55,7 @@ def test_two_runs_of_one_config_are_the_same_bits(corpus, whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
-def test_whoever_cannot_write_is_told_so_in_one_line(tmp_path, number):
+def test_a_folder_that_cannot_be_written_is_reported_in_one_line(tmp_path, number):
     line = f"cannot write to the run folder {tmp_path} ({os.strerror(number)}); make room"
     said = f"RESOURCE_EXHAUSTED: Error writing\n  a file: {os.strerror(number)} [source locations]"
     for error in (OSError(number, "in any language"), ValueError(said)):
@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(
     assert f"has no locks ({os.strerror(number)}): nothing keeps a second process" in said
 
 
-def test_a_full_disk_is_told_and_the_run_goes_on_later(corpus, whole, tmp_path):
+def test_a_full_disk_is_reported_and_the_run_resumes_later(corpus, whole, tmp_path):
     experiment = tiny_experiment(corpus.folder, tmp_path / "run")
     write, written = metrics.RowLog.write, 0
 
@@ -105,7 +105,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_later(corpus, whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_limit_on_the_size_of_files_is_a_full_disk(tmp_path):
-    """The first checkpoint does not fit; without the limit the same command goes on."""
+    """The first checkpoint does not fit; without the limit the same command resumes."""
     settings = real_runs.corpus_settings(tmp_path / "corpus")
     run, blocks = tmp_path / "run", 32  # of 512 bytes
     limited = ("sh", "-c", f'ulimit -f {blocks}; exec "$@"', "sh")
@@ -167,17 +167,17 @@ def test_a_read_only_disk_is_refused(tmp_path, small_disk):
 
 
 def test_a_clock_that_goes_back_changes_nothing(corpus, whole, tmp_path, monkeypatch):
-    began, asked = time.time(), 0
+    began, calls = time.time(), 0
 
     def backwards() -> float:
-        nonlocal asked
-        asked += 1
-        return began - 3600 * asked
+        nonlocal calls
+        calls += 1
+        return began - 3600 * calls
 
     monkeypatch.setattr(time, "time", backwards)
     monkeypatch.setattr(time, "time_ns", lambda: int(backwards() * 1e9))
     outcome = run_to_the_end(tiny_experiment(corpus.folder, tmp_path / "run"), corpus)
-    assert asked > 10
+    assert calls > 10
     assert_same_run(tmp_path / "run", outcome.state, whole)
     assert run_to_the_end(tiny_experiment(corpus.folder, tmp_path / "run"), corpus).step == 30
 

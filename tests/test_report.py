@@ -211,8 +211,8 @@ def test_pointing_at_a_chart_tells_its_values(made, tab):
     assert tab.run(f"{tip}.hidden")
     tab.move(box[2] - 15, (box[1] + box[3]) / 2)
     assert not tab.run(f"{tip}.hidden")
-    told = tab.run(f"{tip}.innerText")
-    assert "fsn: 2.1000 (2.000 to 2.200)" in told and "transformer: 2.5000" in told
+    tooltip = tab.run(f"{tip}.innerText")
+    assert "fsn: 2.1000 (2.000 to 2.200)" in tooltip and "transformer: 2.5000" in tooltip
     tab.move(5, 5)
     assert tab.run(f"{tip}.hidden")
 

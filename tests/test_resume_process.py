@@ -29,7 +29,7 @@ def steps_saved(folder: Path) -> int:
 
 
 def saves_under_way(folder: Path) -> set[tuple[str, int]]:
-    """What Orbax has written beside the final names, told apart by creation."""
+    """What Orbax has written beside the final names, distinguished by creation."""
     found = set()
     for entry in (folder / "checkpoints").glob("*tmp*"):
         with contextlib.suppress(FileNotFoundError):

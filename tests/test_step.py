@@ -25,8 +25,8 @@ from small_runs import (
 
 from fsn_jax import FSN
 from train.config import OptimizerConfig
-from train.data.windows import WindowOrder, place_tokens
-from train.mesh import compiler_options, replicated
+from train.data.windows import WindowOrder
+from train.mesh import compiler_options, placed, replicated
 from train.optimizer import make_optimizer
 from train.step import (
     TrainState,
@@ -83,7 +83,7 @@ def fresh(model: str = "fsn", num_devices: int = 1) -> TrainState:
 def five_steps(**which: Any) -> TrainState:
     state = fresh(which.get("model", "fsn"), which.get("num_devices", 1))
     if which.get("placement") == "resident":
-        corpus = place_tokens(TOKENS, replicated(mesh_of(which.get("num_devices", 1))))
+        corpus = placed(TOKENS, replicated(mesh_of(which.get("num_devices", 1))))
         batch = (corpus, STARTS)
     else:
         batch = (WINDOWS,)

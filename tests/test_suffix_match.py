@@ -89,7 +89,7 @@ def test_refuses_windows_it_cannot_number(length):
         match_suffixes(np.zeros((1, length), np.uint8))
 
 
-def test_tokens_wider_than_a_byte_are_told_apart():
+def test_tokens_wider_than_a_byte_differ():
     """A vocabulary of characters may hold more than 256."""
     narrow = np.random.default_rng(0).integers(3, size=(4, 30)).astype(np.uint8)
     wide = narrow.astype(np.uint16) * 256

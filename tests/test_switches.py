@@ -319,7 +319,7 @@ def test_only_the_readout_of_the_invariant_model_names_a_direction(angles):
 
 
 def test_score_angles_of_k_drifts_look_k_tokens_back():
-    """Tokens alike in all phases are told apart by their distance alone: the score peaks at k."""
+    """Distance alone separates tokens alike in all phases: the score peaks at k."""
     layer = cases.layer(FrustratedAttention, cases.fsn_config(score="gated", rotary_base=20.0))
     theta, steps_back = jnp.zeros((1, 12, N)), 3
     params = cases.random_variables(layer, theta)["params"]

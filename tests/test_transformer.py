@@ -66,7 +66,7 @@ def test_no_logit_depends_on_a_later_token():
     assert (size[seen] > 0).all()
 
 
-def test_equal_tokens_are_told_apart_by_distance_alone():
+def test_distance_alone_separates_equal_tokens():
     """Keys and queries that are the same at all places give weights that depend on t - u.
 
     Identity projections, all tokens equal but one marked in a value channel that the scores do

@@ -25,9 +25,9 @@ def own(tmp_path) -> Path:
 
 
 def found(path: Path | str) -> tuple[list[str], list[str]]:
-    """The names of the files taken, and what is told."""
-    told: list[str] = []
-    return [file.name for file in find_files(str(path), report=told.append)], told
+    """The names of the files taken, and the lines reported."""
+    lines: list[str] = []
+    return [file.name for file in find_files(str(path), report=lines.append)], lines
 
 
 def test_a_folder_gives_its_texts_and_tells_what_it_passes_over(own):
@@ -55,16 +55,16 @@ def test_a_folder_of_nothing_else_is_refused(own):
 
 def test_a_pattern_passes_over_what_holds_no_text(own):
     (own / "pic.png").write_bytes(PICTURE)
-    names, told = found(own / "*")
+    names, lines = found(own / "*")
     assert names == ["a.txt"]
-    assert told == ["passed over, as they hold no text: pic.png (a picture)"]
+    assert lines == ["passed over, as they hold no text: pic.png (a picture)"]
 
 
 def test_a_file_that_is_named_is_taken_with_a_warning(own):
     (own / "all.zip").write_bytes(b"PK\x03\x04" + NOISE)
-    names, (told,) = found(own / "all.zip")
+    names, (lines,) = found(own / "all.zip")
     assert names == ["all.zip"]
-    assert told.startswith("warning: ") and "looks like a zip archive, not text" in told
+    assert lines.startswith("warning: ") and "looks like a zip archive, not text" in lines
     assert found(own / "a.txt") == (["a.txt"], [])
 
 

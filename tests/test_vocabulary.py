@@ -127,7 +127,7 @@ def test_what_is_not_utf8_is_refused_by_name_and_place(tmp_path):
     with pytest.raises(UserError, match="latin.txt is not UTF-8 at byte 50000"):
         prepared(file, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
-    with pytest.raises(ValueError, match="enwik8 is a corpus of bytes"):
+    with pytest.raises(ValueError, match="is for DataConfig.name=text; got enwik8"):
         DataConfig(name="enwik8", vocabulary="characters")
 
 

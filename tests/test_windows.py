@@ -11,7 +11,6 @@ from train.data.windows import (
     evaluation_windows,
     gather_windows,
     host_batches,
-    place_tokens,
 )
 from train.errors import UserError
 
@@ -111,7 +110,7 @@ def resident_batch(tokens, order: WindowOrder, step: int) -> np.ndarray:
 def test_both_placements_give_the_same_bits():
     tokens = tokens_of(20_011)
     order = WindowOrder(tokens.size, 48, 16, seed=5)
-    placed = place_tokens(tokens, DEVICE)
+    placed = jax.device_put(tokens, DEVICE)
     batches = list(host_batches(tokens, order, start_step=20, num_steps=40))  # over an epoch's end
     assert len(batches) == 40
     assert order.epoch(20) < 1 < order.epoch(60)
@@ -127,13 +126,13 @@ def test_both_placements_give_the_same_bits():
 def test_the_last_window_reaches_the_last_byte_and_no_further():
     tokens = tokens_of(100)
     starts = np.array([0, 100 - 11], np.int32)
-    batch = np.asarray(gather_windows(place_tokens(tokens, DEVICE), starts, 10))
+    batch = np.asarray(gather_windows(jax.device_put(tokens, DEVICE), starts, 10))
     np.testing.assert_array_equal(batch, [tokens[:11], tokens[-11:]])
 
 
 def test_gathering_reads_the_windows_and_copies_no_corpus():
     order = WindowOrder(1_000_000, 64, 32, seed=0)
-    placed = place_tokens(tokens_of(1_000_000), DEVICE)
+    placed = jax.device_put(tokens_of(1_000_000), DEVICE)
     gather = jax.jit(gather_windows, static_argnums=2)
     memory = gather.lower(placed, order.starts(0), 64).compile().memory_analysis()
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 10_000

@@ -28,4 +28,4 @@ for i in "${!arms[@]}"; do
   # 124: timeout sent SIGTERM, and the run saved.
   case $status in 0 | 75 | 124) ;; *) exit "$status" ;; esac
 done
-echo "records: $folder/*/metrics.jsonl; the same command goes on where they stopped"
+echo "records: $folder/*/metrics.jsonl; the same command resumes what is left"

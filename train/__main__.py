@@ -76,7 +76,7 @@ def program(argv: Sequence[str]) -> None:
     Each program's module is imported only when it runs.
 
     Raises:
-      UserError: there is no such program, or it raises it.
+      UserError: there is no such program, or the program raises one.
     """
     name = argv[1] if len(argv) > 1 else ""
     if name in PROGRAMS:

@@ -49,7 +49,7 @@ def reaching(setting: str, path: str) -> Iterator[None]:
 
 
 def files_below(folder: epath.Path, *, but: Sequence[str] = ()) -> Iterator[str]:
-    """The paths of all files below a folder, relative to it, in order, ``but`` those entries."""
+    """Yields the sorted paths of files below a folder, relative to it, without ``but``."""
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.name in but:
             continue
@@ -89,7 +89,7 @@ def copy_folder(source: epath.Path, target: epath.Path, *, marker: str) -> None:
 
 
 def fetched(remote: str, cache: Path, *, setting: str, marker: str) -> Path:
-    """A folder of this machine with what a remote folder holds.
+    """Returns a local copy of a remote folder.
 
     Args:
       remote: the folder.
@@ -111,7 +111,7 @@ def fetched(remote: str, cache: Path, *, setting: str, marker: str) -> Path:
 
 
 def place_in_cache(remote: str, cache: Path) -> Path:
-    """Where the copy of a remote folder goes."""
+    """Returns where the copy of a remote folder goes."""
     # The last part of the name for people, the digest because it alone need not be unique.
     digest = hashlib.sha256(remote.rstrip("/").encode()).hexdigest()[:8]
     return cache / f"{epath.Path(remote).name}-{digest}"

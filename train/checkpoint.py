@@ -29,6 +29,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from train.config import CheckpointConfig
 from train.errors import UserError
+from train.files import saved_steps
 from train.integrity import SealedPath, damage
 from train.processes import first_does
 from train.step import TrainState
@@ -105,8 +106,8 @@ class Checkpoints:
     def save(self, state: TrainState, step: int, validation_loss: float | None) -> None:
         """Starts a save. The values are copied first, so ``state`` may be donated afterwards.
 
-        The first save is waited for and read back, so that storage that does not keep what is
-        written is noticed before more is trained.
+        The first save is waited for and read back, so that storage that loses data is noticed
+        early.
 
         Raises:
           UserError: what was read back is not what was saved.
@@ -138,15 +139,15 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint; None without a checkpoint."""
+        """Returns the step of the newest checkpoint; None without a checkpoint."""
         return self._manager.latest_step()
 
     def all_steps(self) -> list[int]:
-        """The steps of all kept checkpoints, ascending."""
+        """Returns the steps of all kept checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def best(self) -> int | None:
-        """The step of the checkpoint with the lowest validation loss; None without evaluations."""
+        """Returns the step with the lowest validation loss; None without evaluations."""
         return self._manager.best_step()
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -181,17 +182,14 @@ class Checkpoints:
             except UserError:
                 if step not in self._damaged or jax.process_count() > 1:
                     raise
-            # Its files are those that were saved, or there is no telling, and yet unreadable.
+            # Unreadable although its hashes match, or are missing.
             self._set_damaged_aside()
             self._manager.reload()
         return None
 
     def _find_damaged(self) -> dict[int, str]:
         """Returns the damage of each damaged checkpoint, by step."""
-        if not self.folder.is_dir():
-            return {}
-        steps = [int(entry.name) for entry in self.folder.iterdir() if entry.name.isdecimal()]
-        found = ((step, damage(self.folder / str(step))) for step in sorted(steps))
+        found = ((step, damage(self.folder / str(step))) for step in saved_steps(self.folder))
         return {step: what for step, what in found if what is not None}
 
     def _set_damaged_aside(self) -> None:
@@ -206,11 +204,10 @@ class Checkpoints:
         lines = {
             step: f"{self.folder / str(step)} is damaged ({damaged[step]})" for step in damaged
         }
-        whole = {int(e.name) for e in self.folder.iterdir() if e.name.isdecimal()} - damaged.keys()
-        if not whole:
+        if not set(saved_steps(self.folder)) - damaged.keys():
             raise UserError(
-                f"no checkpoint of the run is whole: {'; '.join(lines.values())}; restore one from "
-                f"a copy, or remove {self.folder.parent} to start again from the beginning"
+                f"no checkpoint of the run is intact: {'; '.join(lines.values())}; restore one "
+                f"from a copy, or remove {self.folder.parent} to start again from the beginning"
             )
         aside = self.folder.parent / ASIDE
         aside.mkdir(exist_ok=True)
@@ -224,7 +221,7 @@ class Checkpoints:
     def _damage_error(self, step: int) -> UserError:
         return UserError(
             f"the checkpoint {self.folder / str(step)} is damaged ({self._damaged[step]}); name "
-            f"another with --checkpoint=STEP, or go on training, from the newest whole one"
+            f"another with --checkpoint=STEP, or resume training, from the newest intact one"
         )
 
     def _restore(self, step: int, like: TrainState) -> TrainState:
@@ -249,11 +246,10 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _without_pattern(folder: Path) -> Iterator[Path]:
-    """A path of the folder without the characters of a pattern.
+    """Yields a path to the folder that has no glob characters.
 
-    Orbax looks for what it has just written with ``glob``, under the folder's name as it is, and so
-    finds nothing below a folder ``run[1]``. Such a folder gets a link in the place for temporary
-    files meanwhile.
+    Orbax globs for what it has just written and does not escape the folder's name, so it finds
+    nothing below ``run[1]``. Such a folder is reached through a temporary symbolic link.
 
     Raises:
       UserError: that place has such a name, too.
@@ -264,8 +260,8 @@ def _without_pattern(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="fsn_jax-") as beside:
         if has_pattern(beside):
             raise UserError(
-                f"checkpoints in {folder} need a place for temporary files whose name has none of "
-                f"* ? [, and {tempfile.gettempdir()} has one: set TMPDIR to another"
+                f"checkpoints in {folder} need a folder for temporary files without * ? [ in its "
+                f"name; got {tempfile.gettempdir()}: set TMPDIR to another"
             )
         link = Path(beside, "checkpoints")
         link.symlink_to(folder, target_is_directory=True)
@@ -278,7 +274,7 @@ def has_pattern(path: str | Path) -> bool:
 
 
 def _holds(saved: np.ndarray, leaf: jax.Array) -> bool:
-    """Whether an array that was read holds the bits that this process has of ``leaf``."""
+    """Whether an array from disk has the bits of this process's shards of ``leaf``."""
     return all(
         saved[shard.index].tobytes() == np.asarray(shard.data).tobytes()
         for shard in leaf.addressable_shards

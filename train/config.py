@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
-from fsn_jax.config import ConfigError, check_fields, match_parameters
+from fsn_jax.config import ARCHITECTURES, ConfigError, check_fields, match_parameters
 from train.bucket import is_remote
 from train.errors import UserError
 from train.settings import (
@@ -25,7 +25,6 @@ from train.settings import (
 )
 
 __all__ = [
-    "ARCHITECTURES",
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",
@@ -37,10 +36,6 @@ __all__ = [
 ]
 
 ModelConfig = FSNConfig | TransformerConfig
-ARCHITECTURES: dict[str, type[FSNConfig] | type[TransformerConfig]] = {
-    "fsn": FSNConfig,
-    "transformer": TransformerConfig,
-}
 LARGEST_BYTE_VOCABULARY = 256
 
 
@@ -53,8 +48,8 @@ class ExperimentConfig:
       run_dir: folder of the run; empty means ``runs/<name>``.
       seed: seed of the initial parameters and of the order of the data.
       architecture: name of the architecture that ``model`` configures.
-      model: config of the model. A ``vocab_size`` of 0 in the ConfigDict means that of the corpus;
-        here it is then the largest of a byte corpus, until ``with_vocabulary`` sets it.
+      model: config of the model. A ``vocab_size`` of 0 in the ConfigDict means the corpus's. It is
+        here the largest of a byte corpus, until ``with_vocabulary`` sets it.
       vocabulary_from_corpus: whether ``vocab_size`` was 0.
       data, optimizer, training, evaluation, checkpoints: see their classes.
       mirror_dir: bucket (``gs://BUCKET/runs``) or folder that keeps a copy of the run's folder
@@ -208,7 +203,6 @@ def experiment(
     training: TrainingConfig | None = None,
     evaluation: EvaluationConfig | None = None,
     checkpoints: CheckpointConfig | None = None,
-    seed: int = 0,
 ) -> ConfigDict:
     """Returns a locked ConfigDict for a file under ``configs/``, missing parts by default."""
     architecture = "fsn" if isinstance(model, FSNConfig) else "transformer"
@@ -224,7 +218,7 @@ def experiment(
             "name": name,
             "run_dir": "",
             "mirror_dir": "",
-            "seed": seed,
+            "seed": 0,
             "model": {"architecture": architecture, **dataclasses.asdict(model)},
             **{key: dataclasses.asdict(part) for key, part in parts.items()},
         }

@@ -19,7 +19,7 @@ class UserError(Exception):
     everywhere = False
 
     def __init__(self, message: str):
-        """Join `message` into one line, whatever the texts quoted in it contain."""
+        """Joins `message` into one line, whatever the texts quoted in it contain."""
         super().__init__(" ".join(message.split()))
 
 
@@ -30,7 +30,7 @@ def no_run(folder: object) -> UserError:
 
 def unfinished(folder: object) -> UserError:
     """Returns the error for an unfinished run where a finished one is needed."""
-    return UserError(f"the run {folder} is not finished; the command that began it goes on")
+    return UserError(f"the run {folder} is not finished; run its training command again")
 
 
 class TryAgain(Exception):

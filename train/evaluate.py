@@ -69,7 +69,7 @@ class Evaluator:
             self._batches.append((starts, np.stack(masks, axis=1)))
 
     def __call__(self, params: Any) -> SplitLoss:
-        """The loss of these parameters."""
+        """Computes the loss of these parameters."""
         by_row = NamedSharding(self._mesh, P(DATA_AXIS))
         sums = []
         for starts, masks in self._batches:
@@ -187,8 +187,7 @@ def parser(description: str, prog: str) -> Arguments:
     """Returns the command line that ``evaluate`` and ``test`` share."""
     p = Arguments(prog=prog, description=description)
     p.add_argument("run", help="a run's folder, for instance runs/quickstart")
-    p.add_argument("--checkpoint", default="best", help="best, latest or a step")
-    p.add_argument("--data_path", default="", help="where the run's data is, if it was moved")
+    p.add_checkpoint_options("best")
     p.add_argument(
         "--stride", type=int, default=0, help="new characters a window predicts; 0: the run's own"
     )
@@ -210,7 +209,7 @@ def checked_stride(stride: int, experiment: ExperimentConfig) -> int:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     options = parser(__doc__ or "", "python -m train evaluate").parse_args(argv[1:])
     start_jax()
     trained = load(options.run, which=options.checkpoint, data_path=options.data_path)

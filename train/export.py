@@ -86,12 +86,11 @@ def export_sampler(trained: Pretrained) -> bytes:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train export", description=__doc__)
     p.add_argument("run", help="a run's folder, for instance runs/quickstart")
     p.add_argument("folder", type=Path, help="a new folder to write to")
-    p.add_argument("--checkpoint", default="best", help="best, latest or a step")
-    p.add_argument("--data_path", default="", help="where the run's data is, if it was moved")
+    p.add_checkpoint_options("best")
     p.add_argument("--no_sampler", action="store_true", help="leave the sampler out")
     options = p.parse_args(argv[1:])
     folder = user_path("the folder", options.folder)

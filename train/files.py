@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from train.errors import UserError
 
 
 def user_path(setting: str, text: str | Path) -> Path:
-    """A path as the user wrote it, with ``~`` for the home folder, whether or not it is there.
+    """Returns a path that the user wrote, with ``~`` expanded, whether or not it exists.
 
     Args:
       setting: what named it, for the messages.
@@ -78,10 +78,10 @@ def check_json_output(output: Path) -> Path:
 
 
 def default_output(runs: Sequence[str], name: str) -> Path:
-    """Where a result goes for which no ``--output`` is given.
+    """Returns where a result goes without ``--output``.
 
-    Of one run into its folder, of several beside them; of records, or of runs in a bucket, to
-    ``runs/``, which git ignores.
+    A result of one run goes into its folder, of several runs beside them, and of records or runs in
+    a bucket to ``runs/``, which git ignores.
     """
     folders = [Path(run).expanduser() for run in runs]
     if not all((folder / "checkpoints").is_dir() for folder in folders):
@@ -89,9 +89,29 @@ def default_output(runs: Sequence[str], name: str) -> Path:
     return (folders[0] if len(folders) == 1 else folders[0].absolute().parent) / name
 
 
-def write_json(output: Path, content: Any, *, indent: int | None = None) -> None:
-    """Writes the result of a program; see ``check_json_output``."""
+def write_result(
+    output: Path, content: Any, text: str, draw: Callable[[Path], None], *, indent: int | None = 1
+) -> None:
+    """Writes JSON, and beside it the text and a figure; prints the text and the paths.
+
+    Args:
+      output: see ``check_json_output``.
+      content: of the JSON file.
+      text: the same as a table.
+      draw: draws the figure to a path.
+      indent: of the JSON file; None for one line.
+    """
+    table, picture = map(output.with_suffix, BESIDE_JSON)
     write_atomically(output, json.dumps(content, indent=indent) + "\n")
+    write_atomically(table, text + "\n")
+    draw(picture)
+    print(text, "", output, table, picture, sep="\n")
+
+
+def saved_steps(folder: Any) -> list[int]:
+    """Returns the steps of the checkpoints in a folder, here or in a bucket, ascending."""
+    names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def file_sha256(path: Path) -> str:

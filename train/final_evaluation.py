@@ -15,7 +15,7 @@ from train.program import start_jax
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     options = parser(__doc__ or "", "python -m train test").parse_args(argv[1:])
     if is_remote(options.run):
         raise UserError(

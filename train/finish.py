@@ -4,16 +4,15 @@ import json
 import shlex
 from typing import Any
 
-from fsn_jax.hub import Pretrained
 from train.analysis.figures import loss_curve
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus
 from train.files import write_atomically
+from train.load import pretrained
 from train.loop import Outcome
 from train.mesh import on_host
 from train.metrics import read_rows
 from train.run import RunFolder
-from train.step import build_model
 
 SAMPLE_LENGTH = 400
 
@@ -73,21 +72,14 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
 
 
 def _prompt(corpus: Corpus) -> str:
-    """A prompt for the command that is shown, of characters that the corpus has."""
+    """Returns a prompt of characters in the corpus, for the command that is shown."""
     values = corpus.vocabulary.values.tolist()
     shown = [chr(value) for value in values if 32 < value < 127]
     return "The " if {*b"The "} <= {*values} or not shown else shown[0]
 
 
 def _sample(experiment: ExperimentConfig, corpus: Corpus, params: Any) -> bytes:
-    trained = Pretrained(
-        model=build_model(experiment.model),
-        params=params,
-        vocabulary=corpus.vocabulary,
-        context=experiment.data.context,
-        corpus_name=corpus.name,
-        separator=experiment.data.separator(corpus.vocabulary),
-    )
+    trained = pretrained(experiment, params, corpus.vocabulary)
     prompt = corpus.vocabulary.decode(corpus.tokens("validation")[:64])
     chunks = trained.stream(prompt, num_tokens=SAMPLE_LENGTH, seed=experiment.seed, temperature=0.8)
     return prompt + b"".join(chunks)

@@ -5,7 +5,6 @@ import difflib
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -67,7 +66,7 @@ def parse_config(argv: Sequence[str]) -> ExperimentConfig:
 
 
 def _hint(name: str, settings: Sequence[str]) -> str:
-    """What may have been meant: judged by the last part of the name, since the others are long."""
+    """Suggests a setting by the last part of the name, since the other parts are long."""
     by_last: dict[str, list[str]] = {}
     for setting in settings:
         by_last.setdefault(setting.rpartition(".")[2], []).append(setting)
@@ -93,7 +92,7 @@ def parse_options(argv: Sequence[str]) -> tuple[Joining, str, list[str]]:
     p.add_argument("--num_processes", type=int, default=-1)
     p.add_argument("--process_id", type=int, default=-1)
     p.add_argument("--profile", metavar="FIRST:LAST", default="")
-    p.add_argument("--end_with_stdin", action="store_true")  # of a run that another program began
+    p.add_argument("--end_with_stdin", action="store_true")  # for runs that another program starts
     options, rest = p.parse_known_args(argv[1:])
     joining = Joining(
         options.distributed, options.coordinator, options.num_processes, options.process_id
@@ -105,9 +104,9 @@ def parse_options(argv: Sequence[str]) -> tuple[Joining, str, list[str]]:
 
 @contextlib.contextmanager
 def config_file(file: str) -> Iterator[dict[str, Any]]:
-    """The names that a config file defines.
+    """Yields the names that a config file defines.
 
-    ``from configs import ...`` in it means the files beside it, wherever the program is started.
+    In the file ``from configs import ...`` finds the files beside it, from any working folder.
 
     Raises:
       UserError: there is no such file.
@@ -115,20 +114,13 @@ def config_file(file: str) -> Iterator[dict[str, Any]]:
     """
     path = user_path("--config", file)
     if not path.is_file():
-        raise UserError(f"--config={file}: there is no file {file}; {_examples()}")
+        raise UserError(f"--config={file}: there is no file {file}; see configs/ for some")
     before = [*sys.path]
     sys.path.insert(0, str(path.resolve().parent.parent))
     try:
         yield runpy.run_path(str(path))
     finally:
         sys.path[:] = before
-
-
-def _examples() -> str:
-    folder = Path(__file__).resolve().parent.parent / "configs"
-    if Path("configs/quickstart.py").is_file():
-        return "see configs/ for some"
-    return f"see {folder} for some" if folder.is_dir() else "the project's configs/ holds some"
 
 
 def load_config(argument: str) -> ConfigDict:

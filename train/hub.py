@@ -1,4 +1,4 @@
-"""Writes a trained model in the layout of the Hugging Face hub, and reads it back bit for bit.
+"""Writes a trained model in the layout of the Hugging Face hub; ``fsn_jax.hub`` reads it back.
 
 ::
 
@@ -16,11 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 
 import fsn_jax
 from fsn_jax import hub
-from fsn_jax.hub import Pretrained
-from train.errors import UserError
 from train.load import TrainedModel
 from train.metrics import read_rows
 
@@ -32,7 +31,7 @@ def write_model(trained: TrainedModel, folder: Path) -> None:
     language_model = trained.language_model
     arrays = {
         name: np.ascontiguousarray(jax.device_get(leaf))
-        for name, leaf in hub.flat_params(trained.params).items()
+        for name, leaf in flatten_dict(trained.params, sep=".").items()
     }
     # save_file would leave the file to its owner alone, whatever the umask.
     (folder / hub.WEIGHTS).write_bytes(safetensors.numpy.save(arrays, {"format": "flax"}))
@@ -60,18 +59,6 @@ def write_model(trained: TrainedModel, folder: Path) -> None:
     }
     (folder / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     (folder / CARD).write_text(model_card(trained))
-
-
-def read_model(folder: str | Path) -> Pretrained:
-    """Reads a folder that ``write_model`` wrote; see ``fsn_jax.hub.load``.
-
-    Raises:
-      UserError: a file is missing, damaged, or inconsistent with the others.
-    """
-    try:
-        return hub.load(folder)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def model_card(trained: TrainedModel) -> str:

@@ -32,7 +32,7 @@ from train.program import Arguments, num_cores, start_jax
 from train.provenance import device_description
 from train.run import default_folder
 from train.step import TrainState, abstract_state
-from train.tables import text_table
+from train.tables import parameter_table, parameters_of, text_table
 
 SHOWN_CHARACTERS = 64
 
@@ -67,9 +67,7 @@ def inspect(
         separator = experiment.data.separator(corpus.vocabulary)
         steps = train_steps_of(experiment, model, optimizer, mesh, separator=separator)
         memory |= _compiled_memory(steps, state, inputs)
-    parameters = [
-        _parameter(name, leaf) for name, leaf in flatten_dict(state.params, sep="/").items()
-    ]
+    parameters = _parameters(state.params)
     per_token = experiment.model.flops_per_token(experiment.data.context)
     per_step, steps_of_run = experiment.characters_per_step, experiment.training.num_steps
     return {
@@ -95,15 +93,12 @@ def inspect(
     }
 
 
-def _parameter(name: str, leaf: Any) -> dict[str, Any]:
-    return {
-        "path": name,
-        "shape": leaf.shape,
-        "dtype": leaf.dtype.name,
-        "size": math.prod(leaf.shape),
-        "group": group_of(tuple(name.split("/"))),
-        "sharding": _sharding(leaf),
-    }
+def _parameters(params: Any) -> list[dict[str, Any]]:
+    leaves = flatten_dict(params, sep="/").values()
+    return [
+        {**p, "group": group_of(tuple(p["path"].split("/"))), "sharding": _sharding(leaf)}
+        for p, leaf in zip(parameters_of(params), leaves, strict=True)
+    ]
 
 
 def _abstract_inputs(
@@ -189,10 +184,6 @@ def as_text(seen: Mapping[str, Any]) -> str:
     """Formats the result of ``inspect`` as a page of text."""
     memory, batch, flops = seen["memory"], seen["batch"], seen["flops"]
     mesh = ", ".join(f"{axis} = {size}" for axis, size in seen["mesh"].items())
-    parameters = [
-        (p["path"], str(p["shape"]), f"{p['size']:,}", p["group"], p["sharding"])
-        for p in seen["parameters"]
-    ]
     groups = [
         (g["name"], f"{g['size']:,}", f"{g['peak_learning_rate']:g}", f"{g['weight_decay']:g}")
         for g in seen["groups"]
@@ -214,12 +205,10 @@ def as_text(seen: Mapping[str, Any]) -> str:
         else "scratch, code and the sum are XLA's analysis of the step compiled for these devices "
         f"({memory['compile_seconds']} s)\n"
     )
-    head = ("parameter", "shape", "size", "group", "sharding")
-    total = ("total", "", f"{seen['num_params']:,}", "", "")
     return "\n".join(
         [
             f"{seen['name']} · would be in {seen['run_dir']} · {seen['devices']} · mesh {mesh}\n",
-            text_table([head, *parameters, total]) + "\n",
+            parameter_table(seen["parameters"], "group", "sharding"),
             text_table([("group", "size", "peak rate", "decay"), *groups]) + "\n",
             "training FLOPs (matrix products, causal pairs only)\n"
             + text_table([(f"a {part}", f"{count:.3g}") for part, count in flops.items()])
@@ -235,7 +224,7 @@ def as_text(seen: Mapping[str, Any]) -> str:
 
 
 def topology_mesh(name: str) -> Mesh:
-    """The mesh of a TPU slice that need not be there, for instance ``v5e:2x4``.
+    """Returns the mesh of a TPU slice that need not exist, for instance ``v5e:2x4``.
 
     Raises:
       UserError: there is no such slice, or libtpu is not installed.
@@ -255,7 +244,7 @@ def topology_mesh(name: str) -> Mesh:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train inspect", description=__doc__, allow_abbrev=False)
     p.add_argument("--json", action="store_true", help="as JSON")
     p.add_argument("--no_compile", action="store_true", help="quicker; without the step's memory")

@@ -2,7 +2,7 @@
 
 =====================  ==========================================================================
 while it is imported   it ends at once: nothing has begun
-while it works         KeyboardInterrupt, so that what is half done is tidied away
+while it works         KeyboardInterrupt, so that half-done work is cleaned up
 while a run trains     a notice, as SIGTERM is: the step is finished and saved (``preemption.py``)
 a second time          it ends at once, also in the middle of a compilation
 =====================  ==========================================================================
@@ -28,11 +28,11 @@ class Interruptions:
     Attributes:
       came: whether it came since ``listen``.
       listening: whether this process is a program that ``listen`` was called for.
-      kept: returns what is kept if the program ends now, in words; "" if there is nothing to say.
+      kept: returns a phrase on what is kept if the program ends now; "" for none.
     """
 
     def __init__(self) -> None:
-        """Nothing is changed until ``listen``."""
+        """Changes nothing until ``listen``."""
         self.came = False
         self.listening = False
         self.kept: Callable[[], str] = lambda: ""
@@ -50,12 +50,12 @@ class Interruptions:
         signal.signal(signal.SIGINT, self._handle)
 
     def begin(self) -> None:
-        """To be called when all is imported: from now on Ctrl-C is a KeyboardInterrupt."""
+        """Makes Ctrl-C a KeyboardInterrupt from now on; called when all is imported."""
         self._does = "raise"
 
     @contextlib.contextmanager
     def noticed(self) -> Iterator[None]:
-        """Meanwhile Ctrl-C is a notice; its handler is the caller's to set."""
+        """Makes Ctrl-C a notice inside the context, where the caller sets the handler."""
         before, self._does = self._does, "notice"
         try:
             yield
@@ -64,7 +64,7 @@ class Interruptions:
 
     @property
     def line(self) -> str:
-        """What to say of a program that Ctrl-C ended."""
+        """The message for a program that Ctrl-C ended."""
         kept = self.kept()
         return f"interrupted; {kept}" if kept else "interrupted"
 

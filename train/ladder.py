@@ -129,7 +129,7 @@ def train_one(job: Job, cores: str, log: Path | None) -> int:
 
 @functools.cache
 def _lifeline() -> int:
-    """The read end of a pipe that closes when this process ends, however it does."""
+    """Returns the read end of a pipe that closes when this process ends, however it does."""
     readable, _ = os.pipe()
     return readable
 
@@ -152,7 +152,7 @@ def shares_of_cores(at_once: int) -> list[str]:
 
 
 def reason_of(status: int, log: Path | None) -> str:
-    """Why a run failed: its status, and the user's mistake that is the last line of its log."""
+    """Returns why a run failed: its status, and an error in the last line of its log."""
     why = f"signal {-status}" if status < 0 else f"exit status {status}"
     lines = log.read_text(errors="replace").split("\n") if log and log.is_file() else []
     said = [line for line in lines if line.strip()][-1:]
@@ -193,7 +193,7 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
         if status in (EXIT_INTERRUPTED, -signal.SIGINT):
             stopped.append(KeyboardInterrupt())
         elif status == EXIT_TRY_AGAIN:
-            line = f"{job.name} was stopped; the same command goes on"
+            line = f"{job.name} was stopped; the same command resumes it"
             stopped.append(TryAgain(line, everywhere=False))
         elif status:
             failed[job.name] = reason_of(status, log)
@@ -210,7 +210,7 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train ladder", description=__doc__, allow_abbrev=False)
     p.add_argument("--config", required=True, help="a file of arms, for instance configs/ladder.py")
     p.add_argument("--arms", default="", help="some of its arms, with commas between; else all")
@@ -228,7 +228,7 @@ def program(argv: Sequence[str]) -> None:
     if options.plan:
         return
     output = check_json_output(options.output)
-    interruptions.kept = lambda: "the same command goes on with what is left"
+    interruptions.kept = lambda: "the same command trains what is left"
     failed = run_all(jobs, options.at_once)
     folders = [default_folder(job.experiment) for job in jobs if is_finished(job)]
     if folders:

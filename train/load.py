@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from fsn_jax import FSN, Transformer
 from fsn_jax.hub import Pretrained
+from fsn_jax.vocabulary import Vocabulary
 from train.checkpoint import Checkpoints
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus
@@ -42,16 +43,33 @@ class TrainedModel:
     mesh: Mesh
 
     @property
+    def source(self) -> dict[str, Any]:
+        """Describes the checkpoint: what results of its analysis record."""
+        return {
+            "run": self.run.path.name,
+            "seed": self.experiment.seed,
+            "step": self.step,
+            "parameters": self.experiment.model.num_params(),
+            "characters": self.step * self.experiment.characters_per_step,
+            "commit": self.run.read_provenance()[0]["git"]["commit"],
+        }
+
+    @property
     def language_model(self) -> Pretrained:
         """The model alone, without the run and its data."""
-        return Pretrained(
-            model=self.model,
-            params=self.params,
-            vocabulary=self.corpus.vocabulary,
-            context=self.experiment.data.context,
-            corpus_name=self.corpus.name,
-            separator=self.experiment.data.separator(self.corpus.vocabulary),
-        )
+        return pretrained(self.experiment, self.params, self.corpus.vocabulary)
+
+
+def pretrained(experiment: ExperimentConfig, params: Any, vocabulary: Vocabulary) -> Pretrained:
+    """Returns a run's model with parameters, without the run and its data."""
+    return Pretrained(
+        model=build_model(experiment.model),
+        params=params,
+        vocabulary=vocabulary,
+        context=experiment.data.context,
+        corpus_name=experiment.data.name,
+        separator=experiment.data.separator(vocabulary),
+    )
 
 
 def open_experiment_corpus(experiment: ExperimentConfig) -> Corpus:
@@ -111,21 +129,14 @@ def load_language_model(run_dir: str | Path, *, which: str = "best") -> Pretrain
             f"{run.path / VOCABULARY} holds {len(vocabulary)} tokens, and the model of the run has "
             f"{experiment.model.vocab_size}; restore it, or remove it to take them from the data"
         )
-    model, params, _ = _restored(run, experiment, which, data_mesh())
-    return Pretrained(
-        model=model,
-        params=params,
-        vocabulary=vocabulary,
-        context=experiment.data.context,
-        corpus_name=experiment.data.name,
-        separator=experiment.data.separator(vocabulary),
-    )
+    _, params, _ = _restored(run, experiment, which, data_mesh())
+    return pretrained(experiment, params, vocabulary)
 
 
 def _restored(
     run: RunFolder, experiment: ExperimentConfig, which: str, mesh: Mesh
 ) -> tuple[FSN | Transformer, Any, int]:
-    """The model, its parameters at a checkpoint, and the checkpoint's step."""
+    """Returns the model, its parameters at a checkpoint, and the checkpoint's step."""
     model = build_model(experiment.model)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps)
     if not run.checkpoints.is_dir():

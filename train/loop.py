@@ -16,9 +16,10 @@ import numpy as np
 from train.checkpoint import Checkpoints
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus
-from train.data.windows import WindowOrder, host_batches, place_tokens
+from train.data.windows import WindowOrder, host_batches
 from train.errors import UserError
 from train.evaluate import Evaluator
+from train.files import write_atomically
 from train.mesh import by_step_and_row, data_mesh, placed, replicated
 from train.metrics import Metrics, Unwritten
 from train.optimizer import learning_rate, make_optimizer
@@ -28,7 +29,7 @@ from train.preemption import Preemption
 from train.processes import first_does
 from train.profiling import Profiler, TracedSteps
 from train.provenance import write_provenance
-from train.run import RunFolder, cannot_write, refuse_lost_checkpoints, write_parameter_table
+from train.run import RunFolder, cannot_write, refuse_lost_checkpoints
 from train.step import (
     DispatchMetrics,
     TrainState,
@@ -36,6 +37,7 @@ from train.step import (
     init_state,
     make_evaluate_rows,
 )
+from train.tables import parameter_table, parameters_of
 
 
 class DivergedError(UserError):
@@ -121,7 +123,9 @@ def _train(
             start, state = restored
         else:
             start, state = 0, init_state(model, optimizer, seed=experiment.seed, **placed)
-            write_parameter_table(run, state.params)
+            if run.writes:
+                table = parameter_table(parameters_of(state.params))
+                write_atomically(run.path / "parameters.txt", table)
         patience = Patience.of_log(experiment.training.patience, run.metrics, step=start)
         step = start
         if start < num_steps and not patience.is_over:
@@ -131,7 +135,7 @@ def _train(
                 experiment, corpus, run, checkpoints, patience, model, mesh, start, show_progress
             )
             if start:
-                loop.metrics.say(f"going on from the checkpoint of step {start}")
+                loop.metrics.say(f"resuming from the checkpoint of step {start}")
             elif begun_before:
                 loop.metrics.say(
                     "no checkpoint of the run was saved before: it begins again at step 0"
@@ -266,7 +270,7 @@ class _Loop:
         return DivergedError(
             f"the loss or its gradient was not finite at step {step}; {where}; lower "
             f"config.optimizer.peak_learning_rate or config.optimizer.clip_norm in another "
-            f"--config.run_dir, or go on past such steps with a higher "
+            f"--config.run_dir, or skip such steps with a higher "
             f"config.training.skipped_limit"
         )
 
@@ -284,7 +288,7 @@ def _batches(
     ends = range(start + per_dispatch, training.num_steps + 1, per_dispatch)
     by_rows = by_step_and_row(mesh)
     if experiment.data.placement == "resident":
-        tokens = place_tokens(corpus.tokens("train"), replicated(mesh))
+        tokens = placed(corpus.tokens("train"), replicated(mesh))
         for end in ends:
             starts = order.starts_of_steps(end - per_dispatch, per_dispatch)
             yield end, (tokens, placed(starts, by_rows))

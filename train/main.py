@@ -19,7 +19,7 @@ from train.run import RunFolder, create_or_resume, default_folder
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     joining, profile, argv = parse_options(argv)
     experiment = parse_config(argv)
     traced = TracedSteps.parse(profile, experiment.training.num_steps) if profile else None
@@ -60,8 +60,8 @@ def ending(experiment: ExperimentConfig, outcome: Outcome) -> str:
     if outcome.ended_early:
         return (
             f"ended {'before, ' if before else ''}at step {outcome.step} of {training.num_steps}: "
-            f"no new lowest validation loss in {training.patience} evaluations; to go on, start it "
-            f"with a higher --config.training.patience, or 0"
+            f"no new lowest validation loss in {training.patience} evaluations; to train on, start "
+            f"it with a higher --config.training.patience, or 0"
         )
     if before:
         return f"finished before: all {outcome.step} steps are done, nothing is left to train"

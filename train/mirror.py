@@ -26,7 +26,7 @@ from train.bucket import (
     reaching,
 )
 from train.errors import UserError, no_run
-from train.files import user_path
+from train.files import saved_steps, user_path
 from train.integrity import STEP_METADATA
 
 CONFIG, STARTS, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
@@ -72,15 +72,18 @@ class Mirror:
             _copy_run(self.place, self.folder)
         return True
 
-    def push(self) -> None:
-        """Updates the copy.
+    def push(self, *, or_warn: bool = False) -> None:
+        """Updates the copy, or with ``or_warn`` warns that it is out of date.
 
         Raises:
           UserError: the copy cannot be written.
         """
         if self._thread is not None:
             self._thread.join()
-        self._push()
+        if or_warn:
+            self._push_or_warn()
+        else:
+            self._push()
 
     def push_behind(self) -> None:
         """Starts to update the copy in a thread.
@@ -92,12 +95,6 @@ class Mirror:
             self._thread = threading.Thread(target=self._push_or_warn, name="mirror", daemon=True)
             self._thread.start()
 
-    def push_or_warn(self) -> None:
-        """Updates the copy, or warns that it is out of date."""
-        if self._thread is not None:
-            self._thread.join()
-        self._push_or_warn()
-
     def _push_or_warn(self) -> None:
         try:
             self._push()
@@ -107,8 +104,8 @@ class Mirror:
     def _push(self) -> None:
         with self._reaching():
             _copy_run(self.folder, self.place, self._copy_if_changed)
-            if complete := _steps(self.folder):
-                for step in set(_steps(self.place)) - set(complete):
+            if complete := saved_steps(self.folder / CHECKPOINTS):
+                for step in set(saved_steps(self.place / CHECKPOINTS)) - set(complete):
                     (self.place / CHECKPOINTS / str(step)).rmtree()
 
     def _copy_if_changed(self, source: epath.Path, target: epath.Path) -> None:
@@ -126,12 +123,13 @@ class Mirror:
                 f"(begun {there}, not {here}); name another place, or remove one of the two"
             )
         newest_here, newest_there = (
-            max(_steps(folder), default=0) for folder in (self.folder, self.place)
+            max(saved_steps(folder / CHECKPOINTS), default=0)
+            for folder in (self.folder, self.place)
         )
         if newest_there > newest_here:
             raise UserError(
                 f"config.mirror_dir: the copy in {self.place} is at step {newest_there}, ahead of "
-                f"{self.folder} at {newest_here}; remove {self.folder} to go on from the copy"
+                f"{self.folder} at {newest_here}; remove {self.folder} to resume from the copy"
             )
 
     def _reaching(self) -> contextlib.AbstractContextManager[None]:
@@ -161,19 +159,11 @@ def _copy_run(
     logs = files_below(source, but=(CHECKPOINTS, CONFIG, *_OF_THIS_MACHINE))
     for name in [name for name in logs if not name.endswith(".tmp")]:
         copy_log(source / name, target / name)
-    for step in _steps(source):
+    for step in saved_steps(source / CHECKPOINTS):
         folders = (run / CHECKPOINTS / str(step) for run in (source, target))
         with contextlib.suppress(FileNotFoundError):  # an old one, just removed
             copy_folder(*folders, marker=STEP_METADATA)
     copy_log(source / CONFIG, target / CONFIG)
-
-
-def _steps(run: epath.Path) -> list[int]:
-    """Returns the steps of a run's complete checkpoints, ascending."""
-    folder = run / CHECKPOINTS
-    if not folder.exists():
-        return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
 
 
 def _first_start(run: epath.Path) -> str | None:

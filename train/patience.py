@@ -21,7 +21,7 @@ class Patience:
 
     @classmethod
     def of_log(cls, limit: int, log: Path, *, step: int) -> "Patience":
-        """Counts the evaluations that a run's log has up to ``step``, where the run goes on."""
+        """Counts the evaluations in a run's log up to ``step``, from which the run resumes."""
         patience = cls(limit)
         for row in read_rows(log):
             if row["kind"] == "validation" and row["step"] <= step:

@@ -75,11 +75,11 @@ class Preemption:
         return any(reached)
 
     def stopped(self, step: int) -> TryAgain:
-        """What to raise when ``step``, where ``reached`` said to stop, is saved."""
+        """Returns the error to raise once the last step is saved."""
         kind = Interrupted if self._by == signal.SIGINT else TryAgain
         return kind(
-            f"stopped by {self._by.name} after step {step}, which is saved; the same command goes "
-            f"on from there",
+            f"stopped by {self._by.name} after step {step}, which is saved; the same command "
+            f"resumes from it",
             everywhere=True,
         )
 

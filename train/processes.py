@@ -103,7 +103,7 @@ def join(joining: Joining) -> None:
 
 
 def _await_coordinator(address: str) -> None:
-    """JAX would end the process with a stack trace; a refused connection deserves a line."""
+    """Waits for process 0, without which JAX would end this one with a stack trace."""
     host, _, port = address.rpartition(":")
     end = time.monotonic() + JOINING_SECONDS
     while True:
@@ -176,7 +176,7 @@ def agree(**facts: str) -> None:
 
 
 def loss_of_a_process(error: BaseException) -> TryAgain | None:
-    """What to tell when ``error`` comes of another process being gone; None if it does not."""
+    """Returns the error to raise if another process was lost; None if ``error`` is not a sign."""
     if jax.process_count() == 1:
         return None
     text = f"{type(error).__name__} {error}".lower()
@@ -185,6 +185,6 @@ def loss_of_a_process(error: BaseException) -> TryAgain | None:
     return TryAgain(
         f"another process of this run died or cannot be reached any more "
         f"({' '.join(str(error).split())[:200]}); start all of them again by the same command: "
-        f"the run goes on from its last checkpoint",
+        f"the run resumes from its last checkpoint",
         everywhere=False,
     )

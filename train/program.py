@@ -31,6 +31,13 @@ class Arguments(argparse.ArgumentParser):
         """Raises UserError."""
         raise UserError(f"{message}; see {self.prog} --help")
 
+    def add_checkpoint_options(self, default: str) -> None:
+        """Adds the options that choose a run's checkpoint and find its data; see ``load``."""
+        self.add_argument("--checkpoint", default=default, help="best, latest or a step")
+        self.add_argument(
+            "--data_path", default="", help="where the run's data is, if it was moved"
+        )
+
 
 def run_program(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Runs a program and turns deliberate exceptions into one line on stderr and an exit status.
@@ -104,7 +111,7 @@ def start_jax(joining: "Joining | None" = None, *, cpu_devices: int = 1) -> None
     Args:
       joining: how to find the other processes.
       cpu_devices: number of CPU devices, unless the user has set it or other processes share the
-        CPU. XLA spreads windows over devices better than one product over cores.
+        CPU. One device a core is faster than products that XLA divides over cores.
 
     Raises:
       UserError: JAX finds no device, or the other processes cannot be joined.

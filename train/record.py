@@ -53,7 +53,9 @@ def record(run_dir: str | Path, results: Path, *, allow_modified: bool = False) 
         raise UserError(f"{target} is there already; remove it to record the run anew")
     for name in EVIDENCE:
         if not (run.path / name).is_file():
-            raise UserError(f"the run {run.path} has no {name}; the command that made it mends it")
+            raise UserError(
+                f"the run {run.path} has no {name}; run its training command again to write it"
+            )
     try:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -71,7 +73,7 @@ def record(run_dir: str | Path, results: Path, *, allow_modified: bool = False) 
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train record", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of finished runs")
     p.add_argument("--results", type=Path, default=Path("results"))

@@ -6,8 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fsn_jax.config import FSNConfig, recorded_fields
-from train.config import ARCHITECTURES, ExperimentConfig
+from fsn_jax.config import ARCHITECTURES, FSNConfig, recorded_fields
+from train.config import ExperimentConfig
 
 RENAMED = {("evaluation", "num_bytes"): "num_tokens", ("training", "parameters"): "layout"}
 """Present name of each setting, by its part and former name."""

@@ -30,12 +30,11 @@ from train.bucket import is_remote
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus, default_cache
 from train.errors import UserError, no_run
-from train.files import user_path, write_atomically
+from train.files import saved_steps, user_path, write_atomically
 from train.metrics import read_rows
 from train.mirror import Mirror, fetched_run
 from train.processes import first_does, together
 from train.recorded import WITHOUT_EFFECT, read_experiment
-from train.tables import parameter_table
 
 VOCABULARY = "vocabulary.json"
 
@@ -55,10 +54,8 @@ class RunFolder:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Updates the run's copy and releases the lock."""
         try:
-            if self._mirror and kind is None:
-                self._mirror.push()
-            elif self._mirror:
-                self._mirror.push_or_warn()
+            if self._mirror:
+                self._mirror.push(or_warn=kind is not None)
         finally:
             self.close()
 
@@ -84,12 +81,10 @@ class RunFolder:
 
     def kept(self) -> str:
         """Describes the checkpoint that the next start resumes from."""
-        folder = self.checkpoints
-        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        steps = [int(name) for name in names if name.isdecimal()]
+        steps = saved_steps(self.checkpoints)
         if not steps:
             return "no checkpoint is saved yet: the same command begins at step 0"
-        return f"the checkpoint of step {max(steps)} is kept: the same command goes on from there"
+        return f"the checkpoint of step {steps[-1]} is kept: the same command resumes from it"
 
     @property
     def metrics(self) -> Path:
@@ -175,8 +170,8 @@ def _open_to_write(path: Path, experiment: ExperimentConfig, corpus: Corpus) -> 
         str(path.absolute()).encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"the path of the run folder {path} is not UTF-8, as what is written there needs it; "
-            f"choose another with --config.run_dir=FOLDER"
+            f"the path of the run folder {path} is not UTF-8; choose another with "
+            f"--config.run_dir=FOLDER"
         ) from None
     mirror = Mirror(path, experiment.mirror_dir) if experiment.mirror_dir else None
     try:
@@ -292,7 +287,7 @@ def refuse_lost_checkpoints(run: RunFolder, experiment: ExperimentConfig) -> Non
     beyond the second save mean that the first was complete.
     """
     folder, first = run.checkpoints, experiment.checkpoints.every
-    if folder.is_dir() and any(entry.name.isdecimal() for entry in folder.iterdir()):
+    if saved_steps(folder):
         return
     reached = max((row["step"] for row in read_rows(run.metrics)), default=0)
     starts = run.read_provenance() if run.has_begun else []
@@ -326,9 +321,3 @@ def cannot_write(run: RunFolder, error: BaseException) -> UserError | None:
     return UserError(
         f"cannot write to the run folder {run.path} ({reason}); make room or mend it; {run.kept()}"
     )
-
-
-def write_parameter_table(run: RunFolder, params: Any) -> None:
-    """Writes path, shape and size of every parameter, and the total."""
-    if run.writes:
-        write_atomically(run.path / "parameters.txt", parameter_table(params))

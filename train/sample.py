@@ -7,12 +7,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
-from fsn_jax.hub import is_exported
+from fsn_jax import hub
 from fsn_jax.vocabulary import TextError
 from train.bucket import is_remote
 from train.errors import UserError
 from train.files import user_path
-from train.hub import read_model
 from train.interruption import interruptions
 from train.load import load_language_model
 from train.program import Arguments, start_jax
@@ -49,12 +48,12 @@ def write_as_it_comes(chunks: Iterable[bytes], out: TextIO) -> None:
         out.buffer.write(shown(b"", final=True) + b"\n")
         out.buffer.flush()
     except BrokenPipeError:
-        # Or the interpreter would try to write what is left, and complain, when it ends.
+        # Otherwise the interpreter flushes the rest at its end and reports the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 def parser() -> Arguments:
-    """The command line."""
+    """Returns the parser of the command line."""
     p = Arguments(prog="python -m train sample", description=__doc__)
     p.add_argument("run", help="the folder of a run, or of an exported model")
     add_options(p)
@@ -70,7 +69,7 @@ def parser() -> Arguments:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     options = parser().parse_args(argv[1:])
     try:
         check_options(options)
@@ -79,14 +78,17 @@ def program(argv: Sequence[str]) -> None:
     if "" in options.stop:
         raise UserError("--stop must not be empty: name the text that ends the sample")
     start_jax()
-    if is_remote(options.run) or not is_exported(user_path("the run", options.run)):
+    if is_remote(options.run) or not hub.is_exported(user_path("the run", options.run)):
         trained = load_language_model(options.run, which=options.checkpoint)
     elif options.checkpoint != "best":
         raise UserError(
             f"--checkpoint is for a run, and {options.run} is an exported model, which holds one"
         )
     else:
-        trained = read_model(options.run)
+        try:
+            trained = hub.load(options.run)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     prompt, *stop = map(os.fsencode, (options.prompt, *options.stop))
     for option, text in (("--prompt", prompt), *(("--stop", text) for text in stop)):
         try:

@@ -50,7 +50,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     p = argparse.ArgumentParser(description="Text from the exported model in this folder.")
     add_options(p)
     options = p.parse_args()
@@ -59,7 +59,7 @@ def main() -> None:
         for text in _texts(options, Path(__file__).resolve().parent):
             sys.stdout.buffer.write(text)
             sys.stdout.buffer.flush()
-    except BrokenPipeError:  # whoever read has gone; Python would write what is left once more
+    except BrokenPipeError:  # the reader has gone; Python would flush the rest at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.stdout = None  # not to be flushed again
@@ -103,7 +103,7 @@ def _texts(options: argparse.Namespace, folder: Path) -> Iterator[bytes]:
 
 
 def _split(prompt: str, vocabulary: dict[str, Any]) -> tuple[list[bytes], list[bytes]]:
-    """The prompt's bytes or characters, and those of the vocabulary, in UTF-8."""
+    """Returns the bytes or characters of the prompt and of the vocabulary, in UTF-8."""
     data = os.fsencode(prompt)
     if vocabulary["unit"] == "bytes":
         values = bytes.fromhex(vocabulary["values"])

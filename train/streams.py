@@ -1,7 +1,7 @@
-"""The standard streams of a program: output is never worth a run.
+"""Standard streams whose failures do not end a run.
 
-What the encoding cannot show is replaced, and what cannot be written (a full disk, a closed
-stream) is lost without an error, until the program ends.
+What the encoding cannot show is replaced. What cannot be written (a full disk, a closed stream) is
+lost, and the error is raised when the program ends.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import sys
 
 
 class _Lenient(io.FileIO):
-    """A file whose errors in writing are noted instead of raised, but for a reader that is gone."""
+    """A file that notes write errors instead of raising them, except of a reader that is gone."""
 
     lost = ""
 
@@ -45,6 +45,6 @@ def mend() -> None:
 
 
 def lost() -> str:
-    """Why something that was printed is lost, in words; "" if nothing is."""
+    """Returns why printed text was lost, in words; "" if none was."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return raw.lost if isinstance(raw, _Lenient) else ""

@@ -1,7 +1,7 @@
 """Formats tables of text and totals of parameters."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -28,9 +28,25 @@ def _is_number(cell: str) -> bool:
     return " " not in cell and (cell.lstrip("-+?")[:1] or "0").isdigit()
 
 
-def parameter_table(params: Any) -> str:
-    """Formats one line a parameter: path, shape, number of scalars; each ends in a newline."""
-    leaves = flatten_dict(params, sep="/")
-    sizes = {name: math.prod(leaf.shape) for name, leaf in leaves.items()}
-    rows = [(name, str(tuple(leaf.shape)), f"{sizes[name]:,}") for name, leaf in leaves.items()]
-    return text_table([*rows, ("total", "", f"{sum(sizes.values()):,}")]) + "\n"
+def parameters_of(params: Any) -> list[dict[str, Any]]:
+    """Returns path, shape, type and number of scalars of each parameter."""
+    return [
+        {
+            "path": path,
+            "shape": tuple(leaf.shape),
+            "dtype": leaf.dtype.name,
+            "size": math.prod(leaf.shape),
+        }
+        for path, leaf in flatten_dict(params, sep="/").items()
+    ]
+
+
+def parameter_table(parameters: Sequence[Mapping[str, Any]], *others: str) -> str:
+    """Formats what ``parameters_of`` returns, with the columns of ``others`` and the total."""
+    rows = [
+        (p["path"], str(p["shape"]), f"{p['size']:,}", *(p[name] for name in others))
+        for p in parameters
+    ]
+    total = sum(p["size"] for p in parameters)
+    head, last = ("parameter", "shape", "size", *others), ("total", "", f"{total:,}")
+    return text_table([head, *rows, last + ("",) * len(others)]) + "\n"

@@ -165,10 +165,11 @@ def _column_spec(block: int) -> pl.BlockSpec:
 def _num_bytes(arrays: Sequence[Any], specs: Sequence[pl.BlockSpec], scratch: Sequence[Any]) -> int:
     """Vector memory of blocks, each there twice while one is read or written, and of scratch."""
 
-    def of_block(x: Any, spec: pl.BlockSpec) -> int:
+    def of_block(x: Any, spec: Any) -> int:
         rows, columns = spec.block_shape[2:]
         # Rows come eight at a time, and columns LANES.
-        return (rows + -rows % 8) * (columns + -columns % LANES) * x.dtype.itemsize
+        size: int = (rows + -rows % 8) * (columns + -columns % LANES) * x.dtype.itemsize
+        return size
 
     blocks = sum(map(of_block, arrays, specs))
     return 2 * blocks + sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in scratch)

@@ -75,17 +75,14 @@ def judge(
     status: Status
     if shortfall:
         status = "not comparable"
-        what = verdict.direction + (f" ({verdict.reason})" if verdict.reason else "")
-        reason = f"{shortfall}; at this scale the direction {_is(verdict)}{what}"
+        what = "is undecided" if verdict.direction == "undecided" else verdict.direction
+        why = f" ({verdict.reason})" if verdict.reason else ""
+        reason = f"{shortfall}; at this scale the direction {what}{why}"
     elif verdict.direction == "undecided":
         status, reason = "not comparable", f"undecided: {verdict.reason}"
     else:
         status, reason = verdict.direction, ""
     return Row(claim, evidence, status, _scale(arms), verdict.measured, reason, arms)
-
-
-def _is(verdict: Verdict) -> str:
-    return "is " if verdict.direction == "undecided" else ""
 
 
 def _test(
@@ -213,7 +210,10 @@ def _summary(ledger: Mapping[str, Any], rows: Sequence[Row]) -> str:
         of_claim = [row for row in rows if row.claim["id"] == claim["id"]]
         done = [row for row in of_claim if row.status != "not yet run"]
         if not any("form" not in row.evidence for row in done):
-            done = [*of_claim[:1], *done]  # the published form comes first, be it not yet run
+            done = [
+                *of_claim[:1],
+                *done,
+            ]  # the published form comes first, even if not yet run
         said = "; ".join(map(_verdict_text, done))
         name = claim["id"]
         lines.append(f"| [{name}](#{name.lower()}) | {claim['says']} | {said} |")
@@ -310,7 +310,7 @@ def page_of(root: Path) -> str:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train claims", description=__doc__)
     p.add_argument("--root", type=Path, default=Path(), help="the repository")
     p.add_argument("--check", action="store_true", help="write nothing; fail if the page differs")

@@ -6,19 +6,18 @@ share. Then prints the outcome at the end, at every point, and after equal time,
 docs/protocol.md. Writes the same as JSON and, beside it, as text and as a figure.
 """
 
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from train.analysis import verdicts
-from train.analysis.figures import SEEN, draw_curve, style
+from train.analysis.figures import SEEN, draw_curve, panels
 from train.analysis.records import (
     Arm,
-    RunRecord,
     read_arms,
     read_run,
     reference_arm,
@@ -26,7 +25,7 @@ from train.analysis.records import (
 )
 from train.analysis.verdicts import STANDARD_ERRORS, Loss
 from train.errors import UserError
-from train.files import check_json_output, default_output, write_atomically, write_json
+from train.files import check_json_output, default_output, write_result
 from train.program import Arguments
 from train.tables import text_table
 
@@ -110,7 +109,13 @@ def equal_time(one: Arm, other: Arm) -> dict[str, Any] | None:
     if first is None or second is None or len(devices) > 1:
         return None
     seconds = min(first, second)
-    curves = {arm.name: [_by_time(run) for run in arm.runs] for arm in (one, other)}
+    curves = {
+        arm.name: [
+            [(run.clock[seen], bpc) for seen, bpc in run.losses["validation"].items()]
+            for run in arm.runs
+        ]
+        for arm in (one, other)
+    }
     losses = [
         Loss(
             name,
@@ -129,11 +134,6 @@ def _seconds(arm: Arm) -> float | None:
     if not all(run.clock for run in arm.runs):
         return None
     return statistics.fmean(max(run.clock.values()) for run in arm.runs)
-
-
-def _by_time(run: RunRecord) -> list[tuple[float, float]]:
-    """Returns ``(seconds of training, BPC)`` for each evaluation."""
-    return [(run.clock[seen], bpc) for seen, bpc in run.losses["validation"].items()]
 
 
 def table_text(result: Mapping[str, Any]) -> str:
@@ -176,8 +176,7 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
     """Draws loss against characters and against time, and the difference with its errors."""
     points = result["points"]
     seen = [point["characters"] / 1e6 for point in points]
-    with style():
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    with panels(target, 1, 3, figsize=(12, 3.8)) as (left, middle, right):
         for index, arm in enumerate((one, other)):
             colour = f"C{index}"
             draw_curve(left, arm, "validation", arm.name, colour, marker="o", ms=3)
@@ -204,16 +203,14 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
             axes.set_ylim(min(ends) - 0.05, min(ends) + 0.95)
             axes.set_ylabel("bits per character, validation")
         left.set_xlabel(SEEN)
-        figure.legend(frameon=False, loc="outside upper left", ncols=2)
+        left.figure.legend(frameon=False, loc="outside upper left", ncols=2)
         middle.set_xlabel("minutes of training" if result["equal_time"] else "no clock in common")
         right.set_xlabel(SEEN)
         right.set_ylabel(f"difference of the means, BPC, ± {STANDARD_ERRORS:g} s.e.")
-        figure.savefig(target, dpi=150)
-        plt.close(figure)
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train compare", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of the finished runs of two arms")
     p.add_argument("--reference", default="", help="the arm to compare with; else the transformer")
@@ -236,12 +233,7 @@ def program(argv: Sequence[str]) -> None:
         clocks = [read_run(folder) for folder in options.clocks]
         one, other = (with_clocks(arm, clocks) for arm in (one, other))
     result = compare(one, other, same_budget=not options.any_budget)
-    write_json(output, result, indent=1)
-    table, picture = (output.with_suffix(suffix) for suffix in (".txt", ".png"))
-    text = table_text(result)
-    write_atomically(table, text + "\n")
-    draw(result, one, other, picture)
-    print(text, "", output, table, picture, sep="\n")
+    write_result(output, result, table_text(result), functools.partial(draw, result, one, other))
 
 
 def pair(arms: Mapping[str, Arm], reference: str) -> tuple[Arm, Arm]:

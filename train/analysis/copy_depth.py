@@ -4,26 +4,26 @@ Predictions on windows of the validation split are grouped by the depth of the r
 before them (``suffix_match.py``), by whether they are copy events, and by the distance to the
 source. Every arm (runs that differ only in their seed) is scored on the same windows. Intervals
 come from a bootstrap over the windows, with the same resamples for all arms, so that differences
-are paired. Prints a table; writes JSON and, beside it, a figure.
+are paired. Prints a table; writes JSON and, beside it, the table and a figure.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from train.analysis.figures import style
+from train.analysis.figures import panels
 from train.analysis.records import mean_and_deviation, read_arms, reference_arm
 from train.data.suffix_match import SuffixMatch, match_suffixes
 from train.errors import UserError
-from train.files import check_json_output, default_output, write_json
+from train.files import check_json_output, default_output, write_result
 from train.load import TrainedModel, load
 from train.metrics import bits_per_character
 from train.program import Arguments, start_jax
@@ -41,6 +41,8 @@ MOST_WINDOWS = 2000
 """Scored if no number is given."""
 LEAST_RESAMPLES = 100
 """Least number of resamples: fewer give no 95% interval and may miss a rare cell."""
+LEVEL = 0.95
+"""Confidence level of the intervals."""
 FAR = 64
 """Distance to the source, in characters, beyond which a repetition is long-range."""
 
@@ -86,17 +88,15 @@ def selectors() -> dict[tuple[str, str, str], npt.NDArray[np.bool_]]:
     }
 
 
-def resamples(num_windows: int, count: int, seed: int = 0) -> Floats:
+def resamples(num_windows: int, count: int) -> Floats:
     """Counts how often each bootstrap resample draws each window, ``[count, W]``."""
-    draw = np.random.default_rng(seed).multinomial(
+    draw = np.random.default_rng(0).multinomial(
         num_windows, np.full(num_windows, 1 / num_windows), size=count
     )
     return draw.astype(np.float64)
 
 
-def interval(
-    sums: Floats, counts: Floats, sum_draws: Floats, count_draws: Floats, level: float = 0.95
-) -> Interval:
+def interval(sums: Floats, counts: Floats, sum_draws: Floats, count_draws: Floats) -> Interval:
     """Returns the mean of a cell and its percentile interval over resamples that have the cell.
 
     Args:
@@ -104,12 +104,11 @@ def interval(
       counts: scalar, the cell's number of predictions.
       sum_draws: ``[R]``, the sum in each resample.
       count_draws: ``[R]``, the number in each resample.
-      level: confidence level of the interval.
     """
     if not counts:
         return Interval(None, None, None)
     drawn = count_draws > 0
-    tail = 100 * (1 - level) / 2
+    tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(sum_draws[drawn] / count_draws[drawn], [tail, 100 - tail])
     return Interval(float(sums / counts), float(low), float(high))
 
@@ -194,12 +193,11 @@ def bits_of_windows(
     windows: npt.NDArray[np.unsignedinteger[Any]],
     *,
     mesh: Mesh,
-    batch_size: int = 64,
     separator: int | None = None,
 ) -> Floats:
     """Computes the bits of each prediction, ``[W, L]``, for windows of tokens ``[W, L + 1]``."""
     losses = make_window_losses(model, mesh=mesh, separator=separator)
-    batch_size += -batch_size % mesh.size
+    batch_size = 64 + -64 % mesh.size
     nats = []
     for first in range(0, len(windows), batch_size):
         part = windows[first : first + batch_size]
@@ -252,7 +250,7 @@ def measure(
     match = match_suffixes(windows, separator=separator)
     table = tabulate(match, losses, reference=reference, num_resamples=num_resamples)
     for name, group in loaded.items():
-        table[name]["runs"] = [_source(trained) for trained in group]
+        table[name]["runs"] = [trained.source for trained in group]
     return {
         "kind": "copy_depth",
         "reference": reference,
@@ -260,7 +258,7 @@ def measure(
         "windows": num_windows,
         "length": length,
         "far": FAR,
-        "level": 0.95,
+        "level": LEVEL,
         "resamples": num_resamples,
         "provenance": provenance(corpus),
         "arms": table,
@@ -281,18 +279,6 @@ def _check_alike(every: Sequence[TrainedModel]) -> None:
                 f"{trained.run.path} and {first.run.path} have different config.data.segments, "
                 f"and so see different repetitions; compare runs that have the same"
             )
-
-
-def _source(trained: TrainedModel) -> dict[str, Any]:
-    """Describes a scored checkpoint."""
-    return {
-        "run": trained.run.path.name,
-        "seed": trained.experiment.seed,
-        "step": trained.step,
-        "parameters": trained.experiment.model.num_params(),
-        "characters": trained.step * trained.experiment.characters_per_step,
-        "commit": trained.run.read_provenance()[0]["git"]["commit"],
-    }
 
 
 def table_text(result: dict[str, Any]) -> str:
@@ -319,10 +305,7 @@ def draw(result: dict[str, Any], target: Path) -> None:
     views = (("all", "any"), ("copy", "any"), ("copy", "far"))
     titles = ("all predictions", "copy events", f"copy events, source beyond {result['far']}")
     reference = result["reference"]
-    with style():
-        figure, axes = plt.subplots(
-            2, 3, figsize=(11, 5.6), sharex=True, sharey="row", layout="constrained"
-        )
+    with panels(target, 2, 3, figsize=(11, 5.6), sharex=True, sharey="row") as axes:
         for column, (view, title) in enumerate(zip(views, titles, strict=True)):
             for index, (arm, table) in enumerate(result["arms"].items()):
                 for row, kind in enumerate(("loss", "difference")):
@@ -345,18 +328,15 @@ def draw(result: dict[str, Any], target: Path) -> None:
         axes[0, 0].set_ylabel("bits per character")
         axes[1, 0].set_ylabel(f"difference to\n{reference}")
         axes[0, 0].legend(frameon=False, fontsize=8)
-        figure.savefig(target, dpi=150)
-        plt.close(figure)
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train copy_depth", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs with checkpoints")
     p.add_argument("--output", type=Path, help="a .json; else copy_depth.json with the runs")
     p.add_argument("--reference", default="", help="the arm to compare with; else the transformer")
-    p.add_argument("--checkpoint", default="latest", help="best, latest or a step")
-    p.add_argument("--data_path", default="", help="where the run's data is, if it was moved")
+    p.add_checkpoint_options("latest")
     p.add_argument(
         "--windows",
         type=int,
@@ -379,7 +359,5 @@ def program(argv: Sequence[str]) -> None:
         length=options.length,
         num_resamples=options.resamples,
     )
-    write_json(output, result)
-    draw(result, output.with_suffix(".png"))
-    print(table_text(result))
-    print(f"\n{output}\n{output.with_suffix('.png')}")
+    drawn = functools.partial(draw, result)
+    write_result(output, result, table_text(result), drawn, indent=None)

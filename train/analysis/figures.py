@@ -4,8 +4,9 @@ A RUN is a run's folder or its record under ``results/``. With ``--copies`` it d
 events cost while the runs trained, and beside it what all other characters cost.
 """
 
+import contextlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,30 @@ from train.program import Arguments
 SEEN = "characters seen, millions"
 
 
-def style() -> Any:
-    """Sets the style that all figures share."""
-    return plt.rc_context(
-        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "grid.alpha": 0.3}
-    )  # fmt: skip
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+
+
+@contextlib.contextmanager
+def panels(target: Path, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
+    """Yields the panels of a figure, and writes the figure at the end.
+
+    Args:
+      target: the picture.
+      rows: of panels.
+      columns: of panels.
+      **options: as for ``plt.subplots``.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, columns, layout="constrained", **options)
+        yield axes
+        figure.savefig(target, dpi=150)
+        plt.close(figure)
 
 
 def loss_curve(runs: Sequence[str | Path], target: Path) -> None:
@@ -40,8 +59,7 @@ def loss_curve(runs: Sequence[str | Path], target: Path) -> None:
       UserError: runs of one name differ in more than their seed.
     """
     arms = read_arms(runs)
-    with style():
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    with panels(target, figsize=(7, 4)) as axes:
         for index, arm in enumerate(arms.values()):
             colour = f"C{index}"
             draw_curve(axes, arm, "train", f"{arm.name}, train", colour, lw=1, alpha=0.6)
@@ -50,8 +68,6 @@ def loss_curve(runs: Sequence[str | Path], target: Path) -> None:
         axes.set_xlabel(SEEN)
         axes.set_ylabel("bits per character")
         axes.legend(frameon=False)
-        figure.savefig(target, dpi=150)
-        plt.close(figure)
 
 
 def copy_curve(runs: Sequence[str | Path], target: Path) -> None:
@@ -68,10 +84,9 @@ def copy_curve(runs: Sequence[str | Path], target: Path) -> None:
                 f"{name} did not evaluate copy events while it trained: set "
                 f"config.evaluation.copy_depth, or leave it out"
             )
-    with style():
-        figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    with panels(target, 1, 2, figsize=(10, 4)) as both:
         for axes, (kind, what) in zip(
-            panels, (("copies", "copy events"), ("others", "all other characters")), strict=True
+            both, (("copies", "copy events"), ("others", "all other characters")), strict=True
         ):
             for index, arm in enumerate(arms.values()):
                 draw_curve(axes, arm, kind, arm.name, f"C{index}", marker="o", ms=3, lw=1.5)
@@ -80,9 +95,7 @@ def copy_curve(runs: Sequence[str | Path], target: Path) -> None:
             curves = filter(None, (arm.curve(kind) for arm in arms.values()))
             if last := [statistics.fmean(curve[-1][1]) for curve in curves]:
                 axes.set_ylim(min(last) - 0.1, max(last) + 0.6)
-        panels[0].legend(frameon=False)
-        figure.savefig(target, dpi=150)
-        plt.close(figure)
+        both[0].legend(frameon=False)
 
 
 def draw_curve(axes: Any, arm: Arm, kind: str, label: str, colour: str, **line: Any) -> None:
@@ -107,7 +120,7 @@ def draw_curve(axes: Any, arm: Arm, kind: str, label: str, colour: str, **line: 
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train figures", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs or of their records")
     p.add_argument("--output", type=Path, required=True, help="the picture to write, a .png")

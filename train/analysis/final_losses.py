@@ -7,6 +7,7 @@ split if every run was evaluated on it, otherwise those of the slice that each r
 end. Writes the table as JSON and, beside it, as text and as a figure.
 """
 
+import functools
 import itertools
 import os.path
 import statistics
@@ -14,14 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from train.analysis import verdicts
-from train.analysis.figures import style
+from train.analysis.figures import panels
 from train.analysis.records import read_arms, reference_arm
-from train.files import check_json_output, default_output, write_atomically, write_json
+from train.files import check_json_output, default_output, write_result
 from train.program import Arguments
 from train.tables import text_table
 
@@ -127,13 +126,13 @@ def result_text(found: Mapping[str, Any]) -> str:
 
 def draw(found: Mapping[str, Any], target: Path) -> None:
     """Draws variants one below the other, or rungs against their size."""
-    with style():
-        figure = _draw_variants(found) if found["variants"] else _draw_rungs(found)
-        figure.savefig(target, dpi=150)
-        plt.close(figure)
+    if found["variants"]:
+        _draw_variants(found, target)
+    else:
+        _draw_rungs(found, target)
 
 
-def _draw_variants(found: Mapping[str, Any]) -> Figure:
+def _draw_variants(found: Mapping[str, Any], target: Path) -> None:
     """Draws the best arm on top: a dot for the mean, small dots for seeds, a line: the reference.
 
     An arm beyond the edge is an arrow.
@@ -142,72 +141,67 @@ def _draw_variants(found: Mapping[str, Any]) -> Figure:
     shared = os.path.commonprefix([row["arm"] for row in rows])
     prefix = shared[: shared.rfind("_") + 1]
     line = next(row["bpc"] for row in rows if row["arm"] == found["reference"])
-    figure, axis = plt.subplots(figsize=(7, 1.0 + 0.26 * len(rows)), layout="constrained")
-    axis.axvline(line, color="0.5", lw=1, ls="--")
-    for place, row in enumerate(rows):
-        color = "C1" if row["architecture"] == "transformer" else "C0"
-        within = row["bpc"] <= found["edge"]
-        end = min(row["bpc"], found["edge"])
-        axis.plot([line, end], [place, place], color=color, lw=2, alpha=0.4)
-        if within:
-            axis.plot(row["seeds"], [place] * len(row["seeds"]), ".", color=color, ms=4, alpha=0.6)
-        axis.plot(end, place, "o" if within else ">", color=color, ms=6)
-        apart = "" if row["arm"] == found["reference"] else f"{row['difference']:+z.3f}"
-        axis.annotate(
-            apart,
-            (max(end, line), place),
-            (8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
-    axis.set_yticks(range(len(rows)), [row["arm"].removeprefix(prefix) for row in rows])
-    axis.grid(axis="y", visible=False)
-    axis.margins(x=0.12)
-    axis.set_xlabel(f"bits per character; difference to {found['reference']}")
-    return figure
-
-
-def _draw_rungs(found: Mapping[str, Any]) -> Figure:
-    """Draws loss against parameters and training FLOPs."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
-    for axis, (what, label) in zip(axes, SIZES.items(), strict=True):
-        for index, (kind, same) in enumerate(_by_kind(found["arms"]).items()):
-            rows = sorted(same, key=lambda row: row[what])
-            axis.errorbar(
-                [row[what] for row in rows],
-                [row["bpc"] for row in rows],
-                yerr=[row["deviation"] or 0.0 for row in rows],
-                color=f"C{index}",
-                marker="o",
-                lw=1,
-                label=kind,
+    with panels(target, figsize=(7, 1.0 + 0.26 * len(rows))) as axis:
+        axis.axvline(line, color="0.5", lw=1, ls="--")
+        for place, row in enumerate(rows):
+            color = "C1" if row["architecture"] == "transformer" else "C0"
+            within = row["bpc"] <= found["edge"]
+            end = min(row["bpc"], found["edge"])
+            axis.plot([line, end], [place, place], color=color, lw=2, alpha=0.4)
+            if within:
+                axis.plot(
+                    row["seeds"], [place] * len(row["seeds"]), ".", color=color, ms=4, alpha=0.6
+                )
+            axis.plot(end, place, "o" if within else ">", color=color, ms=6)
+            apart = "" if row["arm"] == found["reference"] else f"{row['difference']:+z.3f}"
+            axis.annotate(
+                apart,
+                (max(end, line), place),
+                (8, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
             )
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 5T
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.yaxis.set_major_formatter("{x:.2f}")
-        axis.yaxis.set_minor_formatter("{x:.2f}")
-        axis.set_xlabel(label)
-        axis.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("bits per character")
-    return figure
+        axis.set_yticks(range(len(rows)), [row["arm"].removeprefix(prefix) for row in rows])
+        axis.grid(axis="y", visible=False)
+        axis.margins(x=0.12)
+        axis.set_xlabel(f"bits per character; difference to {found['reference']}")
+
+
+def _draw_rungs(found: Mapping[str, Any], target: Path) -> None:
+    """Draws loss against parameters and training FLOPs."""
+    with panels(target, 1, 2, figsize=(9, 3.8), sharey=True) as axes:
+        for axis, (what, label) in zip(axes, SIZES.items(), strict=True):
+            for index, (kind, same) in enumerate(_by_kind(found["arms"]).items()):
+                rows = sorted(same, key=lambda row: row[what])
+                axis.errorbar(
+                    [row[what] for row in rows],
+                    [row["bpc"] for row in rows],
+                    yerr=[row["deviation"] or 0.0 for row in rows],
+                    color=f"C{index}",
+                    marker="o",
+                    lw=1,
+                    label=kind,
+                )
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 5T
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.yaxis.set_major_formatter("{x:.2f}")
+            axis.yaxis.set_minor_formatter("{x:.2f}")
+            axis.set_xlabel(label)
+            axis.legend(frameon=False, fontsize=8)
+        axes[0].set_ylabel("bits per character")
 
 
 def write(found: Mapping[str, Any], output: Path) -> None:
-    """Writes JSON, text and figure, and prints the text and the paths."""
-    table, picture = (output.with_suffix(suffix) for suffix in (".txt", ".png"))
-    text = result_text(found)
-    write_json(output, found, indent=1)
-    write_atomically(table, text + "\n")
-    draw(found, picture)
-    print(text, "", output, table, picture, sep="\n")
+    """Writes JSON, text and figure."""
+    write_result(output, found, result_text(found), functools.partial(draw, found))
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train final_losses", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of finished runs or of their records")
     p.add_argument("--reference", default="", help="the arm to compare with; else the first")

@@ -6,6 +6,7 @@ entropy, what each head attends to, order parameters, and the frustration that t
 brings into the delayed coupling. Writes JSON and, beside it, two figures.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ from fsn_jax.readings import (
 )
 from fsn_jax.torus import order_parameter
 from train.analysis.copy_depth import spread_windows
-from train.analysis.figures import style
+from train.analysis.figures import STYLE, panels
 from train.errors import UserError
-from train.files import check_json_output, default_output, write_json
+from train.files import check_json_output, default_output, write_atomically
 from train.load import load
 from train.program import Arguments, start_jax
 from train.provenance import provenance
@@ -78,7 +79,9 @@ def measure(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
 
 def read_layer(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
     """Returns the readings of one layer on a text, as plain values."""
-    found = jax.device_get(measure(state, tokens))
+    measured = jax.device_get(measure(state, tokens))
+    frustration = measured.pop("frustration")
+    found = jax.tree.map(_round, measured)
     num_delays, num_harmonics, num_kernels, _ = state.kappa.shape
     return {
         "coefficients": [
@@ -86,34 +89,31 @@ def read_layer(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
                 "delay": delay,
                 "harmonic": harmonic + 1,
                 "head": head,
-                "strength": _round(found["strength"][delay, harmonic, head]),
-                "angle": _round(found["angle"][delay, harmonic, head]),
+                "strength": found["strength"][delay][harmonic][head],
+                "angle": found["angle"][delay][harmonic][head],
             }
             for delay in range(num_delays)
             for harmonic in range(num_harmonics)
             for head in range(num_kernels)
         ],
-        "repulsiveness": _round(found["repulsiveness"]),
+        "repulsiveness": found["repulsiveness"],
         "coupling": [
             {"delay": delay, "head": head}
             | {
-                f"p{level}": _round(np.percentile(found["curves"][delay, head], level, axis=0))
+                f"p{level}": _round(np.percentile(measured["curves"][delay, head], level, axis=0))
                 for level in BAND
             }
             for delay in range(num_delays)
             for head in range(num_kernels)
         ],
-        "attention_entropy": _round(found["entropy"]),
-        "relative_entropy": _round(found["relative_entropy"]),
-        "attention_to": {name: _round(x) for name, x in found["attention_to"].items()},
-        "order": {
-            place: {name: _round(value) for name, value in order.items()}
-            for place, order in found["order"].items()
-        },
+        "attention_entropy": found["entropy"],
+        "relative_entropy": found["relative_entropy"],
+        "attention_to": found["attention_to"],
+        "order": found["order"],
         "data_frustration": {
-            "length": _round(found["mean_length"]),
-            "direction": _round(found["mean_direction"]),
-            "histogram": _round(circle_histogram(**found["frustration"])),
+            "length": found["mean_length"],
+            "direction": found["mean_direction"],
+            "histogram": _round(circle_histogram(**frustration)),
         },
     }
 
@@ -164,11 +164,8 @@ def read(
     states = jax.jit(lambda v, t: trace_layers(model, v, t))(variables, tokens)
     return {
         "kind": "readings",
-        "run": trained.run.path.name,
         "name": trained.experiment.name,
-        "seed": trained.experiment.seed,
-        "step": trained.step,
-        "commit": trained.run.read_provenance()[0]["git"]["commit"],
+        **trained.source,
         "split": "validation",
         "windows": num_windows,
         "length": length,
@@ -197,7 +194,7 @@ def draw_kernels(page: dict[str, Any], target: Path) -> None:
     columns = 2 * delays + 1
     phi = np.linspace(-np.pi, np.pi, POINTS)
     edges = np.linspace(-np.pi, np.pi, BINS + 1)
-    with style():
+    with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(2.5 * columns, 2.3 * len(layers)), layout="constrained")
         for row, layer in enumerate(layers):
             for delay in range(delays):
@@ -244,8 +241,7 @@ def draw_depth(page: dict[str, Any], target: Path) -> None:
     """Draws order parameters, attention entropy and repeats, and the text's angles by layer."""
     layers = page["layers"]
     depth = np.arange(len(layers))
-    with style():
-        figure, axes = plt.subplots(1, 4, figsize=(14.5, 3.4), layout="constrained")
+    with panels(target, 1, 4, figsize=(14.5, 3.4)) as axes:
         by_depth = [layers[0]["order"]["before"], *(layer["order"]["after"] for layer in layers)]
         coordinates = np.array([order["coordinates"] for order in by_depth])
         places = np.arange(len(by_depth))
@@ -280,17 +276,14 @@ def draw_depth(page: dict[str, Any], target: Path) -> None:
             axis.set_xticks(depth, [str(i + 1) for i in depth])
         for axis in axes:
             axis.set_xlabel("layer")
-        figure.savefig(target, dpi=150)
-        plt.close(figure)
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train readings", description=__doc__)
     p.add_argument("run", help="the folder of an FSN's run with checkpoints")
     p.add_argument("--output", type=Path, help="a .json; else readings.json with the run")
-    p.add_argument("--checkpoint", default="latest", help="best, latest or a step")
-    p.add_argument("--data_path", default="", help="where the run's data is, if it was moved")
+    p.add_checkpoint_options("latest")
     p.add_argument("--windows", type=int, default=16, help="of the validation split")
     p.add_argument("--length", type=int, default=0, help="characters each; 0: context, at most 256")
     options = p.parse_args(argv[1:])
@@ -303,7 +296,7 @@ def program(argv: Sequence[str]) -> None:
         length=options.length,
         data_path=options.data_path,
     )
-    write_json(output, page)
+    write_atomically(output, json.dumps(page) + "\n")
     kernels = output.with_name(f"{output.stem}_kernels.png")
     depth = output.with_name(f"{output.stem}_depth.png")
     draw_kernels(page, kernels)

@@ -121,7 +121,7 @@ def page_data(folders: Sequence[str | Path], added: Sequence[Path]) -> dict[str,
             f"{len(runs)} run{'s' * (len(runs) > 1)} of {len(arms)} arm{'s' * (len(arms) > 1)} on "
             f"{', '.join(names)}. Losses are in bits per character (BPC)."
         ),
-        # As the loss falls fast at first, the axis leaves out what is far above any evaluation.
+        # The loss falls fast at first: the axis ends near the highest evaluation.
         "range": [min(losses) - 0.05, max(losses) + 0.05] if losses else None,
         "arms": shown,
         "runs": [run_data(run) for run in runs],
@@ -155,7 +155,7 @@ def render(data: dict[str, Any], title: str) -> str:
 
 
 def program(argv: Sequence[str]) -> None:
-    """Parses and calls."""
+    """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train report", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs or of their records")
     p.add_argument("--add", nargs="+", type=Path, default=[], help="JSON of the other programs")

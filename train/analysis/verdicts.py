@@ -1,4 +1,4 @@
-"""The tests that judge claims by recorded runs, each a pure function of the records.
+"""Tests that judge claims by recorded runs; each is a pure function of the records.
 
 A comparison of means is decided if both arms have two seeds or more and differ by more than two
 standard errors of the difference; a single seed decides nothing. Losses are BPC of the whole
@@ -237,12 +237,14 @@ def every_seed_below(arms: Sequence[Arm]) -> Verdict:
     return Verdict("holds" if count == len(one.values) else "fails", text)
 
 
-def _bounded(apart: float, error: float, within: float) -> Direction:
-    """Judges whether a difference, with its noise, is within a bound."""
+def _bounded(apart: float, error: float | None, within: float) -> tuple[Direction, str]:
+    """Judges whether a difference, with its noise, is within a bound; see ``decide``."""
+    if error is None:
+        return "undecided", "one seed"
     noise = STANDARD_ERRORS * error
     if abs(apart) + noise <= within:
-        return "holds"
-    return "fails" if abs(apart) - noise > within else "undecided"
+        return "holds", ""
+    return ("fails", "") if abs(apart) - noise > within else ("undecided", NOISE)
 
 
 def tracks(arms: Sequence[Arm], *, within: float) -> Verdict:
@@ -250,10 +252,8 @@ def tracks(arms: Sequence[Arm], *, within: float) -> Verdict:
     one, other = final_losses(arms)
     apart, error = difference(one, other)
     text = f"{one}, {other}: {signed(apart, error)}, to be within {within}"
-    if error is None:
-        return Verdict("undecided", text, "one seed")
-    direction = _bounded(apart, error, within)
-    return Verdict(direction, text, NOISE if direction == "undecided" else "")
+    direction, reason = _bounded(apart, error, within)
+    return Verdict(direction, text, reason)
 
 
 def early_only(arms: Sequence[Arm], *, within: float) -> Verdict:
@@ -271,11 +271,9 @@ def early_only(arms: Sequence[Arm], *, within: float) -> Verdict:
         f"{losses[0]}, {losses[1]}: {signed(start, start_error)} at {first / 1e6:.3g}M characters, "
         f"{signed(end, end_error)} at the end, to be within {within}"
     )
-    if start_error is None or end_error is None:
-        return Verdict("undecided", text, "one seed")
-    parts = {decide(start, start_error)[0], _bounded(end, end_error, within)}
+    parts = dict((decide(start, start_error), _bounded(end, end_error, within)))
     direction = next(found for found in DIRECTIONS if found in parts)
-    return Verdict(direction, text, NOISE if direction == "undecided" else "")
+    return Verdict(direction, text, parts[direction])
 
 
 def copy_depth(table: Mapping[str, Any], *, full: str, base: str) -> Verdict:

@@ -138,8 +138,8 @@ def default_cache() -> Path:
         ) from None
 
 
-def read_corpus(folder: Path, *, verify: bool = True) -> Corpus:
-    """Reads a prepared corpus from its folder.
+def read_corpus(folder: Path) -> Corpus:
+    """Reads a prepared corpus from its folder; checks the hashes of all splits but test.
 
     Raises:
       UserError: a file is missing or is not what the manifest says, or the manifest of a pinned
@@ -178,7 +178,7 @@ def read_corpus(folder: Path, *, verify: bool = True) -> Corpus:
         if size != info.num_bytes:
             found = "is missing" if size is None else f"holds {size} bytes, not {info.num_bytes}"
             raise _damaged(file, found, folder)
-        if verify and split != "test":
+        if split != "test":
             _check_hash(corpus, split)
     return corpus
 

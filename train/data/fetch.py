@@ -132,40 +132,45 @@ Source = LocalFile | UrlArchive | PackageFile
 """A place that may hold the file, or an archive with the file under the name ``member``."""
 
 
-def fetch(
-    target: Path,
-    sources: Sequence[Source],
-    *,
-    size: int,
-    sha256: str,
-    advice: str,
-    progress: Progress,
-) -> Path:
-    """Writes the file with the given size and SHA-256 to ``target``.
+@dataclasses.dataclass(frozen=True)
+class PinnedFile:
+    """A file to fetch.
+
+    Attributes:
+      name: name of the file.
+      size: number of bytes; no more are written.
+      sha256: hexadecimal digest.
+      sources: tried in this order.
+    """
+
+    name: str
+    size: int
+    sha256: str
+    sources: Sequence[Source]
+
+
+def fetch(wanted: PinnedFile, folder: Path, *, advice: str, progress: Progress) -> Path:
+    """Writes a file into a folder and returns its path.
 
     Args:
-      target: path of the file, in a folder that exists; replaced if it is there.
-      sources: tried in this order.
-      size: number of bytes of the file; no more are written.
-      sha256: hexadecimal digest of the file.
+      wanted: the file.
+      folder: a folder that exists; a file of that name in it is replaced.
       advice: how the user can supply the file, for the error message.
       progress: called with one line at a time.
-
-    Returns:
-      ``target``.
 
     Raises:
       UserError: every source failed; one line gives the reason of each.
     """
+    target = folder / wanted.name
     failures = []
-    for source in sources:
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
+    for source in wanted.sources:
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
             candidate = Path(scratch) / "candidate"
             try:
                 found = source.obtain(Path(scratch), progress)
                 with open_member(found, source.member) as stream:
-                    _copy(stream, candidate, size)
-                _check(candidate, size, sha256)
+                    _copy(stream, candidate, wanted.size)
+                _check(candidate, wanted)
             except _FAILURES as failure:
                 reason = " ".join(str(failure).split()) or type(failure).__name__
                 failures.append(f"{source.label}: {reason}")
@@ -213,9 +218,9 @@ def _copy(stream: IO[bytes], target: Path, limit: int, progress: Progress | None
             out.write(chunk)
 
 
-def _check(candidate: Path, size: int, sha256: str) -> None:
+def _check(candidate: Path, wanted: PinnedFile) -> None:
     found = candidate.stat().st_size
-    if found != size:
-        raise SourceFailure(f"holds {found} bytes, expected {size}")
-    if (digest := file_sha256(candidate)) != sha256:
-        raise SourceFailure(f"altered: SHA-256 {digest}, expected {sha256}")
+    if found != wanted.size:
+        raise SourceFailure(f"holds {found} bytes, expected {wanted.size}")
+    if (digest := file_sha256(candidate)) != wanted.sha256:
+        raise SourceFailure(f"altered: SHA-256 {digest}, expected {wanted.sha256}")

@@ -3,24 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from train.data.fetch import PackageFile, Source, UrlArchive
-
-
-@dataclasses.dataclass(frozen=True)
-class PinnedFile:
-    """A file to fetch.
-
-    Attributes:
-      name: name of the file.
-      size: number of bytes.
-      sha256: hexadecimal digest.
-      sources: tried in this order, unless the user names a file.
-    """
-
-    name: str
-    size: int
-    sha256: str
-    sources: tuple[Source, ...]
+from train.data.fetch import PackageFile, PinnedFile, UrlArchive
 
 
 @dataclasses.dataclass(frozen=True)

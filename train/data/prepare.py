@@ -44,7 +44,6 @@ def open_corpus(
     path: str = "",
     cache_dir: str = "",
     unit: Unit = "bytes",
-    verify: bool = True,
     progress: Progress = print,
 ) -> Corpus:
     """Opens a corpus from the cache; prepares it there first if needed.
@@ -57,7 +56,6 @@ def open_corpus(
         where it is copied into the cache).
       cache_dir: folder of the cache; "" means `default_cache()`.
       unit: what a token stands for; "characters" is for text only.
-      verify: whether to check the hashes of train and validation (test is checked when read).
       progress: called with one line at a time while a corpus is prepared.
 
     Raises:
@@ -74,7 +72,7 @@ def open_corpus(
         folder = corpus_folder(name, path, cache, unit)
         if not folder.exists():
             prepare_corpus(name, path, cache, unit=unit, progress=progress)
-    corpus = read_corpus(folder, verify=verify)
+    corpus = read_corpus(folder)
     if corpus.name != name:
         raise UserError(
             f"config.data.path={path} holds the corpus {corpus.name}, not config.data.name={name}"

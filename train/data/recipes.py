@@ -76,19 +76,14 @@ def cut_at(size: int) -> dict[str, tuple[int, int]]:
 
 def _enwik8(path: str, scratch: Path, progress: Progress) -> Recipe:
     [wanted] = PINNED["enwik8"].files
-    own = [LocalFile(user_path("config.data.path", path), member=ENWIK8_MEMBER)]
+    if path:
+        own = LocalFile(user_path("config.data.path", path), member=ENWIK8_MEMBER)
+        wanted = dataclasses.replace(wanted, sources=(own,))
     advice = (
         "get enwik8 or enwik8.zip yourself and name it: --config.data.path=FILE (of train) or "
         "--path=FILE (of train prepare)"
     )
-    raw = fetch(
-        scratch / wanted.name,
-        own if path else wanted.sources,
-        size=wanted.size,
-        sha256=wanted.sha256,
-        advice=advice,
-        progress=progress,
-    )
+    raw = fetch(wanted, scratch, advice=advice, progress=progress)
 
     def examples(split: str) -> Examples:
         start, stop = cut_at(wanted.size)[split]
@@ -111,19 +106,12 @@ def _pycode(path: str, scratch: Path, progress: Progress) -> Recipe:
         f"put the wheels {', '.join(file.name for file in files)} into a folder and name it: "
         "--config.data.path=FOLDER (of train) or --path=FOLDER (of train prepare)"
     )
-    wheels = [
-        fetch(
-            scratch / wanted.name,
-            [LocalFile(user_path("config.data.path", path) / wanted.name)]
-            if path
-            else wanted.sources,
-            size=wanted.size,
-            sha256=wanted.sha256,
-            advice=advice,
-            progress=progress,
+    if path:
+        own = user_path("config.data.path", path)
+        files = tuple(
+            dataclasses.replace(wanted, sources=(LocalFile(own / wanted.name),)) for wanted in files
         )
-        for wanted in files
-    ]
+    wheels = [fetch(wanted, scratch, advice=advice, progress=progress) for wanted in files]
 
     def examples(split: str) -> Examples:
         # The order of the digests is as good as random: every part of a split has some of each.
@@ -166,7 +154,7 @@ def _codeparrot(path: str) -> Recipe:
 
 
 def _text(path: str, progress: Progress, unit: Unit) -> Recipe:
-    """The user's own files; of Unicode characters, they must be UTF-8 and none is cut."""
+    """Returns the recipe of the user's files; as characters they are UTF-8 and none is cut."""
     found = find_files(path, report=progress)
     files = without_duplicates(found)
     if unit == "characters":

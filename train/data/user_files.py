@@ -45,7 +45,7 @@ SIGNATURES = {
 
 @dataclasses.dataclass(frozen=True)
 class UserFile:
-    """A file of the user's.
+    """A file that the user named.
 
     Attributes:
       path: path of the file.
@@ -110,17 +110,15 @@ Found = list[tuple[str, Path]]  # name below the folder or pattern, and file
 
 def _of_folder(path: str, folder: Path, suffix: str, report: Callable[[str], None]) -> Found:
     hidden: list[str] = []
-    found, others = _walk(folder, hidden)
-    if suffix:
-        found = [(name, file) for name, file in found if name.endswith(suffix)]
-    else:
-        found = _with_text(found, others)
+    every, others = _walk(folder, hidden)
     if hidden:
         report(f"passed over, as their names begin with a dot: {_listed(hidden)}")
-    if others and not suffix:
-        report(f"passed over, as they hold no text: {_listed(others)}")
+    if suffix:
+        found = [(name, file) for name, file in every if name.endswith(suffix)]
+    else:
+        found = _with_text(every, others, report)
     if not found:
-        wanted = f"{suffix} file" if suffix else "file of text" if others else "file"
+        wanted = f"{suffix} file" if suffix else "file of text" if every or others else "file"
         raise UserError(f"config.data.path={path} is a folder with no {wanted} in it")
     return found
 
@@ -135,28 +133,26 @@ def _of_pattern(path: str, pattern: Path, report: Callable[[str], None]) -> Foun
     if not files:
         raise UserError(f"config.data.path={path} matches no file")
     root = os.path.commonpath([os.path.dirname(name) for name, _ in files])
-    others: list[str] = []
-    found = _with_text(
-        [(Path(name).relative_to(root).as_posix(), file) for name, file in files], others
-    )
-    if others:
-        report(f"passed over, as they hold no text: {_listed(others)}")
+    named = [(Path(name).relative_to(root).as_posix(), file) for name, file in files]
+    found = _with_text(named, [], report)
     if not found:
         raise UserError(f"config.data.path={path} matches no file of text")
     return found
 
 
-def _with_text(found: Found, others: list[str]) -> Found:
-    """Returns the files that hold text; adds the others to ``others``."""
+def _with_text(found: Found, others: Sequence[str], report: Callable[[str], None]) -> Found:
+    """Returns the files that hold text; reports the rest of them and ``others``."""
     looks = {name: not_text(file) for name, file in found}
-    others += [f"{name} ({what})" for name, what in looks.items() if what]
+    rest = [*others, *(f"{name} ({what})" for name, what in looks.items() if what)]
+    if rest:
+        report(f"passed over, as they hold no text: {_listed(rest)}")
     return [(name, file) for name, file in found if not looks[name]]
 
 
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    """Formats the first names in order, and the number of the others."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(sorted(names)[:most]) + more
+def _listed(names: Sequence[str]) -> str:
+    """Formats the first five names in order, and the number of the others."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(sorted(names)[:5]) + more
 
 
 def not_text(file: Path) -> str:
@@ -325,5 +321,5 @@ def _check_link(folder: Path, link: Path) -> None:
     if where != "outside it" or not target.is_relative_to(folder.resolve()):
         raise UserError(
             f"config.data.path={folder} holds {link.relative_to(folder)}, a link to {target} "
-            f"{where}: remove it, or put what is meant in its place"
+            f"{where}: remove it, or replace it by the file itself"
         )

@@ -1,4 +1,4 @@
-"""Windows of a split: their order in training, where they are read, and those of an evaluation.
+"""Windows of a split: their order in training, how they are read, and windows of an evaluation.
 
 An epoch is a seeded permutation of non-overlapping windows of L tokens, offset by a seeded shift.
 The window that begins at s has the inputs `tokens[s : s + L]` and the targets
@@ -30,6 +30,7 @@ Offsets = npt.NDArray[np.signedinteger[Any]]  # int32; int64 from INT32_LIMIT by
 
 INT32_LIMIT = 2**31  # tokens that 32-bit offsets can point into
 READ_THREADS = 4
+BATCHES_AHEAD = 16
 
 
 class WindowOrder:
@@ -95,11 +96,6 @@ def _offset_dtype(num_tokens: int) -> np.dtype[np.signedinteger[Any]]:
     return np.dtype(np.int32 if num_tokens < INT32_LIMIT else np.int64)
 
 
-def place_tokens(tokens: Tokens, sharding: jax.sharding.Sharding) -> UInt[Array, " n"]:
-    """Puts a whole corpus on the devices, unsigned[n]."""
-    return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])
-
-
 def check_placement(placement: str, num_tokens: int) -> None:
     """Raises UserError if a corpus is too long to be ``resident``: offsets have 32 bits there."""
     if placement == "resident" and num_tokens >= INT32_LIMIT:
@@ -124,12 +120,6 @@ def gather_windows(
     return jax.vmap(window)(starts)
 
 
-def process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    """Returns the rows of a batch that one process reads: equal shares, in process order."""
-    share = batch_size // process_count
-    return slice(process_index * share, (process_index + 1) * share)
-
-
 def host_batches(
     data: Tokens,
     order: WindowOrder,
@@ -139,7 +129,6 @@ def host_batches(
     table: npt.NDArray[np.uint8] | None = None,
     process_index: int = 0,
     process_count: int = 1,
-    prefetch: int = 16,
 ) -> Iterator[Tokens]:
     """Reads the batches of steps start_step to start_step + num_steps on the host.
 
@@ -151,7 +140,6 @@ def host_batches(
       table: uint8[256], the token of each byte, applied to what is read; None for data of tokens.
       process_index: index of this process.
       process_count: number of processes that share each batch.
-      prefetch: number of batches read ahead.
 
     Returns:
       An iterator over unsigned[batch_size / process_count, L + 1]. The thread pool that reads ahead
@@ -162,7 +150,8 @@ def host_batches(
         raise ValueError(f"the order is for {order.num_tokens} tokens, the data has {data.size}")
     import grain  # here: only placement=host takes the time to import it
 
-    rows = process_rows(order.batch_size, process_index, process_count)
+    share = order.batch_size // process_count
+    rows = slice(process_index * share, (process_index + 1) * share)
     columns = np.arange(order.context + 1)
 
     def batch(step: int) -> Tokens:
@@ -172,7 +161,7 @@ def host_batches(
     if num_steps <= 0:
         return iter(())
     steps = grain.MapDataset.range(start_step, start_step + num_steps)
-    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=prefetch)
+    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=BATCHES_AHEAD)
     return iter(steps.map(batch).to_iter_dataset(options))
 
 
@@ -194,9 +183,9 @@ def evaluation_windows(
 ) -> Iterator[EvaluationBatch]:
     """Yields windows in which every token of a split but its first is scored exactly once.
 
-    Windows begin every ``stride`` tokens. Each scores what the one before did not reach, so each
-    scored token but those of the first window has at least ``context - stride + 1`` tokens before
-    it. The last window is moved back to end with the split. All batches have the same shape.
+    Windows begin every ``stride`` tokens. Each scores the tokens that the previous one did not
+    reach. So each scored token after the first window has at least ``context - stride + 1`` tokens
+    before it. The last window is moved back to end with the split. All batches have the same shape.
 
     Args:
       num_tokens: length of the split, see ``check_evaluation``.

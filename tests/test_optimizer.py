@@ -33,7 +33,7 @@ MODELS: list[ModelConfig] = [
     *(transformer_config(num_layers=1, **changes) for changes in TRANSFORMER_VARIANTS.values()),
 ]
 
-# Every name that any variant gives a parameter; a new one belongs here and in train/optimizer.py.
+# Every name that any variant gives a parameter; a new one belongs here and in train/groups.py.
 GROUPS = {
     "angles": {"embedding/angles", "block/attention/score/gate_angle"},
     "kernels": {

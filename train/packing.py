@@ -5,8 +5,8 @@ transposed to wide ones, and the other parameters of a group (``train/groups.py`
 
     {"matrices": {"28x112": [6, 28, 112], "112x432": [18, 112, 432]}, "gates": [n], ...}
 
-Packed trees exist within a dispatch only. A run's state and its checkpoints hold the parameters'
-own tree.
+Packed trees exist on accelerators only and within a dispatch. A run's state and its checkpoints
+hold the parameters' own tree.
 """
 
 import itertools
@@ -18,9 +18,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from train.groups import MATRICES, group_of
+from train.mesh import Layout
+
+
+def packs(mesh: Mesh, layout: Layout) -> bool:
+    """Returns whether a dispatch packs: no sharded arrays, and none on CPUs, which gain nothing."""
+    return layout == "replicated" and mesh.devices.flat[0].platform != "cpu"
 
 
 def pack(tree: Any) -> dict[str, Any]:

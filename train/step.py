@@ -35,7 +35,7 @@ from train.mesh import (
     shardings,
     spec,
 )
-from train.packing import pack, pack_state, unpack, unpack_state
+from train.packing import pack, pack_state, packs, unpack, unpack_state
 
 
 @flax.struct.dataclass
@@ -303,7 +303,7 @@ def make_train_steps(
 
     def train_steps(state: TrainState, *inputs: Array) -> tuple[TrainState, DispatchMetrics]:
         given, of_params = state, gradient
-        if layout == "replicated":
+        if packs(mesh, layout):
             state, of_params = pack_state(state, optimizer), _of_packed(gradient, given.params)
         one_step = _make_step(optimizer, of_params, log_every)
 
@@ -312,7 +312,7 @@ def make_train_steps(
 
         step = resident_step if placement == "resident" else one_step
         state, losses = jax.lax.scan(step, state, inputs[-1])
-        if layout == "replicated":
+        if packs(mesh, layout):
             state = unpack_state(state, given)
         return state, DispatchMetrics(**vars(state.tally), losses=losses)
 

@@ -90,8 +90,12 @@ def recomputed(
         return function(*arguments), arguments
 
     def backward(arguments: tuple[Tree, ...], cotangent: Result) -> tuple[Tree, ...]:
-        arguments = delay_until(jax.tree.leaves(cotangent)[0], arguments)
-        return jax.vjp(function, *arguments)[1](cotangent)
+        first = jax.tree.leaves(cotangent)[0]
+        leaves, structure = jax.tree.flatten(arguments)
+        # Parameters, which have fewer axes, need not wait: what a token enters does.
+        delayed = iter(delay_until(first, [leaf for leaf in leaves if leaf.ndim >= first.ndim]))
+        leaves = [next(delayed) if leaf.ndim >= first.ndim else leaf for leaf in leaves]
+        return jax.vjp(function, *jax.tree.unflatten(structure, leaves))[1](cotangent)
 
     again.defvjp(forward, backward)
     return lambda *arguments: again(*reverse_mode_only(match_varying_axes(arguments)))

@@ -106,6 +106,10 @@ def kept_in(z: Complex, dtype: str) -> Complex:
 
 def multiply(x: Complex, y: Complex) -> Complex:
     """Multiplies complex numbers elementwise, with broadcasting."""
+    if x.re.shape != y.re.shape:
+        # Alike first: so a cotangent is summed over the new axes once, not once for each product.
+        zeros = jnp.zeros_like(x.re) + jnp.zeros_like(y.re)
+        x, y = (Complex(z.re + zeros, z.im + zeros) for z in (x, y))
     return Complex(x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re)
 
 

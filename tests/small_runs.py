@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -35,6 +36,9 @@ CONTEXT, BATCH = 16, 16
 
 # Relative: float32 sums of some 10**4 terms in another order, over some steps of a small run.
 SAME_LOSS = 2e-6
+
+ACCELERATOR: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))
+"""What the optimizer sees of a mesh with an accelerator."""
 
 # Few parameters of few kinds: what is tested with them does not depend on the layers, and nearly
 # all of its time goes to compiling them.

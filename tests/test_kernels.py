@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from fsn_jax import FrustratedAttention, kernels
 from fsn_jax.causal import causal_sum
@@ -38,6 +39,13 @@ def kernel(request, monkeypatch):
         return getattr(tpu_coupling, name)(*arrays, interpret=True)
 
     monkeypatch.setattr(kernels, "_by_platform", interpreted)
+
+
+def described(platform, sizes=(), names=()):
+    """A mesh of devices that are not there: since JAX 0.12 Pallas asks which GPU it lowers for."""
+    gpu = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+    kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return AbstractMesh(sizes, names, kinds, abstract_device=gpu if platform == "cuda" else None)
 
 
 def exact(query, key, value, ids, d_total, d_self, include_self):
@@ -209,11 +217,12 @@ def test_lowers(platform, call, length, score_width, value_width, dtype):
     def loss(*arrays):
         return causal_sum(*arrays, include_self=False, implementation="pallas").total.sum()
 
-    exported = jax.export.export(
-        jax.jit(jax.grad(loss, argnums=(0, 1, 2))),
-        platforms=[platform],
-        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(call)],
-    )(*shapes)
+    with jax.sharding.use_abstract_mesh(described(platform)):
+        exported = jax.export.export(
+            jax.jit(jax.grad(loss, argnums=(0, 1, 2))),
+            platforms=[platform],
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(call)],
+        )(*shapes)
     assert exported.mlir_module().count(f"@{call}(") == {"tpu": 2, "cuda": 3}[platform]
 
 
@@ -331,7 +340,10 @@ def test_auto_keeps_the_kernel_out_of_a_program_that_the_compiler_divides(
     spec = jax.sharding.PartitionSpec("data")
     by_data = jax.sharding.NamedSharding(mesh, spec)
     divided = jax.jit(auto, in_shardings=by_data)
-    mapped = jax.jit(jax.shard_map(auto, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    there = described(platform, (8,), ("data",))
+    mapped = jax.jit(
+        jax.shard_map(auto, mesh=there, in_specs=spec, out_specs=spec, check_vma=False)
+    )
     for program, count in ((divided, 0), (mapped, 1)):
         exported = jax.export.export(
             program,

@@ -17,11 +17,12 @@ from cases import (
     transformer_config,
 )
 from flax.traverse_util import flatten_dict, unflatten_dict
-from small_runs import mesh_of
+from small_runs import ACCELERATOR, mesh_of
 
 from configs import ablations, enwik8, ladder
 from train.config import ExperimentConfig, ModelConfig, OptimizerConfig
-from train.optimizer import group_of, groups, learning_rate, make_optimizer
+from train.groups import group_of, groups
+from train.optimizer import learning_rate, make_optimizer
 from train.step import build_model
 
 NUM_STEPS = 100
@@ -32,7 +33,7 @@ MODELS: list[ModelConfig] = [
     *(transformer_config(num_layers=1, **changes) for changes in TRANSFORMER_VARIANTS.values()),
 ]
 
-# Every name that any variant gives a parameter; a new one belongs here and in train/optimizer.py.
+# Every name that any variant gives a parameter; a new one belongs here and in train/groups.py.
 GROUPS = {
     "angles": {"embedding/angles", "block/attention/score/gate_angle"},
     "kernels": {
@@ -222,11 +223,11 @@ class PlainMuon:
         return turned
 
 
-@pytest.mark.parametrize("num_devices", [None, 1, 3, 8])
-def test_muon_in_stacks_is_muon_matrix_by_matrix(num_devices):
-    """Whatever number of devices share the work."""
+@pytest.mark.parametrize("devices", [None, 1, 3, 8, "accelerator"])
+def test_muon_in_stacks_is_muon_matrix_by_matrix(devices):
+    """Whatever number of devices share the work, or in one stack padded with zeros."""
     config = dataclasses.replace(PLAIN, matrices="muon", clip_norm=1e9, weight_decay=0.0)
-    mesh = mesh_of(num_devices) if num_devices else None
+    mesh = ACCELERATOR if devices == "accelerator" else mesh_of(devices) if devices else None
     optimizer, rate = make_optimizer(config, NUM_STEPS, mesh=mesh), learning_rate(config, NUM_STEPS)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes_of(TWO_BLOCKS))
     state, step = optimizer.init(params), quick_jit(optimizer.update)

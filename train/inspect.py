@@ -24,9 +24,10 @@ from train.config import ExperimentConfig
 from train.data.corpus import Corpus
 from train.errors import UserError
 from train.flags import parse_config
+from train.groups import DECAYED, group_of
 from train.load import open_experiment_corpus
 from train.mesh import by_step_and_row, data_mesh, replicated
-from train.optimizer import DECAYED, group_of, learning_rate_factors, make_optimizer
+from train.optimizer import learning_rate_factors, make_optimizer
 from train.plan import check_experiment, cpu_devices, model_for, train_steps_of, window_order
 from train.program import Arguments, num_cores, start_jax
 from train.provenance import device_description

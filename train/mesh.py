@@ -55,6 +55,33 @@ def shardings(tree: Any, mesh: Mesh, layout: Layout) -> Any:
     return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf, mesh, layout)), tree)
 
 
+def gathered(params: Any, axes: list[int | None]) -> Any:
+    """Gathers sharded parameters; inside ``shard_map``."""
+    leaves, structure = jax.tree.flatten(params)
+    whole = [
+        leaf if axis is None else jax.lax.all_gather(leaf, DATA_AXIS, axis=axis, tiled=True)
+        for leaf, axis in zip(leaves, axes, strict=True)
+    ]
+    return jax.tree.unflatten(structure, whole)
+
+
+def averaged(mean: Any, axes: list[int | None]) -> Any:
+    """Averages gradients over the devices and shards them; inside ``shard_map``."""
+    leaves, structure = jax.tree.flatten(mean)
+    # One all-reduce takes all the undivided arrays.
+    undivided = iter(
+        jax.lax.pmean([x for x, a in zip(leaves, axes, strict=True) if a is None], DATA_AXIS)
+    )
+    devices = jax.lax.axis_size(DATA_AXIS)
+    averaged = [
+        next(undivided)
+        if axis is None
+        else jax.lax.psum_scatter(leaf, DATA_AXIS, scatter_dimension=axis, tiled=True) / devices
+        for leaf, axis in zip(leaves, axes, strict=True)
+    ]
+    return jax.tree.unflatten(structure, averaged)
+
+
 def placed(values: np.ndarray, sharding: NamedSharding) -> Array:
     """Puts an array, which every process holds completely, on the devices with a sharding."""
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])

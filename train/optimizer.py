@@ -6,7 +6,7 @@ orthogonal matrix. Scaled to the root mean square of a typical Adam update (J. L
 """
 
 import itertools
-import operator
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,53 +19,24 @@ from jaxtyping import Array
 from optax import contrib
 
 from train.config import OptimizerConfig
-
-ANGLES, KERNELS, GATES, VECTORS = "angles", "kernels", "gates", "vectors"
-MATRICES, TABLES = "matrices", "tables"
-DECAYED = (MATRICES, TABLES)
+from train.groups import (
+    ANGLES,
+    DECAYED,
+    GATES,
+    KERNELS,
+    MATRICES,
+    TABLES,
+    VECTORS,
+    group_of,
+    groups,
+)
+from train.packing import pack, unpack
 
 MUON_RMS = 0.2
 """Root mean square of Muon's direction; Adam's is 0.2 to 0.4."""
 
-_GROUP_OF_LEAF = {
-    "angles": ANGLES,
-    "gate_angle": ANGLES,
-    "kernel_real": KERNELS,
-    "kernel_imag": KERNELS,
-    "gain": KERNELS,
-    "gate": GATES,
-    "quadrature": GATES,
-    "field_gain": GATES,
-    "log_beta": GATES,
-    "kernel": MATRICES,
-    "modes_real": MATRICES,
-    "modes_imag": MATRICES,
-    **{f"{name}_{part}": MATRICES for name in ("gate", "up", "down") for part in ("real", "imag")},
-    "embedding": TABLES,
-    "key_shift": VECTORS,
-    "query_shift": VECTORS,
-    "bias": VECTORS,
-    "scale": VECTORS,
-}
-
-
-def group_of(path: tuple[Any, ...]) -> str:
-    """Returns the group of a parameter.
-
-    Args:
-      path: the parameter's path in the tree, as names or as ``jax.tree_util`` gives it.
-
-    Raises:
-      KeyError: no group contains the parameter; a new layer must choose one.
-    """
-    names = [str(getattr(entry, "key", entry)) for entry in path]
-    group = _GROUP_OF_LEAF[names[-1]]
-    return TABLES if group == MATRICES and names[0] == "readout" else group
-
-
-def groups(params: Any) -> Any:
-    """Returns the tree of groups of a parameter tree."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: group_of(path), params)
+LARGEST_JOINT_STACK = 2**22
+"""Numbers up to which an accelerator takes all matrices in one stack, padded with zeros."""
 
 
 def learning_rate_factors(config: OptimizerConfig) -> dict[str, float]:
@@ -102,8 +73,6 @@ def make_optimizer(
       mesh: the devices of the run. CPUs share Muon's work. On accelerators each device does all of
         it, which takes less time than the messages would. The state is the same either way.
     """
-    if mesh is not None and mesh.devices.flat[0].platform != "cpu":
-        mesh = None
     factors = learning_rate_factors(config)
     decayed: Callable[[Any], Any] = lambda params: jax.tree.map(  # noqa: E731
         lambda group: group in DECAYED, groups(params)
@@ -125,70 +94,91 @@ def _direction(config: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTran
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     if config.matrices == "adam":
         return adam
-    in_stacks = contrib.scale_by_muon(
+    muon = contrib.scale_by_muon(
         beta=config.muon_beta,
         weight_dimension_numbers=lambda stacks: jax.tree.map(
             lambda _: contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), stacks
         ),
     )
-    muon = optax.chain(
-        _by_shape(in_stacks, mesh),
-        optax.stateless(
-            lambda updates, _: jax.tree.map(
-                lambda update: update * MUON_RMS * max(update.shape) ** 0.5, updates
-            )
-        ),
+    to_rms = optax.stateless(
+        lambda stacks, _: jax.tree.map(
+            lambda stack: stack * MUON_RMS * max(stack.shape[1:]) ** 0.5, stacks
+        )
     )
+    if mesh is not None and mesh.devices.flat[0].platform != "cpu":
+        mesh, muon = None, _in_one_stack(muon)
+    in_stacks = _in_stacks(optax.chain(muon, to_rms), mesh)
 
     def labels(params: Any) -> Any:
         return jax.tree.map(lambda group: "muon" if group == MATRICES else "adam", groups(params))
 
-    return optax.partition({"muon": muon, "adam": adam}, labels)
+    return optax.partition({"muon": in_stacks, "adam": adam}, labels)
 
 
-def _by_shape(
+def _in_stacks(
     muon: optax.GradientTransformation, mesh: Mesh | None
 ) -> optax.GradientTransformation:
     """Muon on one stack of matrices for each shape, wide and tall ones together.
 
     A few large products replace many small ones. The devices of a mesh divide the matrices of a
-    stack among them. The state holds no stacks.
+    stack among them. The state is packed as the updates are, or not.
     """
     shares = P(mesh.axis_names) if mesh else P()
 
-    def placed(stacks: dict[str, Array], spec: P) -> dict[str, Array]:
+    def placed(stacks: Any, spec: P) -> Any:
         if mesh is None:
             return stacks
         return jax.lax.with_sharding_constraint(stacks, NamedSharding(mesh, spec))
 
-    def sides(leaf: Array) -> tuple[int, int]:
-        # A kernel of more axes, as Flax's attention has, is the squarest matrix that it can be.
-        rows = itertools.accumulate(leaf.shape[:-1], operator.mul)
-        best = min(rows, key=lambda n: abs(n - leaf.size // n))
-        return best, leaf.size // best
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        of_muon, scale = state
+        mean = placed(pack(of_muon.mu), shares)
+        turned, (of_muon, scale) = muon.update(
+            placed(pack(updates), shares), (of_muon._replace(mu=mean), scale)
+        )
+        mean = unpack(placed(of_muon.mu, P()), updates)
+        return unpack(placed(turned, P()), updates), (of_muon._replace(mu=mean), scale)
 
-    def shape_of(leaf: Array) -> str:
-        return "x".join(map(str, sorted(sides(leaf))))
+    return optax.GradientTransformation(muon.init, update)
 
-    def stacked(tree: Any) -> dict[str, Array]:
-        by_shape: dict[str, list[Array]] = {}
-        for leaf in jax.tree.leaves(tree):
-            (rows, columns), matrix = sides(leaf), leaf.reshape(sides(leaf))
-            by_shape.setdefault(shape_of(leaf), []).append(matrix if rows <= columns else matrix.T)
-        return placed({shape: jnp.stack(group) for shape, group in by_shape.items()}, shares)
 
-    def unstacked(stacks: dict[str, Array], like: Any) -> Any:
-        left = {shape: iter(stack) for shape, stack in placed(stacks, P()).items()}
+def _in_one_stack(muon: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Muon on all stacks at once, the smaller matrices padded with zeros.
 
-        def next_for(leaf: Array) -> Array:
-            (rows, columns), matrix = sides(leaf), next(left[shape_of(leaf)])
-            return (matrix if rows <= columns else matrix.T).reshape(leaf.shape)
+    Small matrices take an accelerator no longer than launching their kernels. Rows and columns of
+    zeros stay zero, for each product of the iteration is one of the matrix with its own transpose.
+    """
 
-        return jax.tree.map(next_for, like)  # goes through the leaves in the order of the stacks
+    def joined(stacks: Any) -> Array:
+        rows, columns = _largest_sides(stacks)
+        return jnp.concatenate(
+            [
+                jnp.pad(stack, ((0, 0), (0, rows - stack.shape[1]), (0, columns - stack.shape[2])))
+                for stack in jax.tree.leaves(stacks)
+            ]
+        )
+
+    def parted(joint: Array, like: Any) -> Any:
+        stacks, structure = jax.tree.flatten(like)
+        ends = itertools.accumulate(map(len, stacks))
+        parts = [
+            joint[end - len(stack) : end, : stack.shape[1], : stack.shape[2]]
+            for end, stack in zip(ends, stacks, strict=True)
+        ]
+        return jax.tree.unflatten(structure, parts)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        turned, after = muon.update(stacked(updates), state._replace(mu=stacked(state.mu)))
-        return unstacked(turned, updates), after._replace(mu=unstacked(after.mu, updates))
+        num_matrices = sum(map(len, jax.tree.leaves(updates)))
+        if num_matrices * math.prod(_largest_sides(updates)) > LARGEST_JOINT_STACK:
+            return muon.update(updates, state)
+        turned, after = muon.update(joined(updates), state._replace(mu=joined(state.mu)))
+        return parted(turned, updates), after._replace(mu=parted(after.mu, updates))
 
     return optax.GradientTransformation(muon.init, update)
+
+
+def _largest_sides(stacks: Any) -> tuple[int, int]:
+    shapes = [stack.shape for stack in jax.tree.leaves(stacks)]
+    return max(shape[1] for shape in shapes), max(shape[2] for shape in shapes)

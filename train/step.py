@@ -26,13 +26,16 @@ from train.data.windows import gather_windows
 from train.mesh import (
     DATA_AXIS,
     Layout,
+    averaged,
     by_step_and_row,
     compiler_options,
     divided_axis,
+    gathered,
     replicated,
     shardings,
     spec,
 )
+from train.packing import pack, pack_state, packs, unpack, unpack_state
 
 
 @flax.struct.dataclass
@@ -215,9 +218,9 @@ def _make_gradient(
             if dropout_seed is not None:
                 key = jax.random.fold_in(jax.random.key(dropout_seed), step)
                 key = jax.random.fold_in(key, jax.lax.axis_index(DATA_AXIS))
-            whole = _gathered(params, axes)
+            whole = gathered(params, axes)
             mean = _mean_gradient(losses, whole, windows, accumulation_steps, key)
-            return _averaged(mean, [None, *axes])
+            return averaged(mean, [None, *axes])
 
         return jax.shard_map(
             local,
@@ -260,6 +263,17 @@ def _make_step(
     return one_step
 
 
+def _of_packed(gradient: Gradient, like: Any) -> Gradient:
+    """Returns a function of packed parameters that returns a packed gradient."""
+
+    def loss_and_gradient(params: Any, windows: Array, step: Array) -> tuple[Array, Any]:
+        loss, tree = gradient(unpack(params, like), windows, step)
+        # The barrier has the optimizer read packed arrays, and not each array of the tree.
+        return loss, jax.lax.optimization_barrier(pack(tree))
+
+    return loss_and_gradient
+
+
 def make_train_steps(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -286,14 +300,20 @@ def make_train_steps(
     """
     losses = functools.partial(window_loss, model, separator=separator)
     gradient = _make_gradient(losses, mesh, layout, accumulation_steps, dropout_seed)
-    one_step = _make_step(optimizer, gradient, log_every)
 
     def train_steps(state: TrainState, *inputs: Array) -> tuple[TrainState, DispatchMetrics]:
+        given, of_params = state, gradient
+        if packs(mesh, layout):
+            state, of_params = pack_state(state, optimizer), _of_packed(gradient, given.params)
+        one_step = _make_step(optimizer, of_params, log_every)
+
         def resident_step(state: TrainState, starts: Array) -> tuple[TrainState, Array]:
             return one_step(state, gather_windows(inputs[0], starts, context))
 
         step = resident_step if placement == "resident" else one_step
         state, losses = jax.lax.scan(step, state, inputs[-1])
+        if packs(mesh, layout):
+            state = unpack_state(state, given)
         return state, DispatchMetrics(**vars(state.tally), losses=losses)
 
     everywhere, by_rows = replicated(mesh), by_step_and_row(mesh)
@@ -309,33 +329,6 @@ def make_train_steps(
         donate_argnums=0,
         compiler_options=compiler_options(mesh),
     )
-
-
-def _gathered(params: Any, axes: list[int | None]) -> Any:
-    """Gathers sharded parameters; inside ``shard_map``."""
-    leaves, structure = jax.tree.flatten(params)
-    whole = [
-        leaf if axis is None else jax.lax.all_gather(leaf, DATA_AXIS, axis=axis, tiled=True)
-        for leaf, axis in zip(leaves, axes, strict=True)
-    ]
-    return jax.tree.unflatten(structure, whole)
-
-
-def _averaged(mean: Any, axes: list[int | None]) -> Any:
-    """Averages gradients over the devices and shards them; inside ``shard_map``."""
-    leaves, structure = jax.tree.flatten(mean)
-    # One all-reduce takes all the undivided arrays.
-    undivided = iter(
-        jax.lax.pmean([x for x, a in zip(leaves, axes, strict=True) if a is None], DATA_AXIS)
-    )
-    devices = jax.lax.axis_size(DATA_AXIS)
-    averaged = [
-        next(undivided)
-        if axis is None
-        else jax.lax.psum_scatter(leaf, DATA_AXIS, scatter_dimension=axis, tiled=True) / devices
-        for leaf, axis in zip(leaves, axes, strict=True)
-    ]
-    return jax.tree.unflatten(structure, averaged)
 
 
 def make_window_losses(

@@ -6,7 +6,8 @@
 # For one machine with one GPU, or one TPU host, and no network. Run it again with the same FOLDER to
 # go on. It needs a Python with the project and an accelerator's JAX (PYTHON=..., default python) and
 # the prepared corpus (`python -m train prepare --name=enwik8` elsewhere, then carry
-# ~/.cache/fsn_jax/enwik8 there). FOLDER is what to bring home: runs, records, checkpoints.
+# ~/.cache/fsn_jax/enwik8 there). FOLDER is what to bring home: runs, records, checkpoints. ARMS
+# names other arms of configs/enwik8.py, for instance ARMS="transformer_1m projected_1m".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,7 +16,7 @@ minutes=${2:-15}
 shift; [ $# -gt 0 ] && shift
 python=${PYTHON:-python}
 deadline=$((SECONDS + minutes * 60))
-arms=(transformer_1m fsn_1m)
+read -ra arms <<<"${ARMS:-transformer_1m fsn_1m}"
 
 # SIGTERM lets a run finish its dispatch and save; it then ends with 75.
 for i in "${!arms[@]}"; do

@@ -35,7 +35,7 @@ def test_a_path_that_may_not_be_looked_at_is_named(monkeypatch):
 
 def test_a_run_folder_whose_path_is_not_utf_8_is_refused(corpus, tmp_path):
     experiment = tiny_experiment(corpus.folder, tmp_path / "caf\udce9")
-    with pytest.raises(UserError, match=r"is not UTF-8, .* choose another with --config\.run_dir"):
+    with pytest.raises(UserError, match=r"is not UTF-8; choose another with --config\.run_dir"):
         create_or_resume(experiment, corpus)
     assert list(tmp_path.iterdir()) == []
 

@@ -246,11 +246,12 @@ def test_coupling_lowers(platform, calls, dtype):
         return jnp.sin(layer.apply(variables, theta)).sum()
 
     call = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}[platform]
-    exported = jax.export.export(
-        jax.jit(jax.grad(loss, argnums=(0, 1))),
-        platforms=[platform],
-        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(call)],
-    )(variables, theta)
+    with jax.sharding.use_abstract_mesh(described(platform)):
+        exported = jax.export.export(
+            jax.jit(jax.grad(loss, argnums=(0, 1))),
+            platforms=[platform],
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(call)],
+        )(variables, theta)
     assert exported.mlir_module().count(f"@{call}(") == calls
 
 

@@ -13,6 +13,7 @@ cd "$(dirname "$0")/.."
 
 folder=${1:?usage: tools/headline.sh FOLDER [MINUTES] [--config.FIELD=VALUE ...]}
 minutes=${2:-15}
+[[ $minutes =~ ^[1-9][0-9]*$ ]] || { echo "error: MINUTES must be a whole number above 0; got '$minutes'" >&2; exit 2; }
 shift; [ $# -gt 0 ] && shift
 python=${PYTHON:-python}
 deadline=$((SECONDS + minutes * 60))

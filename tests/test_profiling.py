@@ -12,8 +12,6 @@ from train.errors import UserError
 from train.profiling import Profiler, TracedSteps
 from train.run import create_or_resume
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def run(experiment, corpus, profile):
     folder = create_or_resume(experiment, corpus)

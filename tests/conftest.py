@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 """XLA's older code generator for CPUs, in JAX 0.10 the last time. Small programs compile in three
-quarters of the time. Programs that agree to the bit with the newer one need not with this one; tests
-of such are slow ones, which do without it."""
+quarters of the time. Two programs that agree to the bit need not with this one: their tests are
+slow ones, which do without it."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

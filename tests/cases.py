@@ -5,7 +5,6 @@ they leave nothing at a special value (no zero bias, no unit scale, no equal tem
 a term the library forgot cannot hide.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -107,10 +106,6 @@ TRANSFORMER_VARIANTS: dict[str, dict[str, Any]] = {
     "shifted": {"token_shift": "queries_and_keys"},
 }
 IMPLEMENTATIONS = ("reference", "xla")
-
-# Nearly all the time of a test of this size is compilation, which this halves. LLVM does less, on
-# the same HLO.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def fsn_config(**changes: Any) -> FSNConfig:

@@ -31,8 +31,6 @@ SCORES: dict[str, dict[str, Any]] = {
 }
 ROTATION = 0.8
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def circular_switches():
     """The product of the switches that shape the kernel, as keyword arguments."""
@@ -102,7 +100,7 @@ def test_odd_shapes_against_oracle(batch, length, phases, heads, pairs, implemen
     expected = oracle.frustrated_attention(
         oracle.as_float64(variables["params"]), oracle.as_float64(theta), config
     )
-    actual = cases.quick_jit(layer.apply)(variables, theta)
+    actual = jax.jit(layer.apply)(variables, theta)
     np.testing.assert_allclose(actual, expected, **TOLERANCE)
 
 
@@ -226,7 +224,7 @@ def test_exactly_causal(layer_class):
     layer = cases.layer(layer_class, cases.fsn_config())
     theta = cases.angles(2, length, 9)
     variables = cases.random_variables(layer, theta)
-    jacobian = np.asarray(cases.quick_jit(jax.jacrev(lambda x: layer.apply(variables, x)))(theta))
+    jacobian = np.asarray(jax.jit(jax.jacrev(lambda x: layer.apply(variables, x)))(theta))
     size = np.abs(jacobian).max(axis=(2, 5))  # [B, L, B, L] over outputs and inputs
     for t in range(length):
         assert (size[0, t, 0, t + 1 :] == 0).all()
@@ -258,4 +256,4 @@ def test_gradients_against_central_differences(score, implementation):
         return float((oracle.as_float64(weights) * update).sum())
 
     at = {"params": variables["params"], "theta": theta}
-    cases.check_gradients(cases.quick_jit(jax.grad(library))(at), exact, oracle.as_float64(at))
+    cases.check_gradients(jax.jit(jax.grad(library))(at), exact, oracle.as_float64(at))

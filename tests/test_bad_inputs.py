@@ -750,7 +750,7 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory, quick_compiles) -> Path:
+def prepared(tmp_path_factory) -> Path:
     """The folder that the scenes start from."""
     work = tmp_path_factory.mktemp("prepared") / "work"
     write_corpus(work / "corpus")

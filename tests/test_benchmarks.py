@@ -89,7 +89,6 @@ def test_the_flax_peer_is_as_large_as_ours():
     assert sizes == [config.num_params()] * 2
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("name", ["fsn-remat", "flax"])
 def test_a_contender_trains(name, tmp_path):
     """Those whose program no other test runs, with Muon, as the table does."""

@@ -374,7 +374,6 @@ def check_a_step(config: ExperimentConfig) -> None:
     assert float(tally.grad_norm) > 0
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("arm", ["quickstart.py", "enwik8.py:transformer_pocket"])
 def test_a_config_with_one_of_its_layers_takes_a_step(arm):
     """The slow test below has every arm, and all the layers."""
@@ -382,7 +381,6 @@ def test_a_config_with_one_of_its_layers_takes_a_step(arm):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compiles")
 @each_arm
 def test_a_config_takes_a_step(argument):
     check_a_step(experiment_of(argument))

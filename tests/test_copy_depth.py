@@ -117,7 +117,6 @@ def test_seeds_are_averaged_and_their_spread_reported():
     assert find_cell(arms["b"]["loss"], "all", "any", "all")["seed_deviation"] is None
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_layer_built_to_copy_is_seen_to_copy():
     """The positive control: the hand-made induction layer, and the base layer that cannot."""
     sequences = np.asarray(test_induction.TOKENS)
@@ -148,7 +147,6 @@ def test_windows_cover_the_split_from_end_to_end():
         copy_depth.spread_windows(1001, 100, 11)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_the_program_writes_table_json_and_figure(finished_arms, tmp_path, capsys):
     target = tmp_path / "depth.json"
     runs = [str(folder) for folder in finished_arms.values()]

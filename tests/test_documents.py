@@ -34,8 +34,6 @@ from train.evaluate import Evaluator, evaluate
 from train.load import load, load_language_model
 from train.step import build_model, make_evaluate_rows, window_loss
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 LETTERS = b"\0" + ALPHABET
 MODELS = {"fsn": TINY_FSN, "transformer": TINY_TRANSFORMER}
 
@@ -124,6 +122,7 @@ def test_evaluation_counts_the_same_characters(packed, run, tmp_path):
     assert 0 < last_row["copies"] < loss.copy_count
 
 
+@pytest.mark.slow
 def test_the_host_and_a_resumed_run_train_on_the_same_documents(packed, run, tmp_path):
     experiment = experiment_of(packed, tmp_path / "run", data__placement="host")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):

@@ -31,8 +31,6 @@ from train.optimizer import make_optimizer
 from train.run import create_or_resume, open_run
 from train.step import abstract_state, build_model, init_state, make_train_steps
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def run_on(num_devices: int, corpus: Corpus, folder: Path, parameters: str) -> Outcome:
     experiment = tiny_experiment(corpus.folder, folder, training__layout=parameters)

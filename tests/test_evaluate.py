@@ -12,8 +12,6 @@ from train.errors import UserError
 from train.interruption import interruptions
 from train.metrics import read_rows
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

@@ -26,7 +26,7 @@ def compiled(variant, implementation):
     config = cases.fsn_config(implementation=implementation, **cases.FSN_VARIANTS[variant])
     model = FSN(config)
     params = cases.random_variables(model, tokens)["params"]
-    return config, params, tokens, cases.quick_jit(lambda p, t: model.apply({"params": p}, t))
+    return config, params, tokens, jax.jit(lambda p, t: model.apply({"params": p}, t))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_gradients_against_central_differences(variant, implementation):
     def exact(params):
         return float((oracle.as_float64(weights) * oracle.fsn(params, tokens, config)).sum())
 
-    gradients = cases.quick_jit(jax.grad(library))(params)
+    gradients = jax.jit(jax.grad(library))(params)
     cases.check_gradients(gradients, exact, oracle.as_float64(params))
 
 
@@ -91,7 +91,7 @@ def test_no_logit_depends_on_a_later_token(variant, implementation, num_layers):
         logits = model.apply({"params": {**params, "embedding": {"angles": angles}}}, tokens)[0]
         return logits, logits
 
-    derivative = cases.quick_jit(jax.jacrev(run, has_aux=True))
+    derivative = jax.jit(jax.jacrev(run, has_aux=True))
     angles = params["embedding"]["angles"]
     jacobian, logits = derivative(angles, tokens)  # [L, V, V, N], [L, V]
     size = np.abs(jacobian[:, :, tokens[0]]).max(axis=(1, 3))  # [t, u]
@@ -139,7 +139,7 @@ def test_rotates_as_one_where_nothing_reads_the_absolute_phase(score):
     config = cases.fsn_config(score=score, feedforward="none")
     model = FSN(config)
     params = cases.random_variables(model, tokens)["params"]
-    apply = cases.quick_jit(model.apply)
+    apply = jax.jit(model.apply)
     logits = apply({"params": params}, tokens)
 
     rotated = {**params, "embedding": {"angles": params["embedding"]["angles"] + rotation}}
@@ -161,7 +161,7 @@ def test_diagnostics_are_off_by_default():
     model = FSN(cases.fsn_config(num_layers=1))
     variables = cases.random_variables(model, tokens)
 
-    @functools.partial(cases.quick_jit, static_argnames="collection")
+    @functools.partial(jax.jit, static_argnames="collection")
     def run(collection):
         return model.apply(variables, tokens, mutable=[collection])
 
@@ -218,7 +218,7 @@ def test_any_valid_configuration_runs_and_is_causal(config, length, seed):
     model = FSN(config)
     variables = cases.random_variables(model, tokens, seed=seed)
     assert sum(x.size for x in jax.tree.leaves(variables)) == config.num_params()
-    apply = cases.quick_jit(model.apply)
+    apply = jax.jit(model.apply)
     logits = apply(variables, tokens)
     assert logits.shape == (2, length, config.vocab_size) and logits.dtype == jnp.float32
     assert np.isfinite(logits).all()

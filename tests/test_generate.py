@@ -16,8 +16,6 @@ from fsn_jax import FSN, ConfigError, KuramotoAttention, Transformer
 from fsn_jax import generate as generation
 from fsn_jax.generate import NO_TOKEN, generate, likeliest, sample_token, stream
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MODELS = {
     **{
         name: lambda switches=switches: FSN(cases.fsn_config(**{"num_layers": 1, **switches}))
@@ -58,8 +56,8 @@ def test_cached_logits_are_those_of_the_full_pass(name):
     """
     model, variables = built(name)
     tokens = cases.tokens(2, 9)
-    full = cases.quick_jit(model.apply)(variables, tokens)
-    extend = cases.quick_jit(functools.partial(model.apply, method="extend"))
+    full = jax.jit(model.apply)(variables, tokens)
+    extend = jax.jit(functools.partial(model.apply, method="extend"))
     cache = model.apply(variables, 2, 12, method="empty_cache")
     logits, position = [], 0
     for size in (1, 3, 1, 3, 1) if name in MIXED_CUTS else (3, 3, 3):
@@ -77,7 +75,7 @@ def test_cached_logits_are_those_of_the_full_pass(name):
 @pytest.mark.parametrize("name", ["full", "transformer"])
 def test_what_the_cache_has_no_room_for_is_nan(name):
     model, variables = built(name)
-    extend = cases.quick_jit(functools.partial(model.apply, method="extend"))
+    extend = jax.jit(functools.partial(model.apply, method="extend"))
     cache = model.apply(variables, 1, 4, method="empty_cache")
     for position, token in enumerate(cases.tokens(1, 6).T):
         logits, cache = extend(variables, token[:, None], cache)
@@ -90,8 +88,8 @@ def test_the_base_layer_extends_as_it_is_called():
     layer = KuramotoAttention(num_heads=3)
     theta = cases.angles(2, 7, 9)
     variables = cases.random_variables(layer, theta)
-    full = cases.quick_jit(layer.apply)(variables, theta)
-    extend = cases.quick_jit(functools.partial(layer.apply, method="extend"))
+    full = jax.jit(layer.apply)(variables, theta)
+    extend = jax.jit(functools.partial(layer.apply, method="extend"))
     cache, parts = layer.apply(variables, 2, 8, 9, method="empty_cache"), []
     for start, end in ((0, 2), (2, 5), (5, 7)):
         part, cache = extend(variables, theta[:, start:end], cache, jnp.int32(start))
@@ -116,7 +114,7 @@ def test_greedy_text_is_that_of_the_full_pass(name):
     )
     assert text.shape == (2, wanted)
 
-    apply = cases.quick_jit(model.apply)
+    apply = jax.jit(model.apply)
     window, expected = np.asarray(prompt), []
     for _ in range(wanted):
         if window.shape[1] == context:
@@ -147,7 +145,7 @@ def test_token_i_is_drawn_with_the_key_folded_with_i():
     model, variables = built("transformer")
     prompt, key, settings = cases.tokens(2, 3), jax.random.key(5), {"top_k": 4, "top_p": 0.9}
     text = generate(model, variables, prompt, num_tokens=11, key=key, context=32, **settings)
-    extend = cases.quick_jit(functools.partial(model.apply, method="extend"))
+    extend = jax.jit(functools.partial(model.apply, method="extend"))
     cache = model.apply(variables, 2, 32, method="empty_cache")
     logits, cache = extend(variables, prompt, cache)
     for i in range(11):

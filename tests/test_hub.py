@@ -20,8 +20,6 @@ from train.evaluate import Evaluation, append_evaluation
 from train.load import load
 from train.program import run_program
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MODELS = {"fsn": small_runs.TINY_FSN, "transformer": small_runs.TINY_TRANSFORMER}
 
 

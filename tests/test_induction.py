@@ -88,7 +88,7 @@ def built_by_hand(delay):
 def predictions(switches, params):
     """Logits [sequences, V] after the last token."""
     model = FSN(cases.fsn_config(**switches))
-    return cases.quick_jit(lambda p: model.apply({"params": p}, TOKENS)[:, -1])(params)
+    return jax.jit(lambda p: model.apply({"params": p}, TOKENS)[:, -1])(params)
 
 
 def cross_entropy(logits):
@@ -132,7 +132,7 @@ def trained_parameters():
     optimizer = optax.adam(0.05)
     state = optimizer.init(params)
 
-    @cases.quick_jit
+    @jax.jit
     def step(params, state):
         loss = lambda p: cross_entropy(model.apply({"params": p}, TOKENS)[:, -1])  # noqa: E731
         updates, state = optimizer.update(jax.grad(loss)(params), state)

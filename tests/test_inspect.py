@@ -15,8 +15,6 @@ from train.errors import UserError
 from train.flags import parse_config
 from train.step import build_model
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CONFIG = """from pathlib import Path
 
 import small_runs

@@ -16,8 +16,6 @@ from train.errors import UserError
 from train.integrity import HASHES, damage, seal
 from train.load import load
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def largest(folder: Path) -> Path:
     """The file that holds most of the arrays."""

@@ -95,7 +95,7 @@ def test_against_float64(heads, length, score_width, value_width, dtype, include
         return total + jnp.sum(result.self_weight * d_self.astype(np.float32)), result
 
     differentiated = jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True)
-    (_, result), gradients = cases.quick_jit(differentiated)(*arrays)
+    (_, result), gradients = jax.jit(differentiated)(*arrays)
     as_float64 = [np.asarray(x, np.float64) for x in arrays]
     expected = exact(*as_float64, ids, d_total, d_self, include_self)
     for a, b in zip(jax.tree.leaves((result, gradients)), jax.tree.leaves(expected), strict=True):
@@ -132,7 +132,7 @@ def test_layer_against_oracle(switches):
         return float((oracle.as_float64(weights) * update).sum())
 
     at = {"params": variables["params"], "theta": theta}
-    gradients, update = cases.quick_jit(jax.grad(library, has_aux=True))(at)
+    gradients, update = jax.jit(jax.grad(library, has_aux=True))(at)
     expected = oracle.frustrated_attention(
         oracle.as_float64(at["params"]), oracle.as_float64(theta), config
     )
@@ -183,7 +183,7 @@ def test_coupling_kernel_against_reference(switches, length, num_segments):
             return sum(map(jnp.vdot, field, weights)), field
 
         variables = cases.random_variables(layer, theta)
-        program = cases.quick_jit(jax.grad(weighted, has_aux=True))
+        program = jax.jit(jax.grad(weighted, has_aux=True))
         return lambda weights: program((variables, theta), weights)
 
     fused = differentiated("pallas")

@@ -35,6 +35,8 @@ def get_config(arm="fsn"):
     return config
 """
 
+two_cores = pytest.mark.skipif(num_cores() < 2, reason="one core has no two shares")
+
 
 @pytest.fixture
 def arms(tmp_path, monkeypatch):
@@ -61,7 +63,6 @@ def in_process(monkeypatch):
     return trained
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_failed_arm_is_reported_the_rest_run_on_and_a_finished_one_is_skipped(
     arms, in_process, capsys
 ):
@@ -153,7 +154,6 @@ def test_two_runs_of_one_folder_are_refused_before_anything_is_trained(arms, in_
     assert in_process == []
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_vocabulary_taken_from_the_corpus_is_finished_too(arms, in_process):
     command = ["ladder", f"--config={arms}", "--arms=fsn", "--config.model.vocab_size=0"]
     for _ in range(2):
@@ -184,7 +184,7 @@ print("trained", arm)
 """
 
 
-@pytest.mark.skipif(num_cores() < 2, reason="one core has no two shares")
+@two_cores
 def test_runs_side_by_side_have_cores_of_their_own(arms, monkeypatch):
     """Each of two stand-ins for a training ends only when it has seen the other begin."""
     program = Path("stand_in").absolute()
@@ -200,6 +200,7 @@ def test_runs_side_by_side_have_cores_of_their_own(arms, monkeypatch):
         assert Path(f"runs/tiny_{arm}.log").read_text() == f"trained {arm}\n"
 
 
+@two_cores
 def test_the_reason_of_a_failure_is_in_its_line(arms, monkeypatch, capsys):
     program = Path("stand_in").absolute()
     program.write_text("#!/bin/sh\necho 'some words\nerror: the folder is in use' >&2\nexit 2\n")

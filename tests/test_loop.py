@@ -39,8 +39,6 @@ from train.recorded import read_experiment
 from train.run import open_run
 from train.step import build_model, make_evaluate_rows
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.mark.parametrize(
     ("batch_size", "evaluation", "accumulation", "num_cores", "devices"),
@@ -112,7 +110,7 @@ def crash_at_evaluation(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         (2, 20, {}),
         (0, 0, {}),  # before anything was saved
         (2, 15, {"checkpoints__every": 15}),  # a save between two rows; rows after it are redone
-        (1, 10, {"data__placement": "host"}),
+        pytest.param(1, 10, {"data__placement": "host"}, marks=pytest.mark.slow),
     ],
     ids=["at_20", "at_30", "unsaved", "between_rows", "host"],
 )

@@ -53,13 +53,13 @@ def gradient_of(module):
 def test_a_batch_divided_over_a_mesh_of_either_kind(name, kind):
     """``jax.make_mesh`` makes Explicit axes by default."""
     module, x = MODULES[name], inputs(name)
-    variables = cases.quick_jit(module.init)(jax.random.key(0), x[:1])
-    expected = cases.quick_jit(gradient_of(module))(variables, x)
+    variables = jax.jit(module.init)(jax.random.key(0), x[:1])
+    expected = jax.jit(gradient_of(module))(variables, x)
     mesh = jax.make_mesh((4,), ("data",), (kind,), devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
         rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
         whole = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
-        found = cases.quick_jit(gradient_of(module))(whole, rows)
+        found = jax.jit(gradient_of(module))(whole, rows)
         assert found[1].sharding.spec[0] == "data"
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -70,10 +70,10 @@ def test_a_batch_divided_over_a_mesh_of_either_kind(name, kind):
 )
 def test_gradients_have_the_dtype_of_their_parameters(name, dtype):
     module, x = MODULES[name], inputs(name)
-    variables = cases.quick_jit(module.init)(jax.random.key(0), x[:1])
+    variables = jax.jit(module.init)(jax.random.key(0), x[:1])
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
-    gradients, _ = cases.quick_jit(gradient_of(module))(cast, x)
-    expected, _ = cases.quick_jit(gradient_of(module))(jax.tree.map(jnp.float32, cast), x)
+    gradients, _ = jax.jit(gradient_of(module))(cast, x)
+    expected, _ = jax.jit(gradient_of(module))(jax.tree.map(jnp.float32, cast), x)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         assert a.dtype == dtype
         scale = float(jnp.abs(b).max())
@@ -84,9 +84,9 @@ def test_gradients_have_the_dtype_of_their_parameters(name, dtype):
 def test_float64_parameters(name):
     module, x = MODULES[name], inputs(name)
     with jax.enable_x64(True):
-        variables = cases.quick_jit(module.init)(jax.random.key(0), x[:1])
+        variables = jax.jit(module.init)(jax.random.key(0), x[:1])
         cast = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
-        gradients, _ = cases.quick_jit(gradient_of(module))(cast, x)
+        gradients, _ = jax.jit(gradient_of(module))(cast, x)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype("float64")}
 
 
@@ -95,6 +95,6 @@ def test_float64_parameters(name):
 def test_no_tokens(name, batch, length):
     """The gradient is zero, not an error."""
     module, x = MODULES[name], inputs(name, batch, length)
-    variables = cases.quick_jit(module.init)(jax.random.key(0), inputs(name))
-    gradients = cases.quick_jit(jax.grad(lambda v: jnp.sum(module.apply(v, x) ** 2)))(variables)
+    variables = jax.jit(module.init)(jax.random.key(0), inputs(name))
+    gradients = jax.jit(jax.grad(lambda v: jnp.sum(module.apply(v, x) ** 2)))(variables)
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients))

@@ -26,8 +26,6 @@ from train.metrics import read_rows
 from train.mirror import Mirror
 from train.run import create_or_resume, open_run
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 class FolderAsBucket(DirFileSystem):
     """gs://NAME/... kept in a folder: everything goes through etils and fsspec as it would."""

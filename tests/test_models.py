@@ -37,9 +37,7 @@ def loss_and_logits(model, params, tokens):
 
 def step(model):
     """Compile (params, tokens) -> ((loss, logits), gradients)."""
-    return cases.quick_jit(
-        jax.value_and_grad(lambda p, t: loss_and_logits(model, p, t), has_aux=True)
-    )
+    return jax.jit(jax.value_and_grad(lambda p, t: loss_and_logits(model, p, t), has_aux=True))
 
 
 class Plain(NamedTuple):
@@ -70,10 +68,10 @@ def test_a_fresh_model_knows_nothing(name):
     """Its parameters are float32 and reproducible, its loss is near that of a uniform guess."""
     tokens = cases.tokens(8, 16)
     model = MODELS[name]()
-    init = cases.quick_jit(model.init)
+    init = jax.jit(model.init)
     params = init(jax.random.key(1), tokens)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    loss, _ = cases.quick_jit(lambda p, t: loss_and_logits(model, p, t))(params, tokens)
+    loss, _ = jax.jit(lambda p, t: loss_and_logits(model, p, t))(params, tokens)
     assert abs(float(loss) - np.log(11)) < 1.5
     same = init(jax.random.key(1), tokens)["params"]
     np.testing.assert_array_equal(all_leaves(same), all_leaves(params))
@@ -184,7 +182,7 @@ def test_ensemble_by_vmap(name):
     model = MODELS[name]()
     other = cases.random_variables(model, alone.tokens, seed=1)["params"]
     stacked = jax.tree.map(lambda x, y: jnp.stack([x, y]), alone.params, other)
-    together = cases.quick_jit(
+    together = jax.jit(
         jax.vmap(
             jax.value_and_grad(lambda p, t: loss_and_logits(model, p, t), has_aux=True),
             in_axes=(0, None),
@@ -233,5 +231,5 @@ def test_gradients_inside_shard_map(name):
         in_specs=(PartitionSpec(), batch),
         out_specs=PartitionSpec(),
     )
-    found = cases.quick_jit(divided)(alone.params, alone.tokens)
+    found = jax.jit(divided)(alone.params, alone.tokens)
     np.testing.assert_allclose(all_leaves(found), all_leaves(alone.gradients), rtol=1e-5, atol=1e-6)

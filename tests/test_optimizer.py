@@ -13,7 +13,6 @@ from cases import (
     FSN_VARIANTS,
     TRANSFORMER_VARIANTS,
     fsn_config,
-    quick_jit,
     transformer_config,
 )
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -113,7 +112,7 @@ def by_name(tree: Any) -> dict[str, Any]:
 def update(config: OptimizerConfig, params: Any, gradient: Any) -> dict[str, np.ndarray]:
     """The first update of a run."""
     optimizer = make_optimizer(config, NUM_STEPS)
-    changes, _ = quick_jit(optimizer.update)(gradient, optimizer.init(params), params)
+    changes, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
     return {name: np.asarray(change) for name, change in by_name(changes).items()}
 
 
@@ -230,7 +229,7 @@ def test_muon_in_stacks_is_muon_matrix_by_matrix(devices):
     mesh = ACCELERATOR if devices == "accelerator" else mesh_of(devices) if devices else None
     optimizer, rate = make_optimizer(config, NUM_STEPS, mesh=mesh), learning_rate(config, NUM_STEPS)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes_of(TWO_BLOCKS))
-    state, step = optimizer.init(params), quick_jit(optimizer.update)
+    state, step = optimizer.init(params), jax.jit(optimizer.update)
     directions = {name: PlainMuon(config.muon_beta) for name in matrices_of(params)}
     rng = np.random.default_rng(0)
     for steps in range(3):
@@ -249,7 +248,7 @@ def test_devices_share_the_matrices_of_muon():
     config = dataclasses.replace(PLAIN, matrices="muon")
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes_of(TWO_BLOCKS))
     optimizer = make_optimizer(config, NUM_STEPS, mesh=mesh_of(2))
-    compiled = quick_jit(optimizer.update).lower(params, optimizer.init(params), params).compile()
+    compiled = jax.jit(optimizer.update).lower(params, optimizer.init(params), params).compile()
     stacked = re.findall(r"= f32\[(\d+),\d+,\d+\]\S* dot\(", compiled.as_text())
     assert set(stacked) == {"4", "3"}
 
@@ -273,7 +272,7 @@ def test_the_optimizer_follows_the_schedule():
     config = dataclasses.replace(PLAIN, warmup_steps=10, weight_decay=0.0)
     params = {"readout": {"bias": jnp.ones(3)}}
     optimizer, rate = make_optimizer(config, NUM_STEPS), learning_rate(config, NUM_STEPS)
-    state, update = optimizer.init(params), quick_jit(optimizer.update)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
     for step in range(NUM_STEPS):
         # A constant gradient makes Adam's direction one: the update is the learning rate.
         changes, state = update(jax.tree.map(jnp.ones_like, params), state, params)

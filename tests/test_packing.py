@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import fsn_config, quick_jit, transformer_config
+from cases import fsn_config, transformer_config
 from small_runs import (
     ACCELERATOR,
     TINY_TRANSFORMER,
@@ -74,8 +74,8 @@ def test_the_optimizer_does_the_same_with_packed_arrays(matrices, mesh):
         changes, moments = optimizer.update(gradient, state.opt_state, state.params)
         return state.replace(params=changes, opt_state=moments)
 
-    plain = quick_jit(step)(state, gradient)
-    packed = quick_jit(step)(pack_state(state, optimizer), pack(gradient))
+    plain = jax.jit(step)(state, gradient)
+    packed = jax.jit(step)(pack_state(state, optimizer), pack(gradient))
     # The squares of a gradient's norm are summed in another order.
     for found, expected in zip(
         jax.tree.leaves(unpack_state(packed, state)), jax.tree.leaves(plain), strict=True

@@ -22,8 +22,6 @@ from train.load import load
 from train.patience import Patience
 from train.run import create_or_resume, open_run
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_evaluations_are_counted_from_the_lowest_loss():
     patience = Patience(2)

@@ -18,8 +18,6 @@ from train.preemption import Preemption
 from train.program import run_program
 from train.run import RunFolder, open_run
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def signal_in_dispatch(
     patch: pytest.MonkeyPatch, number: int, sent: signal.Signals = signal.SIGTERM

@@ -12,8 +12,6 @@ from train.errors import UserError
 from train.profiling import Profiler, TracedSteps
 from train.run import create_or_resume
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def run(experiment, corpus, profile):
     folder = create_or_resume(experiment, corpus)
@@ -35,6 +33,7 @@ def traced_steps(file):
     return sorted(dict(event.stats)["step_num"] for event in events)
 
 
+@pytest.mark.filterwarnings("ignore:builtin type event_stats")  # of JAX 0.12's reader of profiles
 def test_a_trace_holds_the_chosen_steps_and_changes_nothing(tmp_path):
     corpus = small_runs.write_corpus(tmp_path / "corpus")
     outcomes = {

@@ -43,8 +43,6 @@ from train.optimizer import make_optimizer
 from train.plan import check_experiment, train_steps_of
 from train.step import build_model, init_state, window_loss
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 FEW = settings(
     max_examples=4,
     deadline=None,

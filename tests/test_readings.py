@@ -22,9 +22,9 @@ from fsn_jax.readings import (
 from train.analysis import readings
 from train.errors import UserError
 
-frustration_of = cases.quick_jit(data_frustration, static_argnames="heads_per_phase")
-share_of = cases.quick_jit(repulsiveness)
-resultant_of = cases.quick_jit(resultant)
+frustration_of = jax.jit(data_frustration, static_argnames="heads_per_phase")
+share_of = jax.jit(repulsiveness)
+resultant_of = jax.jit(resultant)
 
 
 def some_kernel(*shape, seed=0):
@@ -36,7 +36,7 @@ def test_a_coefficient_is_the_push_it_names():
     """rho sin(m phi - alpha) with |alpha| at most a quarter turn, whatever the kernel entry."""
     kappa = some_kernel(2, 3, 5)
     kappa[0, 0, :4] = [1, -1, 1j, -1j]
-    strength, angle = map(np.asarray, cases.quick_jit(coefficients)(jnp.asarray(kappa)))
+    strength, angle = map(np.asarray, jax.jit(coefficients)(jnp.asarray(kappa)))
     assert (np.abs(angle) <= np.pi / 2 + 1e-6).all()
     assert (np.sign(strength) == np.where(kappa.real < 0, -1, 1)).all()
     for phi in np.linspace(-3, 3, 7):
@@ -61,7 +61,7 @@ def traced():
     tokens = cases.tokens(length=6)
     variables = cases.random_variables(model, tokens)
 
-    @cases.quick_jit
+    @jax.jit
     def run(variables, tokens):
         return model.apply(variables, tokens), trace_layers(model, variables, tokens)
 
@@ -95,7 +95,7 @@ def test_a_kernel_of_one_head_a_phase_has_a_head_axis_too():
     model = FSN(cases.fsn_config(num_layers=1))
     tokens = cases.tokens(length=3)
     variables = cases.random_variables(model, tokens)
-    (state,) = cases.quick_jit(lambda v: trace_layers(model, v, tokens))(variables)
+    (state,) = jax.jit(lambda v: trace_layers(model, v, tokens))(variables)
     attention = variables["params"]["block_0"]["attention"]
     assert state.kappa.shape == (2, 2, 1, 9)
     np.testing.assert_array_equal(state.kappa[:, :, 0].real, attention["kernel_real"])
@@ -145,7 +145,7 @@ def test_a_constant_frustration_has_a_resultant_of_one():
 
 def test_entropy_of_even_and_of_single_weights():
     rows = jnp.asarray(np.stack([np.full(8, 1 / 8), np.eye(8)[3]]), jnp.float32)
-    entropy = cases.quick_jit(attention_entropy)(rows)
+    entropy = jax.jit(attention_entropy)(rows)
     np.testing.assert_allclose(entropy, [np.log(8), 0], atol=1e-6)
 
 
@@ -156,11 +156,11 @@ def test_attention_to_repeats_is_over_the_tokens_that_have_one():
     attention[0, 0] = np.eye(5)
     attention[0, 0, 4] = [0.1, 0.7, 0.0, 0.2, 0.0]
     attention[0, 1] = np.tril(np.ones((5, 5))) / np.arange(1, 6)[:, None]
-    found = cases.quick_jit(attention_targets)(jnp.asarray(attention), tokens)
+    found = jax.jit(attention_targets)(jnp.asarray(attention), tokens)
     np.testing.assert_allclose(found.repeat, [0.7, 0.2], rtol=1e-6)
     np.testing.assert_allclose(found.itself, [4 / 5, np.mean(1 / np.arange(1, 6))], rtol=1e-6)
     np.testing.assert_allclose(found.previous, [0.2 / 4, np.mean(1 / np.arange(2, 6))], rtol=1e-6)
-    nothing = cases.quick_jit(attention_targets)(jnp.asarray(attention), jnp.arange(5)[None])
+    nothing = jax.jit(attention_targets)(jnp.asarray(attention), jnp.arange(5)[None])
     np.testing.assert_array_equal(nothing.repeat, 0)
 
 
@@ -170,7 +170,6 @@ def test_a_histogram_over_the_circle_shares_the_weight():
     assert share[readings.BINS // 2] == pytest.approx(0.75) and share[-1] == pytest.approx(0.25)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_the_program_reads_every_coefficient_of_a_run(finished_arms, tmp_path, capsys):
     target = tmp_path / "reading.json"
     readings.program(["readings", str(finished_arms["fsn"]), f"--output={target}", "--windows=3"])

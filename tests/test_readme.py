@@ -27,7 +27,6 @@ HEADLINE = {
 """The runs behind the README's first table: the arm by row and corpus."""
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_its_python_runs():
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}

@@ -38,8 +38,6 @@ from train.errors import EXIT_USER_ERROR, UserError
 from train.run import RunFolder, cannot_write, create_or_resume
 from train.spikes import find_spikes
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def assert_same_run(folder: Path, state: Any, whole: tuple[Path, Any]) -> None:
     assert_equal_trees(jax.device_get(state), whole[1])

@@ -12,8 +12,6 @@ import pytest
 from fsn_jax import FSN, FrustratedAttention, KuramotoAttention, Transformer
 from fsn_jax.torus import MAX_POSITIONS
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MODELS = {
     **{
         name: functools.partial(FSN, cases.fsn_config(**cases.FSN_VARIANTS[name]))

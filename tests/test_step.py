@@ -38,8 +38,6 @@ from train.step import (
     window_loss,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 STEPS = 5
 OPTIMIZER = make_optimizer(OptimizerConfig(warmup_steps=2), 30)
 TOKENS = np.random.default_rng(0).integers(0, len(ALPHABET), 4000).astype(np.uint8)
@@ -142,6 +140,7 @@ def test_dropout_resumes_bit_for_bit():
     assert_equal_trees(run(None, WINDOWS), five_steps(num_devices=2))
 
 
+@pytest.mark.slow
 def test_the_two_placements_agree_bit_for_bit():
     assert_equal_trees(five_steps(num_devices=8, placement="resident"), five_steps(num_devices=8))
 

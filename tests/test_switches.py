@@ -104,7 +104,7 @@ def with_block(params, **parts):
 
 
 def logits(model, params):
-    return cases.quick_jit(model.apply)({"params": params}, TOKENS)
+    return jax.jit(model.apply)({"params": params}, TOKENS)
 
 
 def assert_same(one, other):

@@ -24,7 +24,7 @@ def test_against_oracle(batch, length, shape, variant):
     model = Transformer(config)
     variables = cases.random_variables(model, tokens)
     expected = oracle.transformer(oracle.as_float64(variables["params"]), tokens, config)
-    logits = cases.quick_jit(model.apply)(variables, tokens)
+    logits = jax.jit(model.apply)(variables, tokens)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, **TOLERANCE)
 
@@ -44,7 +44,7 @@ def test_gradients_against_central_differences(variant):
         logits = oracle.transformer(params, tokens, config)
         return float((oracle.as_float64(weights) * logits).sum())
 
-    gradients = cases.quick_jit(jax.grad(library))(params)
+    gradients = jax.jit(jax.grad(library))(params)
     cases.check_gradients(gradients, exact, oracle.as_float64(params))
 
 
@@ -59,7 +59,7 @@ def test_no_logit_depends_on_a_later_token():
         changed = {**params, "embedding": {"embedding": embedding}}
         return model.apply({"params": changed}, tokens)[0]
 
-    jacobian = np.asarray(cases.quick_jit(jax.jacrev(run))(params["embedding"]["embedding"]))
+    jacobian = np.asarray(jax.jit(jax.jacrev(run))(params["embedding"]["embedding"]))
     size = np.abs(jacobian[:, :, tokens[0]]).max(axis=(1, 3))  # [t, u]
     seen = np.tri(length, dtype=bool)
     assert (size[~seen] == 0).all()

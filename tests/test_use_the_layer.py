@@ -19,8 +19,6 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "use_the_layer.md"
 TEXT = PAGE.read_text()
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE))
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def run(section):
     """Run a section's blocks, by themselves, and return the names that each left."""

@@ -152,7 +152,7 @@ def test_a_name_that_is_no_utf_8_is_taken(own, tmp_path):
         ("x" * 300, r"config\.data\.path=x{80}\.\.\. cannot be reached \(File name too long\)"),
         ("To be, or not to be.\n" * 90, r"cannot be reached \(File name too long\)"),
         ("~nosuchuser/x", "the home folder of ~nosuchuser is not known"),
-        ("a\0b", r"cannot be reached \(embedded null byte\)"),
+        ("a\0b", r"cannot be reached \(.*embedded null"),
     ],
     ids=["long", "pasted", "home", "null"],
 )

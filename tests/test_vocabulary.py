@@ -147,7 +147,6 @@ def get_config():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compiles")
 def test_the_same_commands_train_resume_evaluate_and_sample_characters(
     text, tmp_path, monkeypatch, capfdbinary
 ):

@@ -5,7 +5,6 @@ Warnings are errors and shapes are checked at run time, both set in pyproject.to
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,14 +62,6 @@ def quick_compiles(tmp_path_factory: pytest.TempPathFactory) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def optimized() -> Iterator[None]:
-    """Compiles as a run does; for tests of what the compiler makes of a program."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -53,15 +53,23 @@ class CouplingInputs(NamedTuple):
 class CouplingSums(NamedTuple):
     """What the derivative of the frustrated coupling reads beside its inputs.
 
+    A platform reads ``total`` and ``self_weight``, or ``field`` and ``turning``. The others are
+    zeros there, which the compiler drops.
+
     Attributes:
-      total: strictly causal sums of the folded values, ``[B, H, L, 2 M P]``.
-      self_weight: ``A[t, t]``, float32 ``[B, H, L]``.
       log_normalizer: of the softmax, float32 ``[B, H, L]``.
+      total: strictly causal sums of the folded values, ``S[t, m]``, ``[B, H, L, 2 M P]``.
+      self_weight: ``A[t, t]``, float32 ``[B, H, L]``.
+      field: of each head, in the dtype of the query, ``[B, H, L, P]``.
+      turning: ``sum_m m z_t**-m S[t, m]``, likewise: the field turns by ``-i`` times it a radian of
+        the phase that sees it.
     """
 
+    log_normalizer: Array
     total: Array
     self_weight: Array
-    log_normalizer: Array
+    field: Complex
+    turning: Complex
 
 
 def coupling_update(

@@ -23,8 +23,8 @@ from fsn_jax.torus import Complex
 PLATFORMS = {"tpu": "tpu", "cuda": "gpu"}
 """Platforms of ``jax.jit`` that have a fused kernel for the sum, and the module that it is in."""
 
-COUPLING = {"tpu": "tpu_coupling"}
-"""Those that have one for the whole coupling."""
+COUPLING = {"tpu": "tpu_coupling", "cuda": "gpu_coupling"}
+"""Those that have one for the whole coupling, and its module."""
 
 
 def forward(

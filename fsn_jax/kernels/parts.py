@@ -19,8 +19,19 @@ def forward(sum_forward: Sum, inputs: CouplingInputs) -> tuple[Complex, Coupling
     """Computes the local field; see ``fsn_jax.kernels.coupling_forward``."""
     query, key, z, kappa, follows, segments = inputs
     value = fold_values(z, kappa, follows, query.dtype.name)
-    sums = CouplingSums(*sum_forward(query, key, value, segments))
-    return unfold_sum(z, sums.total, sums.self_weight, kappa), sums
+    total, self_weight, log_normalizer = sum_forward(query, key, value, segments)
+    field = unfold_sum(z, total, self_weight, kappa)
+    return field, sums_of_values(inputs, total, self_weight, log_normalizer)
+
+
+def sums_of_values(
+    inputs: CouplingInputs, total: Array, self_weight: Array, log_normalizer: Array
+) -> CouplingSums:
+    """Returns sums with zeros for what is not read where there are those of the values."""
+    shape = (*inputs.query.shape[:3], inputs.kappa.re.shape[3])
+    zeros = jnp.zeros(shape, inputs.query.dtype)
+    unread = Complex(zeros, zeros)
+    return CouplingSums(log_normalizer, total, self_weight, unread, unread)
 
 
 def backward(
@@ -28,7 +39,7 @@ def backward(
 ) -> CouplingInputs:
     """Differentiates the local field; see ``fsn_jax.kernels.coupling_backward``."""
     query, key, z, kappa, follows, segments = inputs
-    total, self_weight, log_normalizer = sums
+    log_normalizer, total, self_weight, *_ = sums
 
     def fold(z: Complex, kappa: Complex) -> Array:
         return fold_values(z, kappa, follows, query.dtype.name)

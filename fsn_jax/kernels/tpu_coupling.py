@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pallas_tpu
 
 from fsn_jax.coupling import CouplingInputs, CouplingSums
-from fsn_jax.kernels import tpu
+from fsn_jax.kernels import parts, tpu
 from fsn_jax.kernels import tpu_tiles as tiles
 from fsn_jax.kernels.tpu_phasors import SUBLANES, Coupling
 from fsn_jax.kernels.tpu_tiles import AFTER_KEY, BY_KEY, BY_QUERY, FIXED, WHOLE, Columns, Ref, Tile
@@ -52,7 +52,7 @@ def forward(inputs: CouplingInputs, *, interpret: bool) -> tuple[Complex, Coupli
     )
     field = Complex(*(tiles.turned_back(x, z.re.shape[3]) for x in (re, im)))
     total = _with_phases(total, kappa, z.re.shape[3]).swapaxes(2, 3)
-    return field, CouplingSums(total, own[:, :, 0], log[:, :, 0])
+    return field, parts.sums_of_values(inputs, total, own[:, :, 0], log[:, :, 0])
 
 
 def backward(
@@ -64,7 +64,7 @@ def backward(
     phases = phasors[1][0].shape[2]
     turned_query, turned_key = tiles.turned(query), tiles.turned(key)
     total = _with_phases(sums.total.swapaxes(2, 3), kappa, phases)
-    by_query = [total, *(x[:, :, None] for x in sums[1:])]
+    by_query = [total, *(x[:, :, None] for x in (sums.self_weight, sums.log_normalizer))]
     by_query += [tiles.turned(part, SUBLANES) for part in d_field]
     coefficients = (query.shape[0], *phasors[0][0].shape[1:])
     d_query, d_key, d_kappa, d_theta = tiles.call(
@@ -196,11 +196,11 @@ def _phasors(inputs: CouplingInputs) -> Inputs:
 
 def _with_phases(total: Array, kappa: Complex, phases: int) -> Array:
     """Sums ``[B, H, G, L]`` with so many rows a harmonic and part: some are padding, or cut off."""
-    parts = 2 * kappa.re.shape[1]
-    by_part = total.reshape(*total.shape[:2], parts, -1, total.shape[3])[:, :, :, :phases]
+    num_parts = 2 * kappa.re.shape[1]
+    by_part = total.reshape(*total.shape[:2], num_parts, -1, total.shape[3])[:, :, :, :phases]
     missing = phases - by_part.shape[3]
     by_part = jnp.pad(by_part, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
-    return by_part.reshape(*total.shape[:2], parts * phases, total.shape[3])
+    return by_part.reshape(*total.shape[:2], num_parts * phases, total.shape[3])
 
 
 def _to_columns(kappa: Complex) -> Array:

@@ -46,7 +46,7 @@ class Cut(NamedTuple):
         return max(tiles.PIECE, min(fitting, tiles.columns_of(phases)[0].size))
 
 
-SUMS = {2: Cut(Tile(128, 32), 32), 4: Cut(Tile(64, 16, 4), 32)}
+SUMS = {2: Cut(Tile(128, 32), 32), 4: Cut(Tile(64, 32, 4), 16)}
 """Kernels that hold the sums of a tile of phases, by the bytes of a number."""
 
 SCORES = {2: Cut(Tile(64, 32, 4), 16), 4: Cut(Tile(32, 32, 4), 16)}
@@ -76,7 +76,8 @@ def backward(
     by_scores, by_sums = (_caller(inputs, cuts, interpret) for cuts in (SCORES, SUMS))
     row = Shape(query.shape[:3], jnp.float32)
     like_query, like_key = (Shape(x.shape, x.dtype) for x in (query, key))
-    read = [*d_field, sums.log_normalizer]
+    # In the dtype that cotangents of the sums have: three kernels read it.
+    read = [*kept_in(d_field, query.dtype.name), sums.log_normalizer]
     d_query, mean = by_scores(
         _query_kernel, "fsn_backward_query", [*read, *sums.field], [like_query, row]
     )

@@ -28,8 +28,8 @@ def kernel(request, monkeypatch):
     of_sum, of_coupling = KERNELS[request.param]
     narrow = {2: gpu.Tile(16, 16), 4: gpu.Tile(32, 16)}
     monkeypatch.setattr(gpu, "TILES", {128: narrow, 1 << 30: {4: gpu.Tile(16, 16)}})
-    for cuts in (gpu_coupling.SUMS, gpu_coupling.SCORES):
-        monkeypatch.setitem(cuts, 4, gpu_coupling.Cut(gpu.Tile(16, 16), 16))
+    monkeypatch.setitem(gpu_coupling.SUMS, 4, gpu_coupling.Cut(gpu.Tile(32, 16), 16))
+    monkeypatch.setitem(gpu_coupling.SCORES, 4, gpu_coupling.Cut(gpu.Tile(16, 16), 16))
     monkeypatch.setattr(tpu_tiles, "LANES", 8)
     monkeypatch.setattr(tpu_tiles, "MAX_BLOCK", 32)
 
@@ -156,8 +156,8 @@ def small_tiles(kernel, monkeypatch):
         ({"num_heads": 2, "num_harmonics": 1, "score_scope": "all"}, 21, 3),
         ({"num_heads": 3, "heads_per_phase": 2, "num_harmonics": 3, "delay": False}, 8, 2),
         ({"num_heads": 2, "num_harmonics": 2, "score_harmonics": 2}, 1, 1),
-        # Two tiles of phases on a GPU, the second one padded.
-        ({"num_heads": 2, "heads_per_phase": 2, "num_phases": 20}, 17, 1),
+        # On a GPU two tiles of phases, the second one padded, and half a block of tokens.
+        ({"num_heads": 2, "heads_per_phase": 2, "num_phases": 20}, 16, 1),
     ],
     ids=["all_heads", "segments", "no_delay", "one_token", "many_phases"],
 )
@@ -196,6 +196,14 @@ def test_coupling_kernel_against_reference(switches, length, num_segments):
     (_, d_theta), _ = fused(weights * (np.arange(length) < seen)[:, None])
     assert seen == 0 or np.any(d_theta[:, :seen])
     np.testing.assert_array_equal(d_theta[:, seen:], 0)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_coupling_kernel_in_bfloat16(monkeypatch):
+    """The cotangents are those of the blocks; a warning, here an error, says if they are not."""
+    monkeypatch.setattr(choice, "REPEATS", 1)
+    sizes = choice.Sizes(1, 2, 17, 6, 4 * 5, "bfloat16", coupling=(2, 2, 1))
+    assert choice.fastest(sizes) in ("xla", "pallas")
 
 
 @pytest.mark.parametrize(

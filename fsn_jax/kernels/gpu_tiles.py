@@ -156,15 +156,20 @@ class At(NamedTuple):
         """The rows of a step."""
         return Span.within(step * self.tile.step, self.tile.step, self.length)
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of the sequence."""
+        return pl.cdiv(self.length, self.tile.step)
+
     def over_past(self, add: Callable[[Array, Any], Any], start: Any) -> Any:
         """Sums over the steps that are not after the program's rows."""
         steps = (self.here + 1) * (self.tile.block // self.tile.step)
-        return jax.lax.fori_loop(0, steps, add, start)
+        return jax.lax.fori_loop(0, jnp.minimum(steps, self.num_steps), add, start)
 
     def over_future(self, add: Callable[[Array, Any], Any], start: Any) -> Any:
         """Sums over the steps that are not before the program's rows."""
         first = self.here * (self.tile.block // self.tile.step)
-        return jax.lax.fori_loop(first, pl.cdiv(self.length, self.tile.step), add, start)
+        return jax.lax.fori_loop(first, self.num_steps, add, start)
 
     def zeros(self, columns: int) -> Array:
         """Zeros for the program's rows, ``[block, columns]``."""

@@ -104,7 +104,8 @@ class Coupling(NamedTuple):
             received = read(d_field, self.at.own, columns)
             return d_own + real_product(self.at_rest(columns), received).sum(axis=1)
 
-        return self.over_phases(add_tile, jnp.zeros(self.at.tile.block, jnp.float32))
+        d_own: Array = self.over_phases(add_tile, jnp.zeros(self.at.tile.block, jnp.float32))
+        return d_own
 
 
 def read(refs: Complex, rows: Span, columns: Span) -> Complex:

@@ -60,16 +60,22 @@ class Instruction:
 
 
 def step_instructions(text: str) -> list[Instruction]:
-    """The instructions of the step: the longest computation that is not the inside of a fusion."""
+    """The instructions of the step: the computation whose kernels read and write the most.
+
+    Around a loop over steps there may be as many kernels, which pack and unpack the state once.
+    """
     computations = [
         c
         for c in re.split(r"\n(?=%|ENTRY)", text)[1:]  # after the head of the module
         if "fused" not in c.split("(")[0]
     ]
-    step = max(computations, key=lambda computation: computation.count("\n"))
+    return max(map(_instructions, computations), key=lambda step: sum(bytes_by_part(step).values()))
+
+
+def _instructions(computation: str) -> list[Instruction]:
     shapes: dict[str, str] = {}
     found = []
-    for line in step.split("\n"):
+    for line in computation.split("\n"):
         match = _INSTRUCTION.match(line)
         if not match:
             continue

@@ -6,15 +6,13 @@ its platforms.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
 
 from fsn_jax import kernels
 from fsn_jax.config import Implementation
-from fsn_jax.coupling import next_in_segment
+from fsn_jax.coupling import CouplingInputs, CouplingSums, next_in_segment
 from fsn_jax.kernels import choice
 from fsn_jax.recompute import match_varying_axes
 from fsn_jax.reverse_mode import reverse_mode_only
@@ -54,36 +52,27 @@ def coupled_field(
     if segment_ids is not None:
         follows, segments = next_in_segment(segment_ids)[:, None, :, None], segment_ids[:, None]
     arrays = reverse_mode_only(match_varying_axes((query, key, z, kappa)))
-    return _coupled_field(*arrays, follows, segments, implementation)
+    return _coupled_field(CouplingInputs(*arrays, follows, segments), implementation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _coupled_field(
-    query: Array,
-    key: Array,
-    z: Complex,
-    kappa: Complex,
-    follows: Array | None,
-    segments: Array | None,
-    implementation: Implementation,
-) -> Complex:
-    arrays = (query, key, z, kappa, follows, segments)
-    return kernels.coupling_forward(*arrays, implementation=implementation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _coupled_field(inputs: CouplingInputs, implementation: Implementation) -> Complex:
+    return kernels.coupling_forward(inputs, implementation=implementation)[0]
 
 
-def _forward(*arguments: Any) -> tuple[Complex, tuple[Any, ...]]:
-    *arrays, implementation = arguments
-    field, *sums = kernels.coupling_forward(*arrays, implementation=implementation)
-    return field, (*arrays, *sums)
+def _forward(
+    inputs: CouplingInputs, implementation: Implementation
+) -> tuple[Complex, tuple[CouplingInputs, CouplingSums]]:
+    field, sums = kernels.coupling_forward(inputs, implementation=implementation)
+    return field, (inputs, sums)
 
 
 def _backward(
-    implementation: Implementation, residuals: tuple[Any, ...], d_field: Complex
-) -> tuple[Any, ...]:
-    backward: Callable[..., tuple[Any, ...]] = functools.partial(
-        kernels.coupling_backward, implementation=implementation
-    )
-    return *backward(*residuals, d_field), None, None
+    implementation: Implementation,
+    residuals: tuple[CouplingInputs, CouplingSums],
+    d_field: Complex,
+) -> tuple[CouplingInputs]:
+    return (kernels.coupling_backward(*residuals, d_field, implementation=implementation),)
 
 
 _coupled_field.defvjp(_forward, _backward)

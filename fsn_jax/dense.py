@@ -35,7 +35,14 @@ def _read(
     z: Complex, field: Complex | None, gains: Array | None, quadrature: Array | None
 ) -> Float[Array, "*shape I"]:
     """Returns a matrix's input: one quadrature of every phase, given ``[2, N]``, or both."""
-    z = in_float32(z)
+    arrays = (in_float32(z), field, gains, quadrature)
+    return jax.lax.platform_dependent(*arrays, cuda=_read_together, default=_read_by_part)
+
+
+def _read_by_part(
+    z: Complex, field: Complex | None, gains: Array | None, quadrature: Array | None
+) -> Array:
+    """``_read``, cosines and sines one by one."""
     if field is not None and gains is not None:
         coherence, torque = (over_tokens(gain, z.re) for gain in gains)
         z = Complex(z.re + coherence * field.re, z.im + torque * field.im)
@@ -43,6 +50,27 @@ def _read(
         return features(z)
     cosine, sine = (over_tokens(part, z.re) for part in quadrature)
     return z.re * cosine + z.im * sine
+
+
+def _read_together(
+    z: Complex, field: Complex | None, gains: Array | None, quadrature: Array | None
+) -> Array:
+    """``_read``, cosines and sines in one array.
+
+    So a GPU sums over tokens what both gains, or both parts of a quadrature, learn from in one
+    kernel.
+    """
+    both = jnp.stack(z)
+
+    def over_all(x: Array) -> Array:
+        return jnp.expand_dims(x, tuple(range(1, both.ndim - 1)))
+
+    if field is not None and gains is not None:
+        both += over_all(gains) * jnp.stack(field)
+    if quadrature is None:
+        return features(Complex(*both))
+    cosine, sine = over_all(quadrature) * both
+    return cosine + sine
 
 
 @documented

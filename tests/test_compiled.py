@@ -39,29 +39,33 @@ def test_the_step_that_auto_takes(tmp_path, machine):
         "--implementations=auto",
         "--layers=1",
     )
-    of_a_layer = {"h100": 3}.get(machine, 2)
+    of_a_layer = {"h100": 4}.get(machine, 2)
     assert row["fused_kernels"] == of_a_layer
     assert row["collectives"] == ({} if row["devices"] == 1 else {"all-reduce": 1})
 
 
 @compilers
 @pytest.mark.slow
-def test_gpu_kernels_keep_to_the_registers(tmp_path):
+@pytest.mark.parametrize(
+    ("measure", "arms", "more"),
+    [
+        ("sum", "transformer_1m", set()),
+        ("coupling", "fsn_1m,projected_1m", {"fsn_backward_phase"}),
+    ],
+)
+def test_gpu_kernels_keep_to_the_registers(tmp_path, measure, arms, more):
     found = rows(
         tmp_path,
-        "--measure=sum",
+        f"--measure={measure}",
         "--machines=a100,h100",
-        "--arms=fsn_1m,transformer_1m",
+        f"--arms={arms}",
         "--dtypes=float32,bfloat16",
         "--implementations=pallas",
     )
-    assert len(found) == 8
+    assert len(found) == 4 * len(arms.split(","))
+    expected = {"fsn_forward", "fsn_backward_query", "fsn_backward_key"} | more
     for row in found:
-        assert {kernel["kernel"] for kernel in row["fused"]} == {
-            "fsn_forward",
-            "fsn_backward_query",
-            "fsn_backward_key",
-        }
+        assert {kernel["kernel"] for kernel in row["fused"]} == expected
         assert not any(k["spill_stores"] + k["spill_loads"] for k in row["fused"]), row
 
 
@@ -102,10 +106,13 @@ metadata={op_name="jit(steps)/mul"}, backend_config={"estimated_cycles":"5"}
   ROOT %t = (f32[8], f32[4,2]) tuple(%f, %m)
 }
 
-ENTRY %main () -> f32[8] {
-  ROOT %c = f32[8]{0} constant(0)
+ENTRY %main (state: f32[1]) -> f32[1] {
+  %state = f32[1]{0} parameter(0)
+PACKING
 }
-""".replace("\\\n", "")
+""".replace("\\\n", "").replace(
+    "PACKING", "\n".join(f"  %c{i} = f32[1]{{0}} copy(%state)" for i in range(9))
+)
 
 
 def test_what_is_read_from_a_program():

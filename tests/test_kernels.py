@@ -14,9 +14,9 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from fsn_jax import FrustratedAttention, kernels
 from fsn_jax.causal import causal_sum
-from fsn_jax.kernels import choice, gpu, tpu, tpu_coupling, tpu_tiles
+from fsn_jax.kernels import choice, gpu, gpu_coupling, tpu, tpu_coupling, tpu_tiles
 
-KERNELS = {"gpu": gpu, "tpu": tpu}
+KERNELS = {"gpu": (gpu, gpu_coupling), "tpu": (tpu, tpu_coupling)}
 # float32 sums over at most 100 terms in another order; bfloat16 has 8 bits of mantissa, and here
 # both the weights and the cotangents of the scores are rounded to it on their way.
 TOLERANCE = {"float32": {"rtol": 1e-4, "atol": 1e-4}, "bfloat16": {"rtol": 0.1, "atol": 0.15}}
@@ -24,19 +24,20 @@ TOLERANCE = {"float32": {"rtol": 1e-4, "atol": 1e-4}, "bfloat16": {"rtol": 0.1, 
 
 @pytest.fixture(params=KERNELS)
 def kernel(request, monkeypatch):
-    """Runs one of the kernels in JAX, with small blocks."""
-    chosen = KERNELS[request.param]
+    """Runs the kernels of a platform in JAX, with small blocks."""
+    of_sum, of_coupling = KERNELS[request.param]
     narrow = {2: gpu.Tile(16, 16), 4: gpu.Tile(32, 16)}
     monkeypatch.setattr(gpu, "TILES", {128: narrow, 1 << 30: {4: gpu.Tile(16, 16)}})
+    monkeypatch.setitem(gpu_coupling.SUMS, 4, gpu_coupling.Cut(gpu.Tile(32, 16), 16))
+    monkeypatch.setitem(gpu_coupling.SCORES, 4, gpu_coupling.Cut(gpu.Tile(16, 16), 16))
     monkeypatch.setattr(tpu_tiles, "LANES", 8)
     monkeypatch.setattr(tpu_tiles, "MAX_BLOCK", 32)
 
-    def interpreted(name, _, compiled, modules, *arrays):
-        if modules is kernels.PLATFORMS:
-            return getattr(chosen, name)(*arrays, interpret=True)
-        if chosen is gpu:  # has no kernel for the whole coupling
+    def interpreted(name, implementation, compiled, modules, *arrays):
+        if implementation == "xla":
             return compiled(*arrays)
-        return getattr(tpu_coupling, name)(*arrays, interpret=True)
+        chosen = of_sum if modules is kernels.PLATFORMS else of_coupling
+        return getattr(chosen, name)(*arrays, interpret=True)
 
     monkeypatch.setattr(kernels, "_by_platform", interpreted)
 
@@ -141,9 +142,8 @@ def test_layer_against_oracle(switches):
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
+def small_tiles(kernel, monkeypatch):
     """Tiles of a TPU with eight or sixteen queries."""
-    monkeypatch.setattr(tpu_tiles, "LANES", 8)
     monkeypatch.setattr(tpu_tiles, "MAX_BLOCK", 16)
 
 
@@ -156,12 +156,13 @@ def small_tiles(monkeypatch):
         ({"num_heads": 2, "num_harmonics": 1, "score_scope": "all"}, 21, 3),
         ({"num_heads": 3, "heads_per_phase": 2, "num_harmonics": 3, "delay": False}, 8, 2),
         ({"num_heads": 2, "num_harmonics": 2, "score_harmonics": 2}, 1, 1),
+        # On a GPU two tiles of phases, the second one padded, and half a block of tokens.
+        ({"num_heads": 2, "heads_per_phase": 2, "num_phases": 20}, 16, 1),
     ],
-    ids=["all_heads", "segments", "no_delay", "one_token"],
+    ids=["all_heads", "segments", "no_delay", "one_token", "many_phases"],
 )
 def test_coupling_kernel_against_reference(switches, length, num_segments):
     """The field, all gradients of torque and coherence, and that none is of the future."""
-    theta = cases.angles(2, length, 12)
     settings = {
         "num_phases": 12,
         "num_harmonics": 2,
@@ -169,6 +170,7 @@ def test_coupling_kernel_against_reference(switches, length, num_segments):
         "score": "gated",
         **switches,
     }
+    theta = cases.angles(2, length, settings["num_phases"])
     rng = np.random.default_rng(length)
     ids = np.sort(rng.integers(num_segments, size=(2, length)), axis=1).astype(np.int32)
     segment_ids = jnp.asarray(ids) if num_segments > 1 else None
@@ -194,6 +196,14 @@ def test_coupling_kernel_against_reference(switches, length, num_segments):
     (_, d_theta), _ = fused(weights * (np.arange(length) < seen)[:, None])
     assert seen == 0 or np.any(d_theta[:, :seen])
     np.testing.assert_array_equal(d_theta[:, seen:], 0)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_coupling_kernel_in_bfloat16(monkeypatch):
+    """The cotangents are those of the blocks; a warning, here an error, says if they are not."""
+    monkeypatch.setattr(choice, "REPEATS", 1)
+    sizes = choice.Sizes(1, 2, 17, 6, 4 * 5, "bfloat16", coupling=(2, 2, 1))
+    assert choice.fastest(sizes) in ("xla", "pallas")
 
 
 @pytest.mark.parametrize(
@@ -226,10 +236,10 @@ def test_lowers(platform, call, length, score_width, value_width, dtype):
     assert exported.mlir_module().count(f"@{call}(") == {"tpu": 2, "cuda": 3}[platform]
 
 
-@pytest.mark.parametrize(("platform", "calls"), [("tpu", 2), ("cuda", 3)])
+@pytest.mark.parametrize(("platform", "calls"), [("tpu", 2), ("cuda", 4)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_coupling_lowers(platform, calls, dtype):
-    """A TPU folds, sums and unfolds in one kernel; a GPU has kernels for the sum alone."""
+    """One kernel folds, sums and unfolds; one (TPU) or three differentiate."""
     config = cases.fsn_config(
         num_phases=24,
         num_heads=2,

@@ -145,7 +145,7 @@ def test_the_list_of_programs_imports_none_of_them():
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
 
 # A single call of a kernel, with the layout of each of its operands.
-KNOWN_LONG = {"fsn_jax.kernels.gpu._call", "fsn_jax.kernels.tpu_tiles.call"}
+KNOWN_LONG = {"fsn_jax.kernels.tpu_tiles.call"}
 
 
 def test_no_file_and_no_function_is_too_long():

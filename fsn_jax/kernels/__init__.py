@@ -16,14 +16,15 @@ import jax
 from jax import Array
 
 from fsn_jax.config import Implementation
+from fsn_jax.coupling import CouplingInputs, CouplingSums
 from fsn_jax.kernels import parts, xla
 from fsn_jax.torus import Complex
 
 PLATFORMS = {"tpu": "tpu", "cuda": "gpu"}
 """Platforms of ``jax.jit`` that have a fused kernel for the sum, and the module that it is in."""
 
-COUPLING = {"tpu": "tpu_coupling"}
-"""Those that have one for the whole coupling."""
+COUPLING = {"tpu": "tpu_coupling", "cuda": "gpu_coupling"}
+"""Those that have one for the whole coupling, and its module."""
 
 
 def forward(
@@ -85,73 +86,40 @@ def backward(
 
 
 def coupling_forward(
-    query: Array,
-    key: Array,
-    z: Complex,
-    kappa: Complex,
-    follows: Array | None,
-    segments: Array | None,
-    *,
-    implementation: Implementation,
-) -> tuple[Complex, Array, Array, Array]:
+    inputs: CouplingInputs, *, implementation: Implementation
+) -> tuple[Complex, CouplingSums]:
     """Computes the local field of the frustrated coupling, and what its derivative needs.
 
     Args:
-      query: ``[B, H, L, E]``, float32 or bfloat16.
-      key: ``[B, H, L, E]``.
-      z: phasors, ``[B, H, L, P]``, or ``[B, 1, L, P]`` if all heads couple the same phases.
-      kappa: the kernel by head, ``[T, M, H, P]``.
-      follows: ``fsn_jax.coupling.next_in_segment``, ``[B, 1, L, 1]``, or None.
-      segments: int32 ``[B, 1, L]`` or None.
+      inputs: see ``CouplingInputs``.
       implementation: see ``forward``; without a kernel for the coupling, that for the sum is taken.
 
     Returns:
-      The field, float32, of the shape of ``z``; and of ``forward`` for the folded values the sum
-      ``[B, H, L, G]``, own weights and log normalizers.
+      The field, float32, of the shape of ``z``, and the sums.
     """
-    arrays = (query, key, z, kappa, follows, segments)
     by_parts = functools.partial(
         parts.forward, functools.partial(forward, implementation=implementation)
     )
-    return _by_platform("forward", implementation, by_parts, COUPLING, *arrays)
+    return _by_platform("forward", implementation, by_parts, COUPLING, inputs)
 
 
 def coupling_backward(
-    query: Array,
-    key: Array,
-    z: Complex,
-    kappa: Complex,
-    follows: Array | None,
-    segments: Array | None,
-    total: Array,
-    self_weight: Array,
-    log_normalizer: Array,
-    d_field: Complex,
-    *,
-    implementation: Implementation,
-) -> tuple[Array, Array, Complex, Complex]:
+    inputs: CouplingInputs, sums: CouplingSums, d_field: Complex, *, implementation: Implementation
+) -> CouplingInputs:
     """Computes the cotangents of query, key, z and kappa by the field, in their dtype.
 
     Phasors stay on the circle: a cotangent of z may have no part along z.
 
     Args:
-      query: ``[B, H, L, E]``.
-      key: ``[B, H, L, E]``.
-      z: phasors, ``[B, H, L, P]`` or ``[B, 1, L, P]``.
-      kappa: the kernel by head, ``[T, M, H, P]``.
-      follows: ``[B, 1, L, 1]`` or None.
-      segments: int32 ``[B, 1, L]`` or None.
-      total: sum of ``coupling_forward``, ``[B, H, L, G]``.
-      self_weight: its own weights, ``[B, H, L]``.
-      log_normalizer: its log normalizers, ``[B, H, L]``.
+      inputs: of ``coupling_forward``.
+      sums: of ``coupling_forward``.
       d_field: cotangent of the field, of the shape of ``z``.
       implementation: see ``forward``.
     """
-    arrays = (query, key, z, kappa, follows, segments, total, self_weight, log_normalizer, d_field)
     by_parts = functools.partial(
         parts.backward, functools.partial(backward, implementation=implementation)
     )
-    return _by_platform("backward", implementation, by_parts, COUPLING, *arrays)
+    return _by_platform("backward", implementation, by_parts, COUPLING, inputs, sums, d_field)
 
 
 def _by_platform(

@@ -12,6 +12,7 @@ from jax import Array
 
 from fsn_jax import kernels
 from fsn_jax.config import Implementation
+from fsn_jax.coupling import CouplingInputs
 from fsn_jax.torus import Complex, kept_in, phasor
 
 REPEATS = 5
@@ -129,13 +130,12 @@ def _coupling_cotangents(
     query: Array, key: Array, theta: Array, *kappa: Array, implementation: Implementation
 ) -> tuple[Array, ...]:
     z = kept_in(phasor(theta), query.dtype.name)
-    arrays = (query, key, z, Complex(*kappa), None, None)
-    field, total, own, log = kernels.coupling_forward(*arrays, implementation=implementation)
+    inputs = CouplingInputs(query, key, z, Complex(*kappa))
+    field, sums = kernels.coupling_forward(inputs, implementation=implementation)
     d_field = Complex(jnp.sin(field.re), jnp.sin(field.im))
-    d_query, d_key, d_z, d_kappa = kernels.coupling_backward(
-        *arrays, total, own, log, d_field, implementation=implementation
-    )
-    return d_query, d_key, z.re * d_z.im - z.im * d_z.re, *d_kappa
+    cotangents = kernels.coupling_backward(inputs, sums, d_field, implementation=implementation)
+    d_z = cotangents.z
+    return *cotangents[:2], z.re * d_z.im - z.im * d_z.re, *cotangents.kappa
 
 
 def _run(implementation: Implementation, arrays: list[Array]) -> tuple[float, list[np.ndarray]]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fsn_jax.coupling import fold_values, unfold_sum
+from fsn_jax.coupling import CouplingInputs, CouplingSums, fold_values, unfold_sum
 from fsn_jax.kernels.xla import own_inner
 from fsn_jax.recompute import delay_until
 from fsn_jax.torus import Complex
@@ -15,35 +15,31 @@ Sum = Callable[..., tuple[Array, ...]]
 """``fsn_jax.kernels.forward`` or ``backward`` of an implementation."""
 
 
-def forward(
-    sum_forward: Sum,
-    query: Array,
-    key: Array,
-    z: Complex,
-    kappa: Complex,
-    follows: Array | None,
-    segments: Array | None,
-) -> tuple[Complex, Array, Array, Array]:
+def forward(sum_forward: Sum, inputs: CouplingInputs) -> tuple[Complex, CouplingSums]:
     """Computes the local field; see ``fsn_jax.kernels.coupling_forward``."""
+    query, key, z, kappa, follows, segments = inputs
     value = fold_values(z, kappa, follows, query.dtype.name)
     total, self_weight, log_normalizer = sum_forward(query, key, value, segments)
-    return unfold_sum(z, total, self_weight, kappa), total, self_weight, log_normalizer
+    field = unfold_sum(z, total, self_weight, kappa)
+    return field, sums_of_values(inputs, total, self_weight, log_normalizer)
+
+
+def sums_of_values(
+    inputs: CouplingInputs, total: Array, self_weight: Array, log_normalizer: Array
+) -> CouplingSums:
+    """Returns sums with zeros for what is not read where there are those of the values."""
+    shape = (*inputs.query.shape[:3], inputs.kappa.re.shape[3])
+    zeros = jnp.zeros(shape, inputs.query.dtype)
+    unread = Complex(zeros, zeros)
+    return CouplingSums(log_normalizer, total, self_weight, unread, unread)
 
 
 def backward(
-    sum_backward: Sum,
-    query: Array,
-    key: Array,
-    z: Complex,
-    kappa: Complex,
-    follows: Array | None,
-    segments: Array | None,
-    total: Array,
-    self_weight: Array,
-    log_normalizer: Array,
-    d_field: Complex,
-) -> tuple[Array, Array, Complex, Complex]:
+    sum_backward: Sum, inputs: CouplingInputs, sums: CouplingSums, d_field: Complex
+) -> CouplingInputs:
     """Differentiates the local field; see ``fsn_jax.kernels.coupling_backward``."""
+    query, key, z, kappa, follows, segments = inputs
+    log_normalizer, total, self_weight, *_ = sums
 
     def fold(z: Complex, kappa: Complex) -> Array:
         return fold_values(z, kappa, follows, query.dtype.name)
@@ -59,4 +55,4 @@ def backward(
     _, pull_back = jax.vjp(fold, *delay_until(d_value, (z, kappa)))
     d_z, d_kappa = pull_back(d_value)
     d_z, d_kappa = jax.tree.map(jnp.add, (d_z, d_kappa), (d_received, d_kappa_received))
-    return d_query, d_key, d_z, d_kappa
+    return CouplingInputs(d_query, d_key, d_z, d_kappa)

@@ -16,7 +16,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pallas_tpu
 
-from fsn_jax.kernels import tpu
+from fsn_jax.coupling import CouplingInputs, CouplingSums
+from fsn_jax.kernels import parts, tpu
 from fsn_jax.kernels import tpu_tiles as tiles
 from fsn_jax.kernels.tpu_phasors import SUBLANES, Coupling
 from fsn_jax.kernels.tpu_tiles import AFTER_KEY, BY_KEY, BY_QUERY, FIXED, WHOLE, Columns, Ref, Tile
@@ -26,27 +27,19 @@ Inputs = list[tuple[Array, str]]
 """Arrays, and which of their columns a tile works on."""
 
 
-def forward(
-    query: Array,
-    key: Array,
-    z: Complex,
-    kappa: Complex,
-    follows: Array | None,
-    segments: Array | None,
-    *,
-    interpret: bool,
-) -> tuple[Complex, Array, Array, Array]:
+def forward(inputs: CouplingInputs, *, interpret: bool) -> tuple[Complex, CouplingSums]:
     """Computes the local field; see ``fsn_jax.kernels.coupling_forward``."""
+    query, key, z, kappa, _, segments = inputs
     batch, heads, length, _ = query.shape
-    inputs = _inputs(z, kappa, follows)
-    part = jax.ShapeDtypeStruct(inputs[1][0].shape, jnp.float32)
+    phasors = _phasors(inputs)
+    part = jax.ShapeDtypeStruct(phasors[1][0].shape, jnp.float32)
     width = 2 * kappa.re.shape[1] * part.shape[2]
     sums = jax.ShapeDtypeStruct((batch, heads, width, length), query.dtype)
     row = jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32)
     re, im, total, own, log = tiles.call(
-        functools.partial(_forward_kernel, _Case.of(z, kappa, follows)),
+        functools.partial(_forward_kernel, _Case.of(inputs)),
         "fsn_forward",
-        [(tiles.turned(query), BY_QUERY), (tiles.turned(key), BY_KEY), *inputs],
+        [(tiles.turned(query), BY_QUERY), (tiles.turned(key), BY_KEY), *phasors],
         segments,
         [(part, WHOLE), (part, WHOLE), (sums, BY_QUERY), (row, BY_QUERY), (row, BY_QUERY)],
         keys_outside=False,
@@ -59,37 +52,27 @@ def forward(
     )
     field = Complex(*(tiles.turned_back(x, z.re.shape[3]) for x in (re, im)))
     total = _with_phases(total, kappa, z.re.shape[3]).swapaxes(2, 3)
-    return field, total, own[:, :, 0], log[:, :, 0]
+    return field, parts.sums_of_values(inputs, total, own[:, :, 0], log[:, :, 0])
 
 
 def backward(
-    query: Array,
-    key: Array,
-    z: Complex,
-    kappa: Complex,
-    follows: Array | None,
-    segments: Array | None,
-    total: Array,
-    self_weight: Array,
-    log_normalizer: Array,
-    d_field: Complex,
-    *,
-    interpret: bool,
-) -> tuple[Array, Array, Complex, Complex]:
+    inputs: CouplingInputs, sums: CouplingSums, d_field: Complex, *, interpret: bool
+) -> CouplingInputs:
     """Differentiates the local field; see ``fsn_jax.kernels.coupling_backward``."""
-    length, inputs = query.shape[2], _inputs(z, kappa, follows)
-    phases = inputs[1][0].shape[2]
+    query, key, z, kappa, _, segments = inputs
+    length, phasors = query.shape[2], _phasors(inputs)
+    phases = phasors[1][0].shape[2]
     turned_query, turned_key = tiles.turned(query), tiles.turned(key)
-    sums = _with_phases(total.swapaxes(2, 3), kappa, phases)
-    by_query = [sums, *(x[:, :, None] for x in (self_weight, log_normalizer))]
+    total = _with_phases(sums.total.swapaxes(2, 3), kappa, phases)
+    by_query = [total, *(x[:, :, None] for x in (sums.self_weight, sums.log_normalizer))]
     by_query += [tiles.turned(part, SUBLANES) for part in d_field]
-    coefficients = (query.shape[0], *inputs[0][0].shape[1:])
+    coefficients = (query.shape[0], *phasors[0][0].shape[1:])
     d_query, d_key, d_kappa, d_theta = tiles.call(
-        functools.partial(_backward_kernel, _Case.of(z, kappa, follows)),
+        functools.partial(_backward_kernel, _Case.of(inputs)),
         "fsn_backward",
         [(turned_query, BY_QUERY), (turned_key, BY_KEY)]
         + [(x, BY_QUERY) for x in by_query]
-        + inputs,
+        + phasors,
         segments,
         [
             (jax.ShapeDtypeStruct(shape, jnp.float32), columns)
@@ -97,18 +80,18 @@ def backward(
                 (turned_query.shape, WHOLE),
                 (turned_key.shape, BY_KEY),
                 (coefficients, FIXED),
-                (inputs[1][0].shape, WHOLE),
+                (phasors[1][0].shape, WHOLE),
             )
         ],
         keys_outside=True,
-        scratch=[_scratch(sums.shape[2], length, query.dtype)] * 2
-        + [_scratch(rows, length) for rows in (sums.shape[2], 1, 1)]
+        scratch=[_scratch(total.shape[2], length, query.dtype)] * 2
+        + [_scratch(rows, length) for rows in (total.shape[2], 1, 1)]
         + [_scratch(phases, length)] * 3 * (kappa.re.shape[0] - 1),
         interpret=interpret,
     )
     d_theta = tiles.turned_back(d_theta, z.re.shape[3])
     d_z = Complex(-z.im * d_theta, z.re * d_theta)  # phasors stay on the circle
-    return (
+    return CouplingInputs(
         tiles.turned_back(d_query, query.shape[3]).astype(query.dtype),
         tiles.turned_back(d_key, key.shape[3]).astype(key.dtype),
         kept_in(d_z, z.re.dtype.name),
@@ -132,14 +115,15 @@ class _Case(NamedTuple):
     shared: bool
 
     @classmethod
-    def of(cls, z: Complex, kappa: Complex, follows: Array | None) -> "_Case":
-        num_delays, num_harmonics = kappa.re.shape[:2]
-        return cls(num_harmonics, num_delays == 2, follows is not None, z.re.shape[1] == 1)
+    def of(cls, inputs: CouplingInputs) -> "_Case":
+        num_delays, num_harmonics = inputs.kappa.re.shape[:2]
+        shared = inputs.z.re.shape[1] == 1
+        return cls(num_harmonics, num_delays == 2, inputs.follows is not None, shared)
 
     def parse(
         self, tile: Tile, inputs: Sequence[Ref], successor: Sequence[Ref]
     ) -> tuple[Coupling, Sequence[Ref]]:
-        """The coupling of a tile, by ``_inputs`` and scratch, and the inputs that are left."""
+        """The coupling of a tile, by ``_phasors`` and scratch, and the inputs that are left."""
         kappa, *phasors = inputs[: 7 if self.delayed else 5]
         receivers, sources, after = Complex(*phasors[:2]), Complex(*phasors[2:4]), phasors[4:]
         inputs = inputs[1 + len(phasors) :]
@@ -199,23 +183,24 @@ def _scratch(rows: int, length: int, dtype: Any = jnp.float32) -> Any:
     return pallas_tpu.VMEM((rows, tiles.block_size(length)), dtype)
 
 
-def _inputs(z: Complex, kappa: Complex, follows: Array | None) -> Inputs:
+def _phasors(inputs: CouplingInputs) -> Inputs:
     """What both kernels read of phasors and kernel, for ``_Case.parse``."""
+    _, _, z, kappa, follows, _ = inputs
     kinds = [BY_QUERY, BY_KEY, AFTER_KEY][: 1 + kappa.re.shape[0]]
     phasors = [tiles.turned(part, SUBLANES) for part in z]
-    inputs = [(x, columns) for columns in kinds for x in phasors]
+    arrays = [(x, columns) for columns in kinds for x in phasors]
     if follows is not None:
-        inputs.append((follows.swapaxes(2, 3), BY_KEY))
-    return [(_to_columns(kappa), FIXED), *inputs]
+        arrays.append((follows.swapaxes(2, 3), BY_KEY))
+    return [(_to_columns(kappa), FIXED), *arrays]
 
 
 def _with_phases(total: Array, kappa: Complex, phases: int) -> Array:
     """Sums ``[B, H, G, L]`` with so many rows a harmonic and part: some are padding, or cut off."""
-    parts = 2 * kappa.re.shape[1]
-    by_part = total.reshape(*total.shape[:2], parts, -1, total.shape[3])[:, :, :, :phases]
+    num_parts = 2 * kappa.re.shape[1]
+    by_part = total.reshape(*total.shape[:2], num_parts, -1, total.shape[3])[:, :, :, :phases]
     missing = phases - by_part.shape[3]
     by_part = jnp.pad(by_part, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
-    return by_part.reshape(*total.shape[:2], parts * phases, total.shape[3])
+    return by_part.reshape(*total.shape[:2], num_parts * phases, total.shape[3])
 
 
 def _to_columns(kappa: Complex) -> Array:

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from fsn_jax import kernels
 from fsn_jax.config import Implementation
-from fsn_jax.coupling import CouplingInputs, CouplingSums, next_in_segment
+from fsn_jax.coupling import next_in_segment
 from fsn_jax.kernels import choice
+from fsn_jax.kernels.arrays import CouplingInputs, CouplingSums
 from fsn_jax.recompute import match_varying_axes
 from fsn_jax.reverse_mode import reverse_mode_only
 from fsn_jax.torus import Complex, in_float32

@@ -16,7 +16,7 @@ before the imaginary part is taken. ``fold_values`` and
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,51 +25,14 @@ from jaxtyping import Array, Complex64, Float, Int
 
 from fsn_jax.recompute import match_varying_axes
 from fsn_jax.reverse_mode import reverse_mode_only
-from fsn_jax.torus import Complex, in_float32, multiply, powers
-
-
-class CouplingInputs(NamedTuple):
-    """What the frustrated coupling of whole sequences is computed from.
-
-    Attributes:
-      query: ``[B, H, L, E]``, float32 or bfloat16, which is also the dtype of values and sums.
-      key: ``[B, H, L, E]``, of the same dtype.
-      z: phasors of the phases that each head couples, ``[B, H, L, P]``, or ``[B, 1, L, P]`` if all
-        heads couple the same.
-      kappa: the kernel by head, ``[T, M, H, P]``.
-      follows: ``next_in_segment`` as float32 ``[B, 1, L, 1]``; None: all tokens of a row are in one
-        segment.
-      segments: int32 ``[B, 1, L]``; tokens couple to those of their own. None: one segment.
-    """
-
-    query: Array
-    key: Array
-    z: Complex
-    kappa: Complex
-    follows: Array | None = None
-    segments: Array | None = None
-
-
-class CouplingSums(NamedTuple):
-    """What the derivative of the frustrated coupling reads beside its inputs.
-
-    A platform reads ``total`` and ``self_weight``, or ``field`` and ``turning``. The others are
-    zeros there, which the compiler drops.
-
-    Attributes:
-      log_normalizer: of the softmax, float32 ``[B, H, L]``.
-      total: strictly causal sums of the folded values, ``S[t, m]``, ``[B, H, L, 2 M P]``.
-      self_weight: ``A[t, t]``, float32 ``[B, H, L]``.
-      field: of each head, in the dtype of the query, ``[B, H, L, P]``.
-      turning: ``sum_m m z_t**-m S[t, m]``, likewise: the field turns by ``-i`` times it a radian of
-        the phase that sees it.
-    """
-
-    log_normalizer: Array
-    total: Array
-    self_weight: Array
-    field: Complex
-    turning: Complex
+from fsn_jax.torus import (
+    Complex,
+    imaginary_product,
+    in_float32,
+    multiply,
+    powers,
+    real_product,
+)
 
 
 def coupling_update(
@@ -268,8 +231,8 @@ def _add_seen(field: Complex, z: Complex, sums: list[Complex]) -> Complex:
     """Adds ``sum_m z**-m sums[m]``: mean fields as they are seen from the phases of ``z``."""
     re, im = field
     for zm, mean in zip(powers(z, len(sums)), map(in_float32, sums), strict=True):
-        re += zm.re * mean.re + zm.im * mean.im
-        im += zm.re * mean.im - zm.im * mean.re
+        re += real_product(zm, mean)
+        im += imaginary_product(zm, mean)
     return Complex(re, im)
 
 

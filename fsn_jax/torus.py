@@ -113,6 +113,26 @@ def multiply(x: Complex, y: Complex) -> Complex:
     return Complex(x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re)
 
 
+def add(x: Complex, y: Complex) -> Complex:
+    """Adds complex numbers elementwise, with broadcasting."""
+    return Complex(x.re + y.re, x.im + y.im)
+
+
+def times(x: Array | int, y: Complex) -> Complex:
+    """Multiplies by real numbers elementwise, with broadcasting."""
+    return Complex(x * y.re, x * y.im)
+
+
+def real_product(x: Complex, y: Complex) -> Array:
+    """Computes ``Re conj(x) y`` elementwise, with broadcasting."""
+    return x.re * y.re + x.im * y.im
+
+
+def imaginary_product(x: Complex, y: Complex) -> Array:
+    """Computes ``Im conj(x) y`` elementwise, with broadcasting."""
+    return x.re * y.im - x.im * y.re
+
+
 def powers(z: Complex, num_harmonics: int) -> list[Complex]:
     """Computes ``[z, z**2, ..., z**M]``, each of the shape of ``z``, by multiplication."""
     result = [z]

@@ -16,8 +16,8 @@ import jax
 from jax import Array
 
 from fsn_jax.config import Implementation
-from fsn_jax.coupling import CouplingInputs, CouplingSums
 from fsn_jax.kernels import parts, xla
+from fsn_jax.kernels.arrays import CouplingInputs, CouplingSums
 from fsn_jax.torus import Complex
 
 PLATFORMS = {"tpu": "tpu", "cuda": "gpu"}

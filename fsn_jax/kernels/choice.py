@@ -12,7 +12,7 @@ from jax import Array
 
 from fsn_jax import kernels
 from fsn_jax.config import Implementation
-from fsn_jax.coupling import CouplingInputs
+from fsn_jax.kernels.arrays import CouplingInputs
 from fsn_jax.torus import Complex, kept_in, phasor
 
 REPEATS = 5

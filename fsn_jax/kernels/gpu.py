@@ -78,7 +78,6 @@ def backward(
 
     def key_kernel(at: At, inputs: Sequence[Ref], outputs: Sequence[Ref]) -> None:
         query_ref, key_ref, value_ref, log_ref, d_total_ref, mean_ref, d_own_ref = inputs
-
         key, value = tiles.load(key_ref, at.own), tiles.load(value_ref, at.own)
 
         def add(step: Array, sums: tuple[Pieces, Pieces]) -> tuple[Pieces, Pieces]:

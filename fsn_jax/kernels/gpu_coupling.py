@@ -18,14 +18,22 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from fsn_jax.coupling import CouplingInputs, CouplingSums
 from fsn_jax.kernels import gpu_phasors as phasors
 from fsn_jax.kernels import gpu_tiles as tiles
+from fsn_jax.kernels.arrays import CouplingInputs, CouplingSums
 from fsn_jax.kernels.gpu import sum_of_past
 from fsn_jax.kernels.gpu_phasors import Coupling
 from fsn_jax.kernels.gpu_tiles import At, Pieces, Ref, Shape, Span, Tile
 from fsn_jax.kernels.xla import MASKED
-from fsn_jax.torus import Complex, in_float32, kept_in
+from fsn_jax.torus import (
+    Complex,
+    add,
+    imaginary_product,
+    in_float32,
+    kept_in,
+    real_product,
+    times,
+)
 
 
 class Cut(NamedTuple):
@@ -62,8 +70,7 @@ def forward(inputs: CouplingInputs, *, interpret: bool) -> tuple[Complex, Coupli
     call = _caller(inputs, SUMS, interpret)
     *parts, log = call(_forward_kernel, "fsn_forward", [], [*[part] * 4, row])
     by_head, turning = Complex(*parts[:2]), Complex(*parts[2:])
-    total = jnp.zeros((*query.shape[:3], 2 * kappa.re.shape[1] * phases), query.dtype)
-    sums = CouplingSums(log, total, jnp.zeros_like(log), by_head, turning)
+    sums = CouplingSums.of(inputs, log, field=by_head, turning=turning)
     return _for_phases(by_head, z), sums
 
 
@@ -165,10 +172,10 @@ def _forward_kernel(coupling: Coupling, _: Sequence[Ref], outputs: Sequence[Ref]
         phasors.seen_from(wave, Complex(*total[2 * m : 2 * m + 2]))
         for m, wave in enumerate(coupling.waves(at.own, columns))
     ]
-    at_rest = phasors.times(own[:, None], coupling.at_rest(columns))
-    field = functools.reduce(phasors.add, fields, at_rest)
-    turns = (phasors.times(m, part) for m, part in enumerate(fields, start=1))
-    turning = functools.reduce(phasors.add, turns)
+    at_rest = times(own[:, None], coupling.at_rest(columns))
+    field = functools.reduce(add, fields, at_rest)
+    turns = (times(m, part) for m, part in enumerate(fields, start=1))
+    turning = functools.reduce(add, turns)
     for ref, part in zip(outputs[:4], (*field, *turning), strict=True):
         tiles.store_at(ref, (0, 0), part, at.own, columns)
     tiles.store_at(outputs[4], (0, 0), log, at.own)  # the same for every tile of phases
@@ -180,7 +187,7 @@ def _query_kernel(coupling: Coupling, more: Sequence[Ref], outputs: Sequence[Ref
 
     def add_mean(columns: Span, mean: Array) -> Array:
         parts = (phasors.read(refs, at.own, columns) for refs in (d_field, field))
-        return mean + phasors.real_product(*parts).sum(axis=1)
+        return mean + real_product(*parts).sum(axis=1)
 
     mean = coupling.over_phases(add_mean, jnp.zeros(at.tile.block, jnp.float32))
     query, own_key = (tiles.load(ref, at.own) for ref in (coupling.query, coupling.key))
@@ -256,11 +263,11 @@ def _phase_kernel(coupling: Coupling, more: Sequence[Ref], outputs: Sequence[Ref
         kappa, waves = coupling.coefficients(tau, columns), coupling.sources(tau, at.own, columns)
         for m, (k, wave) in enumerate(zip(kappa, waves, strict=True)):
             seen = phasors.seen_from(wave, Complex(*d_value[2 * m : 2 * m + 2]))
-            turned.append((m + 1) * phasors.imaginary_product(k, seen))
+            turned.append((m + 1) * imaginary_product(k, seen))
             for part, x in enumerate(seen):
                 d_kappa = x.sum(axis=0) + (0 if tau else d_at_rest[part])
                 tiles.store_at(d_kappa_ref, (0, 0, 0, part, tau, m), d_kappa, columns)
         if not tau:
             received = (phasors.read(refs, at.own, columns) for refs in (d_field, turning))
-            turned.append(phasors.imaginary_product(*received))
+            turned.append(imaginary_product(*received))
         tiles.store_at(ref, (0, 0), tiles.total(turned), at.own, columns)

@@ -15,7 +15,15 @@ from jax.experimental import pallas as pl
 
 from fsn_jax.kernels import gpu_tiles as tiles
 from fsn_jax.kernels.gpu_tiles import At, Pieces, Ref, Span
-from fsn_jax.torus import Complex, in_float32, powers
+from fsn_jax.torus import (
+    Complex,
+    add,
+    imaginary_product,
+    in_float32,
+    powers,
+    real_product,
+    times,
+)
 
 
 class Coupling(NamedTuple):
@@ -113,16 +121,6 @@ def read(refs: Complex, rows: Span, columns: Span) -> Complex:
     return in_float32(Complex(*(tiles.load_at(part, (0, 0), rows, columns) for part in refs)))
 
 
-def add(x: Complex, y: Complex) -> Complex:
-    """``x + y``."""
-    return Complex(x.re + y.re, x.im + y.im)
-
-
-def times(x: Array | int, y: Complex) -> Complex:
-    """``x y`` for real x."""
-    return Complex(x * y.re, x * y.im)
-
-
 def product(x: Complex, y: Complex) -> Complex:
     """``x y``; that of ``fsn_jax.torus`` adds zeros where one has fewer rows."""
     return Complex(x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re)
@@ -131,13 +129,3 @@ def product(x: Complex, y: Complex) -> Complex:
 def seen_from(x: Complex, y: Complex) -> Complex:
     """``conj(x) y``."""
     return Complex(real_product(x, y), imaginary_product(x, y))
-
-
-def real_product(x: Complex, y: Complex) -> Array:
-    """``Re conj(x) y``."""
-    return x.re * y.re + x.im * y.im
-
-
-def imaginary_product(x: Complex, y: Complex) -> Array:
-    """``Im conj(x) y``."""
-    return x.re * y.im - x.im * y.re

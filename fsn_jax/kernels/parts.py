@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fsn_jax.coupling import CouplingInputs, CouplingSums, fold_values, unfold_sum
+from fsn_jax.coupling import fold_values, unfold_sum
+from fsn_jax.kernels.arrays import CouplingInputs, CouplingSums
 from fsn_jax.kernels.xla import own_inner
 from fsn_jax.recompute import delay_until
 from fsn_jax.torus import Complex
@@ -21,17 +22,8 @@ def forward(sum_forward: Sum, inputs: CouplingInputs) -> tuple[Complex, Coupling
     value = fold_values(z, kappa, follows, query.dtype.name)
     total, self_weight, log_normalizer = sum_forward(query, key, value, segments)
     field = unfold_sum(z, total, self_weight, kappa)
-    return field, sums_of_values(inputs, total, self_weight, log_normalizer)
-
-
-def sums_of_values(
-    inputs: CouplingInputs, total: Array, self_weight: Array, log_normalizer: Array
-) -> CouplingSums:
-    """Returns sums with zeros for what is not read where there are those of the values."""
-    shape = (*inputs.query.shape[:3], inputs.kappa.re.shape[3])
-    zeros = jnp.zeros(shape, inputs.query.dtype)
-    unread = Complex(zeros, zeros)
-    return CouplingSums(log_normalizer, total, self_weight, unread, unread)
+    sums = CouplingSums.of(inputs, log_normalizer, total=total, self_weight=self_weight)
+    return field, sums
 
 
 def backward(

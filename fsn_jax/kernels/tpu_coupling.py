@@ -16,9 +16,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pallas_tpu
 
-from fsn_jax.coupling import CouplingInputs, CouplingSums
-from fsn_jax.kernels import parts, tpu
+from fsn_jax.kernels import tpu
 from fsn_jax.kernels import tpu_tiles as tiles
+from fsn_jax.kernels.arrays import CouplingInputs, CouplingSums
 from fsn_jax.kernels.tpu_phasors import SUBLANES, Coupling
 from fsn_jax.kernels.tpu_tiles import AFTER_KEY, BY_KEY, BY_QUERY, FIXED, WHOLE, Columns, Ref, Tile
 from fsn_jax.torus import Complex, in_float32, kept_in
@@ -52,7 +52,7 @@ def forward(inputs: CouplingInputs, *, interpret: bool) -> tuple[Complex, Coupli
     )
     field = Complex(*(tiles.turned_back(x, z.re.shape[3]) for x in (re, im)))
     total = _with_phases(total, kappa, z.re.shape[3]).swapaxes(2, 3)
-    return field, parts.sums_of_values(inputs, total, own[:, :, 0], log[:, :, 0])
+    return field, CouplingSums.of(inputs, log[:, :, 0], total=total, self_weight=own[:, :, 0])
 
 
 def backward(

@@ -17,7 +17,16 @@ from jax.experimental.pallas import tpu
 
 from fsn_jax.kernels import tpu_tiles as tiles
 from fsn_jax.kernels.tpu_tiles import Columns, Ref, Tile
-from fsn_jax.torus import Complex, in_float32, multiply, powers
+from fsn_jax.torus import (
+    Complex,
+    add,
+    imaginary_product,
+    in_float32,
+    multiply,
+    powers,
+    real_product,
+    times,
+)
 
 SUBLANES = 8
 """Phases come in multiples of this."""
@@ -28,26 +37,8 @@ CHUNK = 2
 Rows = Columns
 
 
-def _add(x: Complex, y: Complex) -> Complex:
-    return Complex(x.re + y.re, x.im + y.im)
-
-
 def _conj(x: Complex) -> Complex:
     return Complex(x.re, -x.im)
-
-
-def _times(x: Array | int, y: Complex) -> Complex:
-    return Complex(x * y.re, x * y.im)
-
-
-def _real_product(x: Complex, y: Complex) -> Array:
-    """``Re conj(x) y``."""
-    return x.re * y.re + x.im * y.im
-
-
-def _imaginary_product(x: Complex, y: Complex) -> Array:
-    """``Im conj(x) y``."""
-    return x.re * y.im - x.im * y.re
 
 
 def _over_rows(groups: Sequence[Array]) -> Array:
@@ -94,16 +85,16 @@ class Coupling(NamedTuple):
                 waves = [self._waves(phasors, rows, columns) for phasors in self._by_delay()]
                 for m in range(self.num_harmonics):
                     terms = (multiply(k[m], w[m]) for k, w in zip(kappa, waves, strict=True))
-                    self._write(value, m, rows, columns, functools.reduce(_add, terms))
+                    self._write(value, m, rows, columns, functools.reduce(add, terms))
 
     def unfold(self, columns: Columns, total: Array, own: Array) -> Complex:
         """The field of some queries ``[W, queries]``, by their sums and own weights."""
         rows = pl.ds(0, self.num_phases)
-        field = _times(own, self._at_rest(rows))
+        field = times(own, self._at_rest(rows))
         for m, wave in enumerate(self._waves(self.receivers, rows, columns)):
             at = 2 * m * self.num_phases
             mean = Complex(*jnp.split(total[at : at + 2 * self.num_phases], 2))
-            field = _add(field, multiply(_conj(wave), mean))
+            field = add(field, multiply(_conj(wave), mean))
         return field
 
     def differentiate_unfold(
@@ -137,13 +128,13 @@ class Coupling(NamedTuple):
                     self._write(d_total, m, rows, columns, multiply(wave, d_field))
                     mean = self._sums(total, m, rows, columns)
                     fields.append(multiply(_conj(wave), mean))
-                by_sum[i].append(_real_product(d_field, functools.reduce(_add, fields)))
-                by_own[i].append(_real_product(d_field, at_rest))
+                by_sum[i].append(real_product(d_field, functools.reduce(add, fields)))
+                by_own[i].append(real_product(d_field, at_rest))
                 if diagonal:
                     turning = Complex(*map(_sum_by_harmonic, zip(*fields, strict=True)))
                     at = self.tile.in_sequence(self.tile.query, columns)
-                    d_theta[rows, at] += _imaginary_product(d_field, turning)
-                    d_at_rest.append(_times(own[:, columns], d_field))
+                    d_theta[rows, at] += imaginary_product(d_field, turning)
+                    d_at_rest.append(times(own[:, columns], d_field))
             for m in range(self.num_harmonics if diagonal else 0):
                 self._add_coefficient(d_kappa, 0, m, rows, d_at_rest)
         for i, columns in enumerate(chunks):
@@ -171,7 +162,7 @@ class Coupling(NamedTuple):
                     for m, wave in enumerate(self._waves(phasors, rows, columns)):
                         product = multiply(_conj(wave), self._sums(d_value, m, rows, columns))
                         d_coefficients[m].append(product)
-                        turning.append(_imaginary_product(kappa[m], product))
+                        turning.append(imaginary_product(kappa[m], product))
                     if delay:
                         d_successor[0][rows, columns] = _sum_by_harmonic(turning)
                     else:
@@ -253,7 +244,7 @@ class Coupling(NamedTuple):
 
     def _at_rest(self, rows: Rows) -> Complex:
         """The sum of the coefficients without delay: what a token does to itself."""
-        return functools.reduce(_add, self._coefficients(0, rows))
+        return functools.reduce(add, self._coefficients(0, rows))
 
     def _add_coefficient(
         self, d_kappa: Ref, delay: int, m: int, rows: Rows, terms: list[Complex]

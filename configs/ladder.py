@@ -2,10 +2,11 @@
 
 One arm, a kind of model at a rung, is a config too: ``--config=configs/ladder.py:fsn_4m``. The
 kinds are explained in ``configs/enwik8.py``. All arms of a rung have the same number of parameters
-within 1%, the same batches and the same budget: about 100 characters a parameter. From the 1m rung
-on an accelerator is wanted; those below are for a CPU, for instance
-``--arms=fsn_60k,transformer_60k``. Every rung has ``fsn``, ``projected`` and ``transformer``; those
-of the long runs (``configs/long.py``), 500k and 1m, have all kinds.
+within 1%, the same batches and the same budget: about 100 characters a parameter. Up to the 1m rung
+a CPU will do, for instance ``--arms=fsn_60k,transformer_60k``, and a step has 16 windows of 256
+characters; above it an accelerator is wanted, and a step has 64 windows of 512. Every rung has
+``fsn``, ``projected`` and ``transformer``; those of the long runs (``configs/long.py``), 500k and
+1m, have all kinds.
 
 ======  ==========  ======  ===================  ==========  ===========  =============
 rung    parameters  layers  characters (epochs)  FLOPs, fsn  projected    transformer
@@ -14,7 +15,7 @@ rung    parameters  layers  characters (epochs)  FLOPs, fsn  projected    transf
 120k    0.12M       4       12.3M (0.1)          2.6e13      1.6e13       1.2e13
 pocket  0.23M       4       20.5M (0.2)          6.6e13      4.5e13       3.5e13
 500k    0.5M        5       50M (0.6)            3.3e14      2.3e14       1.8e14
-1m      1.0M        6       98M (1.1)            1.6e15      8.5e14       7.8e14
+1m      1.0M        6       100M (1.1)           1.1e15      7.3e14       6.9e14
 2m      2.0M        8       203M (2.3)           5.8e15      3.3e15       3.1e15
 4m      4.0M        8       400M (4.4)           1.9e16      1.2e16       1.1e16
 8m      8.0M        10      800M (8.9)           6.7e16      4.8e16       4.4e16
@@ -95,7 +96,7 @@ RUNGS = {
     "120k": CPURung(120_000, 4, 48, 4),
     "pocket": POCKET,
     "500k": CPURung(500_000, 5, 96, 4, kinds=enwik8.KINDS),
-    "1m": Rung(1_000_000, 6, 112, 4, kinds=enwik8.KINDS),
+    "1m": CPURung(1_000_000, 6, 112, 4, heads_per_phase=1, kinds=enwik8.KINDS),
     "2m": Rung(2_000_000, 8, 136, 4),
     "4m": Rung(4_000_000, 8, 192, 6),
     "8m": Rung(8_000_000, 10, 240, 6),

@@ -2,24 +2,25 @@
 
 The plan is in docs/history/protocol.md, "Long runs". Each run is evaluated twenty times on a
 million bytes, copy events apart, and has a checkpoint at each evaluation. The rows of the plan, in
-its order (``fsn`` stands for the better FSN of the first row where the plan says so)::
+its order, the projected FSN being the better one of the first row::
 
     python -m train ladder --config=configs/long.py --seeds=1,2 \
       --arms=enwik8_fsn_pocket,enwik8_projected_pocket,enwik8_transformer_pocket,enwik8_shifted_pocket
     python -m train ladder --config=configs/long.py --seeds=1 \
       --arms=enwik8_base_pocket,enwik8_modes_pocket
 
-    python -m train ladder --config=configs/ladder.py --seeds=1,2 --arms=fsn_1m,transformer_1m
+    python -m train ladder --config=configs/ladder.py --seeds=1,2 --arms=projected_1m,transformer_1m
     python -m train ladder --config=configs/ladder.py --seeds=1 \
-      --arms=projected_1m,shifted_1m,base_1m,modes_1m
+      --arms=fsn_1m,shifted_1m,base_1m,modes_1m
 
     python -m train ladder --config=configs/long.py --seeds=1 \
-      --arms=pycode_fsn_1m,pycode_transformer_1m
+      --arms=pycode_projected_1m,pycode_transformer_1m
 
-    python -m train ladder --config=configs/ladder.py --seeds=1,2 --arms=fsn_500k,transformer_500k
+    python -m train ladder --config=configs/ladder.py --seeds=1,2 \
+      --arms=projected_500k,transformer_500k
 
 Arms here: ``enwik8_KIND_pocket``, the pocket rung with five times its budget (100M characters, 1.1
-epochs), and ``pycode_KIND_1m``, the 1m rung of the ladder on Python source (98M characters, 2.6
+epochs), and ``pycode_KIND_1m``, the 1m rung of the ladder on Python source (100M characters, 2.7
 epochs). The kinds are explained in configs/enwik8.py.
 """
 

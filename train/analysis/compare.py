@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from train.analysis import verdicts
-from train.analysis.figures import SEEN, draw_curve, panels
+from train.analysis.figures import SEEN, draw_curve, legend_above, panels
 from train.analysis.records import (
     Arm,
     read_arms,
@@ -203,7 +203,7 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
             axes.set_ylim(min(ends) - 0.05, min(ends) + 0.95)
             axes.set_ylabel("bits per character, validation")
         left.set_xlabel(SEEN)
-        left.figure.legend(frameon=False, loc="outside upper left", ncols=2)
+        legend_above(left)
         middle.set_xlabel("minutes of training" if result["equal_time"] else "no clock in common")
         right.set_xlabel(SEEN)
         right.set_ylabel(f"difference of the means, BPC, ± {STANDARD_ERRORS:g} s.e.")

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from train.analysis.figures import panels
+from train.analysis.figures import legend_above, panels
 from train.analysis.records import mean_and_deviation, read_arms, reference_arm
 from train.data.suffix_match import SuffixMatch, match_suffixes
 from train.errors import UserError
@@ -327,7 +327,7 @@ def draw(result: dict[str, Any], target: Path) -> None:
             axes[1, column].set_xticks(range(len(BUCKETS)), BUCKETS)
         axes[0, 0].set_ylabel("bits per character")
         axes[1, 0].set_ylabel(f"difference to\n{reference}")
-        axes[0, 0].legend(frameon=False, fontsize=8)
+        legend_above(axes[0, 0])
 
 
 def program(argv: Sequence[str]) -> None:

@@ -67,7 +67,7 @@ def loss_curve(runs: Sequence[str | Path], target: Path) -> None:
             draw_curve(axes, arm, "validation", label, colour, marker="o", ms=4, lw=1.5)
         axes.set_xlabel(SEEN)
         axes.set_ylabel("bits per character")
-        axes.legend(frameon=False)
+        legend_above(axes)
 
 
 def copy_curve(runs: Sequence[str | Path], target: Path) -> None:
@@ -95,7 +95,13 @@ def copy_curve(runs: Sequence[str | Path], target: Path) -> None:
             curves = filter(None, (arm.curve(kind) for arm in arms.values()))
             if last := [statistics.fmean(curve[-1][1]) for curve in curves]:
                 axes.set_ylim(min(last) - 0.1, max(last) + 0.6)
-        both[0].legend(frameon=False)
+        legend_above(both[0])
+
+
+def legend_above(axes: Any) -> None:
+    """Puts the legend of a panel above all panels, where it hides no curve."""
+    lines, labels = axes.get_legend_handles_labels()
+    axes.figure.legend(lines, labels, frameon=False, loc="outside upper left", ncols=2)
 
 
 def draw_curve(axes: Any, arm: Arm, kind: str, label: str, colour: str, **line: Any) -> None:

@@ -1,10 +1,11 @@
 """The baseline: a decoder-only transformer with pre-RMSNorm, RoPE, SwiGLU and no biases.
 
-It shares the causal sum, the feed-forward, the rotary frequencies and the cache with the FSN; only
-the mixer and the state differ.
+It shares the attention weights in blocks, the rotary frequencies, the cache and the sampling with
+the FSN; the mixer, the feed-forward and the state differ.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -62,10 +63,7 @@ class RotaryAttention(nn.Module):
     ) -> Float[Array, "B L D"]:
         """Returns the update of the residual stream, float32; arguments as for ``Transformer``."""
         rotary = self._rotary(x.shape[1], x.shape[1], None, positions)
-        before = None
-        if self.config.token_shift != "none":
-            before = shifted(x, segment_ids)
-        query, key, value = self._project(x, before, rotary)
+        query, key, value = self._project(x, lambda dense, y: shifted(y, segment_ids), rotary)
         implementation = self.config.implementation
         summed = causal_sum(
             query, key, value, segment_ids, include_self=True, implementation=implementation
@@ -82,11 +80,13 @@ class RotaryAttention(nn.Module):
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
         rotary = self._rotary(x.shape[1], cache.capacity, position, positions)
-        before = None
         if cache.state is not None:
             state = jax.lax.dynamic_update_slice_in_dim(cache.state, x, position, axis=1)
             cache = dataclasses.replace(cache, state=state)
-            before = cache.before(position, x.shape[1], segment_ids)
+
+        def before(dense: nn.Dense, y: Array) -> Array:
+            return dense(cache.before(position, x.shape[1], segment_ids))
+
         query, key, value = self._project(x, before, rotary)
         weights, cache = extend_weights(query, key, value, cache, position, segment_ids)
         return self._output(weighted_sum(weights, cache.value)), cache
@@ -113,15 +113,16 @@ class RotaryAttention(nn.Module):
         return token_rotary(frequencies, length, capacity, position, positions)
 
     def _project(
-        self, x: Array, before: Array | None, rotary: Complex
+        self, x: Array, before: Callable[[nn.Dense, Array], Array], rotary: Complex
     ) -> tuple[Array, Array, Array]:
+        """Queries, keys and values; ``before(dense, dense(x))`` is that of the tokens before."""
         c = self.config
         scale = (c.width // c.num_heads) ** -0.5
 
         def project(dense: nn.Dense, shift: Array | None = None) -> Array:
             y = dense(x)
             if shift is not None:
-                y += shift.astype(y.dtype)[None, None] * dense(before)
+                y += shift.astype(y.dtype)[None, None] * before(dense, y)
             return split_heads(y, c.num_heads)
 
         query, key = project(self.query, self.query_shift), project(self.key, self.key_shift)

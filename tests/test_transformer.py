@@ -48,6 +48,21 @@ def test_gradients_against_central_differences(variant):
     cases.check_gradients(gradients, exact, oracle.as_float64(params))
 
 
+@pytest.mark.parametrize("token_shift", ["keys", "queries_and_keys"])
+def test_the_token_before_costs_no_matrix_product(token_shift):
+    """``flops_per_token`` counts none."""
+
+    def products(config):
+        tokens = cases.tokens(1, 5)
+        model = Transformer(config)
+        variables = cases.random_variables(model, tokens)
+        return str(jax.make_jaxpr(model.apply)(variables, tokens)).count("dot_general")
+
+    plain, seen = (cases.transformer_config(token_shift=s) for s in ("none", token_shift))
+    assert products(seen) == products(plain) > 0
+    assert seen.flops_per_token(8) == plain.flops_per_token(8)
+
+
 def test_no_logit_depends_on_a_later_token():
     """As for the FSN: exactly zero derivatives with respect to later tokens' embeddings."""
     length = 5

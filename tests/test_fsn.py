@@ -21,9 +21,13 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 @functools.cache
 def compiled(variant, implementation):
-    """Build a variant on one batch: its config, params, tokens and apply(params, tokens)."""
+    """Build a variant on one batch: its config, params, tokens and apply(params, tokens).
+
+    ``full`` has two layers, the others one: they differ in their layer.
+    """
     tokens = cases.tokens(length=7)
-    config = cases.fsn_config(implementation=implementation, **cases.FSN_VARIANTS[variant])
+    switches = {"num_layers": 2 if variant == "full" else 1, **cases.FSN_VARIANTS[variant]}
+    config = cases.fsn_config(implementation=implementation, **switches)
     model = FSN(config)
     params = cases.random_variables(model, tokens)["params"]
     return config, params, tokens, jax.jit(lambda p, t: model.apply({"params": p}, t))

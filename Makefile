@@ -16,7 +16,7 @@ help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 	@echo
 	@echo "  make train CONFIG=configs/enwik8.py:fsn_1m ARGS=--config.model.num_layers=4   another run"
-	@echo "  make test ARGS='-k causality'                                                 some tests"
+	@echo "  make test ARGS='-k causal'                                                 some tests"
 
 setup:  ## Make .venv from the lock files (does nothing if it is up to date)
 	@PYTHON='$(PYTHON)' tools/venv.sh

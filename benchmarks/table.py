@@ -73,7 +73,7 @@ def torch_contender(
         "batch_size": experiment.training.batch_size,
         "measure": measure,
         "optimizer": experiment.optimizer.matrices,
-        "threads": len(os.sched_getaffinity(0)),
+        "threads": num_cores(),
     }
     try:
         process = subprocess.Popen(
@@ -140,7 +140,7 @@ def measure_row(options: argparse.Namespace, key: dict[str, Any]) -> dict[str, A
         **key,
         "batch_size": batch,
         "results": results,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": num_cores(),
         "load_average": os.getloadavg()[0],
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": ["python", *sys.orig_argv[1:]],
@@ -244,6 +244,8 @@ def check_options(options: argparse.Namespace, names: Sequence[str]) -> None:
         raise UserError(f"--lengths takes whole numbers, as in 256,1024; got {options.lengths!r}")
     if "torch" in names and not options.torch_python:
         raise UserError("the torch contender needs --torch_python=PYTHON of its environment")
+    if "torch" in names and options.dtype != "float32":
+        raise UserError("the torch contender computes in float32: leave it out of --contenders")
     if min(options.rounds, options.steps, options.tokens) < 1:
         raise UserError("--rounds, --steps and --tokens must be at least 1")
     if not options.output.parent.is_dir():

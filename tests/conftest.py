@@ -8,9 +8,14 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+# Time and chance fail no test; the slow ones draw anew each time.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("tests")
 
 if TYPE_CHECKING:
     from train.data.corpus import Corpus
@@ -49,12 +54,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_compiles(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compiles each program of the session once, and with less effort on the same HLO.
+    """Compiles each program of the session once, and on a CPU with less effort on the same HLO.
 
     Nearly all the time of the tests is compilation.
     """
     settings = {
-        "jax_disable_most_optimizations": True,
+        "jax_disable_most_optimizations": jax.default_backend() == "cpu",
         "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,

@@ -87,7 +87,11 @@ def started_together(
 
 def ended(process: subprocess.Popen[str], status: int = 0) -> str:
     """What the process wrote to stderr; it must end with ``status``."""
-    _, errors = process.communicate(timeout=PATIENCE)
+    try:
+        _, errors = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        killed(process)
+        raise
     assert process.returncode == status, f"status {process.returncode}: {errors}"
     return errors
 
@@ -98,7 +102,9 @@ def wait_until(process: subprocess.Popen[str], moment: Callable[[], bool]) -> No
     while not moment():
         if process.poll() is not None:
             raise AssertionError(f"the run ended before the moment: {process.communicate()[1]}")
-        assert time.monotonic() < end, "the run did not come to the moment"
+        if time.monotonic() > end:
+            killed(process)
+            raise AssertionError("the run did not come to the moment")
         time.sleep(0.001)
 
 

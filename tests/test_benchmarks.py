@@ -67,6 +67,7 @@ def test_rows_are_written_and_not_measured_again(tmp_path, timed, capsys):
     ("option", "says"),
     [
         ("--contenders=fsn,torch", "--torch_python"),
+        ("--contenders=torch --torch_python=python --dtype=bfloat16", "computes in float32"),
         ("--contenders=mamba", "--contenders takes fsn"),
         ("--lengths=many", "--lengths takes whole numbers"),
         ("--rounds=0", "must be at least 1"),
@@ -74,7 +75,7 @@ def test_rows_are_written_and_not_measured_again(tmp_path, timed, capsys):
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, option, says):
-    assert run(tmp_path / "rows.jsonl", option) == 2
+    assert run(tmp_path / "rows.jsonl", *option.split()) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
 

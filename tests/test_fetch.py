@@ -145,7 +145,8 @@ def test_a_good_download_is_moved_into_place_alone(server, cache):
     ],
 )
 def test_a_failing_download_says_why_and_leaves_nothing(server, cache, monkeypatch, route, reason):
-    monkeypatch.setattr(fetching, "TIMEOUT_SECONDS", 0.2)
+    if route == "silent":
+        monkeypatch.setattr(fetching, "TIMEOUT_SECONDS", 0.2)
     monkeypatch.setattr(fetching, "MAX_ARCHIVE_BYTES", 100_000)
     lines: list[str] = []
     with pytest.raises(UserError) as caught:
@@ -249,9 +250,9 @@ def test_a_truncated_zip_is_refused(cache, keep):
     assert refused_member(GOOD_ZIP[:keep], cache)
 
 
-@pytest.mark.parametrize("tenth", range(10))
+@pytest.mark.parametrize("tenth", [0, 5, 9])
 def test_a_truncated_tar_is_refused(cache, tenth):
-    archive = tar_bytes({"corpus": os.urandom(len(CONTENT))})
+    archive = tar_bytes({"corpus": CONTENT})
     assert refused_member(archive[: len(archive) * tenth // 10], cache)
 
 

@@ -310,6 +310,11 @@ ARCHIVES = st.one_of(
     harmed(zips()), harmed(tars()), harmed(st.binary(max_size=500).map(gzip.compress))
 )
 OFTEN = settings(FEW, max_examples=100)
+_sound = io.BytesIO()
+with zipfile.ZipFile(_sound, "w") as _pack:
+    _pack.writestr("corpus", bytes(LIMIT))
+SOUND = _sound.getvalue()
+"""An archive whose member ``corpus`` is the one that is wanted."""
 
 
 @pytest.fixture
@@ -331,14 +336,20 @@ def assert_nothing_outside(cage: Path, *allowed: str) -> None:
 
 @OFTEN
 @given(ARCHIVES)
+@example(SOUND)
 def test_a_hostile_archive_gives_its_member_or_nothing(cage, archive):
     for file in cage.iterdir():
         file.unlink()
     (cage / "archive").write_bytes(archive)
-    with contextlib.suppress(UserError):
-        digest = hashlib.sha256(bytes(LIMIT)).hexdigest()
-        sources = [LocalFile(cage / "archive", "corpus")]
-        fetch(PinnedFile("target", LIMIT, digest, sources), cage, advice="", progress=[].append)
+    digest = hashlib.sha256(bytes(LIMIT)).hexdigest()
+    wanted = PinnedFile("target", LIMIT, digest, [LocalFile(cage / "archive", "corpus")])
+    try:
+        fetch(wanted, cage, advice="", progress=[].append)
+    except UserError:
+        assert archive != SOUND
+        assert not (cage / "target").exists()
+    else:
+        assert (cage / "target").read_bytes() == bytes(LIMIT)
     assert_nothing_outside(cage, "archive", "target")
 
 

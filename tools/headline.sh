@@ -9,25 +9,26 @@
 # ~/.cache/fsn_jax/enwik8 there). FOLDER is what to bring home: runs, records, checkpoints. ARMS
 # names other arms of configs/enwik8.py, for instance ARMS="transformer_1m projected_1m".
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
 folder=${1:?usage: tools/headline.sh FOLDER [MINUTES] [--config.FIELD=VALUE ...]}
+case $folder in /*) ;; *) folder=$PWD/$folder ;; esac
 minutes=${2:-15}
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || { echo "error: MINUTES must be a whole number above 0; got '$minutes'" >&2; exit 2; }
 shift; [ $# -gt 0 ] && shift
 python=${PYTHON:-python}
 deadline=$((SECONDS + minutes * 60))
 read -ra arms <<<"${ARMS:-transformer_1m fsn_1m}"
+cd "$(dirname "$0")/.."
 
-# SIGTERM lets a run finish its dispatch and save; it then ends with 75.
+# SIGTERM lets a run finish its dispatch and save; it then ends with 75, or with 143 if it has not
+# begun.
 for i in "${!arms[@]}"; do
   share=$(((deadline - SECONDS) / (${#arms[@]} - i)))
   [ "$share" -gt 0 ] || break
   status=0
-  timeout --signal=TERM --kill-after=120 "$share" "$python" -m train \
+  timeout --preserve-status --signal=TERM --kill-after=120 "$share" "$python" -m train \
     --config="configs/enwik8.py:${arms[i]}" --config.run_dir="$folder/${arms[i]}" \
     --config.model.dtype=bfloat16 "$@" || status=$?
-  # 124: timeout sent SIGTERM, and the run saved.
-  case $status in 0 | 75 | 124) ;; *) exit "$status" ;; esac
+  case $status in 0 | 75 | 143) ;; *) exit "$status" ;; esac
 done
 echo "records: $folder/*/metrics.jsonl; the same command resumes what is left"

@@ -30,10 +30,11 @@ from fsn_jax import FSN
 from train import plan
 from train.data.corpus import Corpus
 from train.data.windows import WindowOrder
+from train.errors import UserError
 from train.evaluate import Evaluator
 from train.loop import DivergedError
 from train.mesh import replicated
-from train.metrics import RowLog, read_rows
+from train.metrics import RowLog, append_row, read_rows
 from train.plan import check_devices, cpu_devices, parts_of_batch
 from train.recorded import read_experiment
 from train.run import open_run
@@ -232,6 +233,34 @@ def test_a_log_without_its_last_half_line_is_read(tmp_path):
     again.write({"step": 2, "again": True})
     again.close()
     assert read_rows(log) == [{"step": 1}, {"step": 2, "again": True}]
+
+
+@pytest.mark.parametrize("bad", [b'{"st', b"\xff", b"", b'{"st{"step": 3}'])
+def test_a_damaged_line_is_named_and_no_row_after_it_is_lost(tmp_path, bad):
+    """Only the last line can be one that a crash cut short."""
+    log = tmp_path / "rows.jsonl"
+    log.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 3}\n')
+    before = log.read_bytes()
+    for reader in (read_rows, lambda path: RowLog(path, resume_step=3)):
+        with pytest.raises(UserError, match=r"rows\.jsonl cannot be read \(line 2: .*restore"):
+            reader(log)
+    assert log.read_bytes() == before
+    log.write_bytes(b'{"step": 1}\n' + bad + b"\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_rows(log)
+
+
+@pytest.mark.parametrize(
+    ("before", "kept"),
+    [(None, []), ("", []), ('{"a": 1}\n', [1]), ('{"a": 1}', [1]), ('{"a": 1}\n{"a', [1])],
+)
+def test_a_row_is_appended_to_whatever_a_crash_left(tmp_path, before, kept):
+    log = tmp_path / "rows.jsonl"
+    if before is not None:
+        log.write_text(before)
+    append_row(log, {"a": 2})
+    append_row(log, {"a": 3})
+    assert [row["a"] for row in read_rows(log)] == [*kept, 2, 3]
 
 
 # Evaluation

@@ -5,7 +5,6 @@ Each result is printed and added to the run's ``evaluations.jsonl``.
 
 import dataclasses
 import datetime
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from train.data.windows import check_evaluation, evaluation_windows
 from train.errors import UserError
 from train.load import TrainedModel, load
 from train.mesh import DATA_AXIS, placed
-from train.metrics import SplitLoss, bits_per_character
+from train.metrics import SplitLoss, append_row, bits_per_character
 from train.program import Arguments, start_jax
 from train.provenance import device_description, git_state
 from train.step import make_evaluate_rows
@@ -175,8 +174,7 @@ def append_evaluation(file: Path, trained: TrainedModel, result: Evaluation) -> 
         "git": git_state(),
     }
     try:
-        with file.open("a") as log:
-            log.write(json.dumps(row) + "\n")
+        append_row(file, row)
     except OSError as error:
         raise UserError(
             f"cannot write {file} ({error.strerror}); the result was {result}"

@@ -4,6 +4,7 @@
 the same bytes as an uninterrupted one. Times go to ``timing.jsonl``.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,6 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
+from train.errors import UserError
 from train.spikes import find_spikes
 
 METRICS = "metrics.jsonl"
@@ -47,16 +49,43 @@ class SplitLoss:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a JSONL file; skips a last line that a crash cut short."""
+    """Reads the rows of a JSONL file; skips a last line that a crash cut short.
+
+    Raises:
+      UserError: another line is damaged.
+    """
     if not path.exists():
         return []
+    *lines, unfinished = path.read_bytes().split(b"\n")
     rows = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            rows.append(json.loads(line.decode()))
+        except ValueError as error:
+            raise UserError(
+                f"{path} cannot be read (line {number}: {error}); restore the file from a copy, or "
+                f"correct or remove that line"
+            ) from None
+    with contextlib.suppress(ValueError):
+        rows.append(json.loads(unfinished.decode()))
     return rows
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Appends a row to a JSONL file, in place of a last line that a crash cut short.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    with path.open("a+b") as file:
+        file.seek(0)
+        *_, unfinished = file.read().split(b"\n")
+        try:
+            json.loads(unfinished.decode() or "0")
+        except ValueError:
+            file.truncate(file.tell() - len(unfinished))
+            unfinished = b""
+        file.write(b"\n" * bool(unfinished) + _line(row).encode())
 
 
 class RowLog:

@@ -182,6 +182,31 @@ def test_each_row_is_there_once_and_says_what_it_should(whole):
     assert len({row["loss"] for row in train}) == 3
 
 
+def test_the_last_step_has_a_row_and_every_step_a_time(corpus, tmp_path):
+    """Also when the steps are no multiple of log_every, and a crash has come between two rows."""
+
+    def experiment(name, **changes):
+        changes = {"training__num_steps": 25, "checkpoints__every": 15, **changes}
+        return tiny_experiment(corpus.folder, tmp_path / name, **changes)
+
+    run_to_the_end(experiment("every_dispatch", training__log_every=5), corpus)
+    run_to_the_end(experiment("run"), corpus)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        crash_at_evaluation(patch, 1)
+        run_to_the_end(experiment("crashed"), corpus)
+    assert run_to_the_end(experiment("crashed"), corpus).resumed_from == 15
+
+    rows = rows_of(tmp_path / "run", "train")
+    assert [row["step"] for row in rows] == [10, 20, 25]
+    assert rows[-1] == rows_of(tmp_path / "every_dispatch", "train")[-1]  # of steps 21 to 25
+    for name in ("run", "crashed"):
+        assert read_rows(tmp_path / name / "metrics.jsonl") == read_rows(
+            tmp_path / "run" / "metrics.jsonl"
+        )
+        timed = read_rows(tmp_path / name / "timing.jsonl")
+        assert [row["step"] for row in timed] == [10, 15, 20, 25]
+
+
 def test_the_learning_rate_of_a_row_is_that_of_its_last_step(whole):
     folder, _ = whole
     turned = [(step - 1 - 3) / (30 - 3) for step in (10, 20, 30)]

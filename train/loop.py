@@ -227,6 +227,7 @@ class _Loop:
         if not (evaluating or saving):
             return
         self._flush()
+        self.metrics.timing(step)  # what a resumed run goes on from, and its last step, is timed
         paused = time.perf_counter()
         loss = None
         if evaluating:
@@ -246,11 +247,12 @@ class _Loop:
             return
         (step, tally), self.pending = self.pending, None
         skipped = int(tally.skipped)
-        if skipped > self.experiment.training.skipped_limit:
+        training = self.experiment.training
+        if skipped > training.skipped_limit:
             self.checkpoints.wait()
             raise self._diverged(int(tally.last_skipped))
         self.metrics.losses(step - len(tally.losses), np.asarray(tally.losses))
-        if step % self.experiment.training.log_every:
+        if step % training.log_every and step != training.num_steps:
             return
         steps = max(int(tally.steps), 1)
         self.metrics.train(

@@ -156,7 +156,7 @@ class Metrics:
         learning_rate: float,
         skipped: int,
     ) -> None:
-        """Records the mean of the steps since the last row."""
+        """Records the mean of the steps since the last row of a multiple of ``log_every``."""
         row = {
             "kind": "train",
             "step": step,
@@ -170,13 +170,20 @@ class Metrics:
         }
         self._log(row)
         self._expected = loss
+        self.timing(step)
+        self._show(step, loss=f"{loss:.3f}", bpc=f"{row['bpc']:.3f}")
+
+    def timing(self, step: int) -> None:
+        """Records the time of the steps since this was last recorded, if there are any."""
+        if step == self._clocked_step:
+            return
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         speed = (step - self._clocked_step) * self._characters_per_step / max(seconds, 1e-9)
         self._clocked_step = step
         self._timing.write({"step": step, "seconds": seconds, "characters_per_second": speed})
         self._scalar("characters_per_second", speed, step)
-        self._show(step, loss=f"{loss:.3f}", bpc=f"{row['bpc']:.3f}", speed=f"{speed / 1e3:.1f}k/s")
+        self._show(step, speed=f"{speed / 1e3:.1f}k/s")
 
     def validation(self, step: int, evaluated: SplitLoss, *, num_bytes: int) -> None:
         """Records an evaluation on ``num_bytes`` predicted bytes of the validation split."""

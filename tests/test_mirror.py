@@ -226,6 +226,40 @@ def test_copies_do_not_overtake_each_other(tmp_path):
     assert (tmp_path / "share" / "one" / "metrics.jsonl").read_text() == "1"
 
 
+def test_no_checkpoint_of_a_copy_is_newer_than_its_logs(tmp_path):
+    """Of a run that saves, and removes what is old, while its logs are copied."""
+    here, there = tmp_path / "one", tmp_path / "share" / "one"
+
+    def save(step):
+        with (here / "metrics.jsonl").open("a") as log:
+            log.write(f"{step}\n")
+        (here / "checkpoints" / str(step)).mkdir(parents=True)
+        (here / "checkpoints" / str(step) / integrity.STEP_METADATA).write_text(str(step))
+
+    here.mkdir()
+    (here / "config.json").write_text("{}")
+    save(10)
+    made = Mirror(here, str(tmp_path / "share"))
+    made.push()
+    copied = bucket.copy_file
+
+    def train_on(source, target):
+        copied(source, target)
+        if source.name == "metrics.jsonl":
+            save(20)
+            shutil.rmtree(here / "checkpoints" / "10")
+
+    with (here / "metrics.jsonl").open("a") as log:
+        log.write("15\n")
+    with mock.patch.object(mirror, "copy_file", train_on):
+        made.push()
+    assert (there / "metrics.jsonl").read_text() == "10\n15\n"
+    assert [folder.name for folder in (there / "checkpoints").iterdir()] == ["10"]
+    made.push()
+    assert (there / "metrics.jsonl").read_text() == "10\n15\n20\n"
+    assert [folder.name for folder in (there / "checkpoints").iterdir()] == ["20"]
+
+
 def test_a_copy_of_another_run_and_one_ahead_are_refused(corpus, tmp_path, storage):
     def start(**changes):
         return create_or_resume(tiny_experiment(corpus.folder, tmp_path / "one", **changes), corpus)

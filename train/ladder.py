@@ -184,7 +184,8 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
         if is_finished(job):
             print(f"{head}: finished before", flush=True)
             return
-        log = None if at_once == 1 else default_folder(job.experiment).with_suffix(".log")
+        folder = default_folder(job.experiment)
+        log = None if at_once == 1 else folder.with_name(f"{folder.name}.log")
         output = f" > {log}" if log else ""
         print(f"{head}: python -m train {' '.join(job.arguments)}{output}", flush=True)
         cores = shares.pop()
@@ -220,7 +221,7 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--plan", action="store_true", help="print sizes and budgets, train nothing")
     options, changes = p.parse_known_args(argv[1:])
     seeds = options.seeds.split(",")
-    if not all(seed.isdigit() for seed in seeds):
+    if not all(seed.isdecimal() for seed in seeds):
         raise UserError(f"--seeds must be whole numbers with commas between; got {options.seeds!r}")
     arms = [arm for arm in options.arms.split(",") if arm]
     jobs = plan(options.config, arms, [int(seed) for seed in seeds], changes)

@@ -132,7 +132,7 @@ def test_test_reads_are_compared_when_every_run_has_one(records, tmp_path):
     [
         (slice(0, 2), (), "name the runs of two arms; these are of fsn"),
         (slice(0, 4), ("--reference=x",), "--reference must be one of fsn, transformer; got 'x'"),
-        (slice(0, 4), ("--output=x.txt",), "must be a .json in a folder"),
+        (slice(0, 4), ("--output=x.txt",), "must be a file whose name ends in .json"),
         (slice(0, 4), ("--output=/proc/none/x.json",), "folder /proc/none cannot be made"),
         (slice(0, 4), ("--output=/dev/null/x.json",), "folder /dev/null cannot be made"),
     ],

@@ -140,7 +140,7 @@ def test_each_run_side_by_side_has_its_own_log(arms, monkeypatch):
         ("--arms=nobody", "--arms must be among fsn, transformer"),
         ("--seeds=one", "--seeds must be whole numbers"),
         ("--seeds=²", "--seeds must be whole numbers"),
-        ("--output=table.csv", "must be a .json"),
+        ("--output=table.csv", "must be a file whose name ends in .json"),
         ("--config.nobody=1", "there is no setting --config.nobody"),
         ("--nobody", "there is no setting --nobody"),
         ("--at_once=0", "--at_once must be from 1 to the"),

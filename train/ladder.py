@@ -217,7 +217,7 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--arms", default="", help="some of its arms, with commas between; else all")
     p.add_argument("--seeds", default="0", help="with commas between")
     p.add_argument("--at_once", type=int, default=1, help="runs side by side on a CPU's cores")
-    p.add_argument("--output", type=Path, default=Path("runs/ladder.json"), help="a .json")
+    p.add_argument("--output", default="runs/ladder.json", help="a .json")
     p.add_argument("--plan", action="store_true", help="print sizes and budgets, train nothing")
     options, changes = p.parse_known_args(argv[1:])
     seeds = options.seeds.split(",")

@@ -205,7 +205,7 @@ def program(argv: Sequence[str]) -> None:
     p = Arguments(prog="python -m train final_losses", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of finished runs or of their records")
     p.add_argument("--reference", default="", help="the arm to compare with; else the first")
-    p.add_argument("--output", type=Path, help="a .json; else final_losses.json with the runs")
+    p.add_argument("--output", help="a .json; else final_losses.json with the runs")
     options = p.parse_args(argv[1:])
     output = check_json_output(options.output or default_output(options.runs, "final_losses.json"))
     write(result(options.runs, reference=options.reference), output)

@@ -136,6 +136,8 @@ def _train(
             )
             if start:
                 loop.metrics.say(f"resuming from the checkpoint of step {start}")
+                if profile and start >= profile.last:
+                    loop.metrics.say("the steps of --profile are done before it: no trace")
             elif begun_before:
                 loop.metrics.say(
                     "no checkpoint of the run was saved before: it begins again at step 0"
@@ -195,14 +197,15 @@ class _Loop:
             for step, batch in batches:
                 # The order below is fixed: a checkpoint must come after every row of its step is
                 # written, so that a resumed run finds them all and repeats none.
-                with profiler.dispatch(step):
+                before = step - training.steps_per_dispatch
+                with profiler.dispatch(before, step):
                     state, dispatched = train_steps(state, *batch)
                 if trace := profiler.after(step, dispatched):
                     self.metrics.say(f"trace of the steps up to {step} in {trace}")
                 self._flush()
                 self.pending = (step, dispatched)
                 last = step == training.num_steps
-                stopping = preemption.reached(step - training.steps_per_dispatch, step)
+                stopping = preemption.reached(before, step)
                 self._evaluate_and_save(state, step, last=last, stopping=stopping)
                 if self.patience.is_over:
                     break

@@ -126,6 +126,15 @@ def test_seeds_and_settings_reach_every_arm(arms):
     assert {job.experiment.training.num_steps for job in jobs} == {10}
 
 
+def test_arms_of_two_corpora_are_not_one_ladder(in_process, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["ladder", f"--config={ROOT / 'configs' / 'long.py'}", "--seeds=1"]
+    ladder.program([*command, "--plan"])
+    with pytest.raises(UserError, match="enwik8_.* and pycode_.* are of different data.*--arms"):
+        ladder.program(command)
+    assert in_process == []
+
+
 def test_each_run_side_by_side_has_its_own_log(arms, monkeypatch):
     logs = []
     monkeypatch.setattr(ladder, "train_one", lambda job, cores, log: logs.append(log) or 1)

@@ -83,6 +83,20 @@ def plan(file: str, arms: Sequence[str], seeds: Sequence[int], changes: Sequence
     return jobs
 
 
+def refuse_different_data(jobs: Sequence[Job]) -> None:
+    """Raises UserError if the runs are of several corpora, whose losses make no table."""
+    names: dict[tuple[str, ...], str] = {}
+    for job in jobs:
+        data = job.experiment.data
+        names.setdefault((data.name, data.path, data.vocabulary), job.name)
+    if len(names) > 1:
+        one, other, *_ = names.values()
+        raise UserError(
+            f"{one} and {other} are of different data, so that their losses make no table; name "
+            f"the arms of one corpus with --arms"
+        )
+
+
 def plan_text(jobs: Sequence[Job]) -> str:
     """Formats a table of the runs with sizes and budgets."""
     rows: list[Sequence[str]] = [("run", "parameters", "steps", "characters", "training FLOPs")]
@@ -228,6 +242,7 @@ def program(argv: Sequence[str]) -> None:
     print(plan_text(jobs))
     if options.plan:
         return
+    refuse_different_data(jobs)
     output = check_json_output(options.output)
     interruptions.kept = lambda: "the same command trains what is left"
     failed = run_all(jobs, options.at_once)

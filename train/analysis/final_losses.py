@@ -20,6 +20,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from train.analysis import verdicts
 from train.analysis.figures import panels
 from train.analysis.records import read_arms, reference_arm
+from train.errors import UserError
 from train.files import check_json_output, default_output, write_result
 from train.program import Arguments
 from train.tables import text_table
@@ -44,9 +45,17 @@ def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, A
       ``edge``, the largest BPC in a figure of variants; and ``runs``, where they came from.
 
     Raises:
-      UserError: a run has not ended or cannot be read, or the reference is not among the arms.
+      UserError: a run has not ended or cannot be read, two arms saw different data, or the
+        reference is not among the arms.
     """
     arms = read_arms(folders, finished=True)
+    first, *others = arms.values()
+    for arm in others:
+        if arm.runs[0].summary["data_sha256"] != first.runs[0].summary["data_sha256"]:
+            raise UserError(
+                f"{first.name} and {arm.name} saw different data, so that their losses make no "
+                f"table; leave one out"
+            )
     losses = {loss.arm: loss for loss in verdicts.final_losses(list(arms.values()))}
     reference = reference_arm(arms, reference or next(iter(arms)))
     rows = []
@@ -69,13 +78,13 @@ def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, A
                 "evaluated": "whole" if loss.whole_split else summary["validation"]["bytes"],
             }
         )
-    others = [abs(row["difference"]) for row in rows if row["arm"] != reference]
+    distances = [abs(row["difference"]) for row in rows if row["arm"] != reference]
     return {
         "kind": "final_losses",
         "reference": reference,
         "arms": rows,
         "variants": not _are_rungs(rows),
-        "edge": losses[reference].mean + FAR_OFF * statistics.median(others or [0.0]),
+        "edge": losses[reference].mean + FAR_OFF * statistics.median(distances or [0.0]),
         "runs": {name: arm.sources for name, arm in arms.items()},
     }
 

@@ -19,7 +19,7 @@ from small_runs import (
     tiny_experiment,
 )
 
-from train import bucket, integrity, loop, mirror, preemption
+from train import bucket, evaluate, integrity, loop, mirror, preemption
 from train.data.prepare import open_corpus
 from train.errors import TryAgain, UserError
 from train.metrics import read_rows
@@ -321,3 +321,28 @@ def test_a_run_in_a_bucket_is_read(finished_arms, tmp_path, storage, monkeypatch
     run = open_run("gs://bucket/fsn")
     assert read_rows(run.metrics) == read_rows(folder / "metrics.jsonl")
     assert tmp_path / "cache" in run.path.parents
+
+
+def test_an_evaluation_of_a_run_in_a_bucket_is_added_to_the_run_there(
+    finished_arms, tmp_path, storage, monkeypatch, capsys
+):
+    monkeypatch.setenv("FSN_JAX_CACHE", str(tmp_path / "cache"))
+    there = storage.folder / "bucket" / "fsn"
+    shutil.copytree(finished_arms["fsn"], there)
+    bpcs = iter([2.5, 2.25, 2.0])
+
+    def evaluated(trained, tokens, *, stride):
+        bpc = next(bpcs)
+        return evaluate.Evaluation(trained.step, bpc, bpc, len(tokens) - 1, 16, stride, 0.1)
+
+    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    for stride in (4, 8):
+        evaluate.program(["evaluate", "gs://bucket/fsn", f"--stride={stride}"])
+    assert [row["bpc"] for row in read_rows(there / "evaluations.jsonl")] == [2.5, 2.25]
+
+    # Of a bucket that can be read alone, the result is printed.
+    monkeypatch.setattr(mirror, "copy_file", mock.Mock(side_effect=PermissionError("read only")))
+    monkeypatch.setattr(mirror, "_copy_run", lambda source, target: None)
+    with pytest.raises(UserError, match="the run=gs://bucket/fsn cannot be .*read only"):
+        evaluate.program(["evaluate", "gs://bucket/fsn"])
+    assert "validation 2.0000 BPC" in capsys.readouterr().out

@@ -157,6 +157,16 @@ def fetched_run(remote: str, cache: Path) -> Path:
     return target
 
 
+def send_back(file: Path, remote: str) -> None:
+    """Copies a file of a fetched run into the remote folder that the run came from.
+
+    Raises:
+      UserError: the remote folder cannot be written.
+    """
+    with reaching("the run", remote):
+        copy_file(epath.Path(file), epath.Path(remote) / file.name)
+
+
 def _copy_run(
     source: epath.Path,
     target: epath.Path,

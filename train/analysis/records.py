@@ -15,9 +15,10 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from train.config import WITHOUT_EFFECT
 from train.errors import UserError, unfinished
 from train.metrics import read_rows
-from train.recorded import WITHOUT_EFFECT, in_todays_names
+from train.recorded import in_todays_names
 from train.run import open_run
 
 _SEED = re.compile(r"_seed\d+$")

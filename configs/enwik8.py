@@ -50,9 +50,9 @@ OPTIMIZER = OptimizerConfig(
     weight_decay=0.1,
     angle_factor=4.0,
 )
-"""Of the transformers and the projected FSNs, whose searches ended at the same values."""
-FSN_OPTIMIZER = OPTIMIZER
-"""Of the published form."""
+"""Of every kind of model: the searches of the transformers and the projected FSNs ended here."""
+VALIDATION, LONG_VALIDATION = 250_000, 1_000_000
+"""Bytes of validation at each evaluation: of the short runs on a CPU, and of longer ones."""
 
 
 TRANSFORMER_POCKET = TransformerConfig(
@@ -126,16 +126,9 @@ ONE_MILLION: dict[str, ModelConfig] = {
     "shifted": variant(TRANSFORMER_1M, SHIFTED),
 }
 RUNGS = {"pocket": POCKET, "1m": ONE_MILLION}
-PUBLISHED = ("fsn", "base", "modes")
-"""Kinds that are the published form or a variant of it."""
 KINDS = tuple(ONE_MILLION)
 """Kinds that every study compares."""
 ARMS = tuple(f"{kind}_{rung}" for rung, kinds in RUNGS.items() for kind in kinds)
-
-
-def optimizer_of(kind: str) -> OptimizerConfig:
-    """The optimizer of a kind of model, as its search left it."""
-    return FSN_OPTIMIZER if kind in PUBLISHED else OPTIMIZER
 
 
 def get_config(arm: str = "fsn_pocket") -> ConfigDict:
@@ -153,7 +146,7 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
         f"enwik8_{arm}",
         model=RUNGS[rung][kind],
         data=DataConfig(name="enwik8", context=context),
-        optimizer=optimizer_of(kind),
+        optimizer=OPTIMIZER,
         training=TrainingConfig(
             batch_size=batch_size,
             num_steps=num_steps,
@@ -162,7 +155,7 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
         ),
         evaluation=EvaluationConfig(
             every=every,
-            num_tokens=250_000 if pocket else 1_000_000,
+            num_tokens=VALIDATION if pocket else LONG_VALIDATION,
             copy_depth=COPY_DEPTH,
         ),
         checkpoints=CheckpointConfig(every=every),

@@ -49,8 +49,6 @@ from train.config import (
 
 CHARACTERS_PER_PARAMETER = 100
 EVALUATIONS = 20
-VALIDATION = 1_000_000
-"""Bytes of that split at each evaluation, but at the pocket rung, which is that of the study."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +64,7 @@ class Rung:
         (docs/protocol.md).
       batch_size: B.
       context: L.
+      validation: bytes of that split at each evaluation.
       kinds: kinds of models, of configs/enwik8.py.
     """
 
@@ -76,6 +75,7 @@ class Rung:
     heads_per_phase: int = 1
     batch_size: int = 64
     context: int = 512
+    validation: int = enwik8.LONG_VALIDATION
     kinds: tuple[str, ...] = ("fsn", "projected", "transformer")
 
 
@@ -84,7 +84,9 @@ CPURung = functools.partial(
     heads_per_phase=enwik8.PROJECTED_POCKET.heads_per_phase,
     batch_size=16,
     context=256,
+    validation=enwik8.VALIDATION,
 )
+LongCPURung = functools.partial(CPURung, validation=enwik8.LONG_VALIDATION, kinds=enwik8.KINDS)
 POCKET = CPURung(
     enwik8.TRANSFORMER_POCKET.num_params(),
     enwik8.TRANSFORMER_POCKET.num_layers,
@@ -95,8 +97,8 @@ RUNGS = {
     "60k": CPURung(60_000, 4, 32, 4),
     "120k": CPURung(120_000, 4, 48, 4),
     "pocket": POCKET,
-    "500k": CPURung(500_000, 5, 96, 4, kinds=enwik8.KINDS),
-    "1m": CPURung(1_000_000, 6, 112, 4, heads_per_phase=1, kinds=enwik8.KINDS),
+    "500k": LongCPURung(500_000, 5, 96, 4),
+    "1m": LongCPURung(1_000_000, 6, 112, 4, heads_per_phase=1),
     "2m": Rung(2_000_000, 8, 136, 4),
     "4m": Rung(4_000_000, 8, 192, 6),
     "8m": Rung(8_000_000, 10, 240, 6),
@@ -150,7 +152,7 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
     every = per_dispatch * round(
         rung.num_params * CHARACTERS_PER_PARAMETER / per_step / per_dispatch / EVALUATIONS
     )
-    tuned = enwik8.optimizer_of(arm.split("_")[0])
+    tuned = enwik8.OPTIMIZER
     return experiment(
         name,
         model=model_of(arm),
@@ -166,7 +168,7 @@ def get_config(arm: str = "fsn_pocket") -> ConfigDict:
             log_every=per_dispatch,
         ),
         evaluation=EvaluationConfig(
-            every=every, num_tokens=VALIDATION, copy_depth=enwik8.COPY_DEPTH
+            every=every, num_tokens=rung.validation, copy_depth=enwik8.COPY_DEPTH
         ),
         checkpoints=CheckpointConfig(every=every),
     )

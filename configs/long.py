@@ -28,10 +28,8 @@ from ml_collections import ConfigDict
 
 from configs import enwik8, ladder, pycode
 
-EVALUATIONS = 20
 EVERY = 1220
 """Steps between evaluations of a pocket arm: 5.0 million characters."""
-VALIDATION = 1_000_000
 ARMS = (
     *(f"enwik8_{kind}_pocket" for kind in enwik8.KINDS),
     *(f"pycode_{kind}_1m" for kind in enwik8.KINDS),
@@ -47,8 +45,8 @@ def get_config(arm: str = "enwik8_fsn_pocket") -> ConfigDict:
         config = pycode.on_pycode(ladder.get_config(model))
     else:
         config = enwik8.get_config(model)
-        config.training.num_steps = EVERY * EVALUATIONS
+        config.training.num_steps = EVERY * ladder.EVALUATIONS
         config.evaluation.every = config.checkpoints.every = EVERY
-        config.evaluation.num_tokens = VALIDATION
+        config.evaluation.num_tokens = enwik8.LONG_VALIDATION
     config.name = f"{arm}_long"
     return config

@@ -6,7 +6,7 @@ the same batches; docs/results.md has what they give.
 
 from ml_collections import ConfigDict
 
-from configs.enwik8 import POCKET, optimizer_of
+from configs.enwik8 import OPTIMIZER, POCKET
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -26,7 +26,7 @@ def get_config(arm: str = "fsn") -> ConfigDict:
         "quickstart" if arm == "fsn" else f"quickstart_{arm}",
         model=POCKET[arm],
         data=DataConfig(name="enwik8", context=128),
-        optimizer=optimizer_of(arm),
+        optimizer=OPTIMIZER,
         training=TrainingConfig(batch_size=16, num_steps=1000, log_every=20),
         evaluation=EvaluationConfig(every=200, num_tokens=200_000),
         checkpoints=CheckpointConfig(every=200),

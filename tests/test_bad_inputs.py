@@ -512,6 +512,11 @@ CASES = [
         "with config.data.path",
     ),
     Case(
+        "a bucket to prepare a corpus in",
+        "train prepare --name=text --path=corpus --cache_dir=gs://bucket/cache",
+        "config.data.cache_dir=gs://bucket/cache is not on this machine; name a path that is",
+    ),
+    Case(
         "a copy in a storage that is not known",
         f"{TRAIN} --config.mirror_dir=ftp://host/runs",
         "config.mirror_dir=ftp://host/runs: gs:// and s3:// can be reached, ftp:// cannot",
@@ -725,6 +730,37 @@ CASES = [
         "exporting to a folder that is there",
         "train export run corpus",
         "corpus is there already; remove it or name another folder",
+    ),
+    Case(
+        "exporting to a bucket",
+        "train export run gs://bucket/model",
+        "the folder=gs://bucket/model is not on this machine; name a path that is",
+    ),
+    Case(
+        "recording in a bucket",
+        "train record run --results=gs://bucket/results",
+        "--results=gs://bucket/results is not on this machine; name a path that is",
+    ),
+    Case(
+        "a result in a bucket",
+        "train final_losses run --output=gs://bucket/losses.json",
+        "--output=gs://bucket/losses.json is not on this machine; name a path that is",
+    ),
+    Case(
+        "a figure where no file can be made",
+        "train figures run --output=/proc/curve.png",
+        "--output=/proc/curve.png cannot be written (No such file or directory); name another",
+    ),
+    Case(
+        "a result that is no JSON",
+        "train final_losses run --output=losses.csv",
+        "--output=losses.csv must be a file whose name ends in .json",
+    ),
+    Case(
+        "a folder in place of a report",
+        "train report run --output=page.html",
+        "--output=page.html must be a file whose name ends in .html",
+        lambda work: (work / "page.html").mkdir(),
     ),
     Case(
         "preparing characters of a corpus of bytes",

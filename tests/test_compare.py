@@ -90,8 +90,19 @@ def test_other_runs_of_the_same_models_may_give_the_clock(records, tmp_path):
     found = compared(records, tmp_path, *options)
     assert found["seconds"] == {"fsn": 3 * 5.5, "transformer": 3 * 7.0}
     assert found["equal_time"]["fsn"]["bpc"] == pytest.approx([2.00, 2.02])
-    with pytest.raises(UserError, match="none of the runs after --clocks has the model of trans"):
+    message = "none of the runs after --clocks has the model, context and batch size of transformer"
+    with pytest.raises(UserError, match=message):
         compared(records, tmp_path, *options[:-1])
+    # Nor does a run of the same model count whose steps are others.
+    for folder, changes in (("longer", {"context": 512}), ("larger", {"batch_size": 32})):
+        clock = write_record(tmp_path / folder, "transformer", curve=(3.0,))
+        for run, size in ((clock, changes), (records[2], {"batch_size": 16})):
+            config = json.loads((run / "config.json").read_text())
+            config["data"]["context"] = size.get("context", config["data"]["context"])
+            config["training"] = {"batch_size": size.get("batch_size", 16)}
+            (run / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=message):
+            compared(records, tmp_path, *options[:-1], str(clock))
 
 
 def test_any_budget_compares_a_shorter_run_at_its_own_end(records, tmp_path):
@@ -132,7 +143,7 @@ def test_test_reads_are_compared_when_every_run_has_one(records, tmp_path):
     [
         (slice(0, 2), (), "name the runs of two arms; these are of fsn"),
         (slice(0, 4), ("--reference=x",), "--reference must be one of fsn, transformer; got 'x'"),
-        (slice(0, 4), ("--output=x.txt",), "must be a .json in a folder"),
+        (slice(0, 4), ("--output=x.txt",), "must be a file whose name ends in .json"),
         (slice(0, 4), ("--output=/proc/none/x.json",), "folder /proc/none cannot be made"),
         (slice(0, 4), ("--output=/dev/null/x.json",), "folder /dev/null cannot be made"),
     ],

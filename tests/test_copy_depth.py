@@ -175,7 +175,7 @@ def test_the_program_writes_table_json_and_figure(finished_arms, tmp_path, capsy
         ("--reference=nobody", "--reference must be one of fsn, transformer"),
         ("--length=17", "--length must be from 1 to the shortest context, 16"),
         ("--windows=-1", "--windows must be from 1"),
-        ("--output=table.csv", "must be a .json"),
+        ("--output=table.csv", "must be a file whose name ends in .json"),
         ("--resamples=99", "--resamples must be at least 100"),
     ],
 )

@@ -94,8 +94,11 @@ def test_a_run_that_was_moved_is_sampled_without_its_data(finished, tmp_path, ca
     with pytest.raises(UserError, match=r"vocabulary\.json holds 2 tokens, .* has 12; restore it"):
         sample.program(["sample", str(moved), *options])
     (moved / "vocabulary.json").unlink()  # a run of an earlier version
-    with pytest.raises(UserError, match="gone does not exist"):
+    with pytest.raises(UserError, match="gone does not exist: .*has moved, say --data_path"):
         sample.program(["sample", str(moved), *options])
+    capfdbinary.readouterr()
+    sample.program(["sample", str(moved), *options, f"--data_path={corpus.folder}"])
+    assert capfdbinary.readouterr().out == expected
 
 
 def test_an_interrupted_sample_ends_with_the_status_of_an_interruption(finished, monkeypatch):

@@ -10,7 +10,13 @@ from small_runs import tiny_experiment
 
 from train.data.corpus import default_cache
 from train.errors import UserError
-from train.files import check_json_output, default_output, user_path
+from train.files import (
+    check_json_output,
+    check_output,
+    default_output,
+    user_path,
+    write_result,
+)
 from train.run import create_or_resume
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +28,27 @@ def test_a_path_has_its_home_folder_and_need_not_be_there(tmp_path, monkeypatch)
     (tmp_path / "file").touch()
     assert user_path("--x", "~/file/below") == tmp_path / "file" / "below"
     assert check_json_output(Path("~/found.json")) == tmp_path / "found.json"
+
+
+@pytest.mark.parametrize("bucket", ["gs://bucket/a", "s3://bucket/a"])
+def test_a_bucket_is_no_folder_of_that_name_here(bucket, monkeypatch):
+    monkeypatch.setenv("FSN_JAX_CACHE", bucket)
+    with pytest.raises(UserError, match=f"FSN_JAX_CACHE={bucket} is not on this machine"):
+        default_cache()
+    with pytest.raises(UserError, match=f"--output={bucket}.json is not on this machine"):
+        check_json_output(f"{bucket}.json")
+
+
+def test_what_a_result_cannot_be_written_for_is_one_line(tmp_path):
+    """Also where the folder could be written when the work began."""
+
+    def draw(picture):
+        raise OSError(28, "No space left on device")
+
+    output = check_output(tmp_path / "new" / "x.json", ".json")
+    assert [*output.parent.iterdir()] == []
+    with pytest.raises(UserError, match=r"x\.json cannot be written \(No space left on device\)"):
+        write_result(output, {}, "", draw)
 
 
 def test_a_path_that_may_not_be_looked_at_is_named(monkeypatch):

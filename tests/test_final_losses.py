@@ -79,6 +79,13 @@ def test_losses_are_of_the_whole_split_where_all_were_read_on_it(tmp_path):
     assert [row["bpc"] for row in result["arms"]] == [2.0, 2.1, 2.2]
 
 
+def test_arms_of_different_data_make_no_table(tmp_path):
+    same = [write_record(tmp_path, name) for name in ("fsn", "transformer")]
+    other = write_record(tmp_path, "fsn_of_code", sha256="c0de")
+    with pytest.raises(UserError, match="fsn and fsn_of_code saw different data"):
+        final_losses.result([*same, other])
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [

@@ -146,6 +146,8 @@ def test_a_program_that_takes_runs_says_what_it_wants_of_an_export(exported):
         load(folder)
     with pytest.raises(UserError, match=r"--checkpoint is for a run"):
         sample.program(["sample", str(folder), "--checkpoint=999"])
+    with pytest.raises(UserError, match=r"--data_path is for a run"):
+        sample.program(["sample", str(folder), "--data_path=there"])
 
 
 def test_the_sampler_is_for_every_platform(exported):

@@ -126,12 +126,30 @@ def test_seeds_and_settings_reach_every_arm(arms):
     assert {job.experiment.training.num_steps for job in jobs} == {10}
 
 
+def test_arms_of_two_corpora_are_not_one_ladder(in_process, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["ladder", f"--config={ROOT / 'configs' / 'long.py'}", "--seeds=1"]
+    ladder.program([*command, "--plan"])
+    with pytest.raises(UserError, match="enwik8_.* and pycode_.* are of different data.*--arms"):
+        ladder.program(command)
+    assert in_process == []
+
+
+def test_each_run_side_by_side_has_its_own_log(arms, monkeypatch):
+    logs = []
+    monkeypatch.setattr(ladder, "train_one", lambda job, cores, log: logs.append(log) or 1)
+    monkeypatch.setattr(ladder, "shares_of_cores", lambda at_once: ["0", "1"])
+    ladder.run_all(ladder.plan(str(arms), ["fsn"], [1, 2], ["--config.name=lr_0.01"]), 2)
+    assert sorted(map(str, logs)) == ["runs/lr_0.01_seed1.log", "runs/lr_0.01_seed2.log"]
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         ("--arms=nobody", "--arms must be among fsn, transformer"),
         ("--seeds=one", "--seeds must be whole numbers"),
-        ("--output=table.csv", "must be a .json"),
+        ("--seeds=²", "--seeds must be whole numbers"),
+        ("--output=table.csv", "must be a file whose name ends in .json"),
         ("--config.nobody=1", "there is no setting --config.nobody"),
         ("--nobody", "there is no setting --nobody"),
         ("--at_once=0", "--at_once must be from 1 to the"),

@@ -30,10 +30,11 @@ from fsn_jax import FSN
 from train import plan
 from train.data.corpus import Corpus
 from train.data.windows import WindowOrder
+from train.errors import UserError
 from train.evaluate import Evaluator
 from train.loop import DivergedError
 from train.mesh import replicated
-from train.metrics import RowLog, read_rows
+from train.metrics import RowLog, append_row, read_rows
 from train.plan import check_devices, cpu_devices, parts_of_batch
 from train.recorded import read_experiment
 from train.run import open_run
@@ -181,6 +182,31 @@ def test_each_row_is_there_once_and_says_what_it_should(whole):
     assert len({row["loss"] for row in train}) == 3
 
 
+def test_the_last_step_has_a_row_and_every_step_a_time(corpus, tmp_path):
+    """Also when the steps are no multiple of log_every, and a crash has come between two rows."""
+
+    def experiment(name, **changes):
+        changes = {"training__num_steps": 25, "checkpoints__every": 15, **changes}
+        return tiny_experiment(corpus.folder, tmp_path / name, **changes)
+
+    run_to_the_end(experiment("every_dispatch", training__log_every=5), corpus)
+    run_to_the_end(experiment("run"), corpus)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        crash_at_evaluation(patch, 1)
+        run_to_the_end(experiment("crashed"), corpus)
+    assert run_to_the_end(experiment("crashed"), corpus).resumed_from == 15
+
+    rows = rows_of(tmp_path / "run", "train")
+    assert [row["step"] for row in rows] == [10, 20, 25]
+    assert rows[-1] == rows_of(tmp_path / "every_dispatch", "train")[-1]  # of steps 21 to 25
+    for name in ("run", "crashed"):
+        assert read_rows(tmp_path / name / "metrics.jsonl") == read_rows(
+            tmp_path / "run" / "metrics.jsonl"
+        )
+        timed = read_rows(tmp_path / name / "timing.jsonl")
+        assert [row["step"] for row in timed] == [10, 15, 20, 25]
+
+
 def test_the_learning_rate_of_a_row_is_that_of_its_last_step(whole):
     folder, _ = whole
     turned = [(step - 1 - 3) / (30 - 3) for step in (10, 20, 30)]
@@ -232,6 +258,34 @@ def test_a_log_without_its_last_half_line_is_read(tmp_path):
     again.write({"step": 2, "again": True})
     again.close()
     assert read_rows(log) == [{"step": 1}, {"step": 2, "again": True}]
+
+
+@pytest.mark.parametrize("bad", [b'{"st', b"\xff", b"", b'{"st{"step": 3}'])
+def test_a_damaged_line_is_named_and_no_row_after_it_is_lost(tmp_path, bad):
+    """Only the last line can be one that a crash cut short."""
+    log = tmp_path / "rows.jsonl"
+    log.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 3}\n')
+    before = log.read_bytes()
+    for reader in (read_rows, lambda path: RowLog(path, resume_step=3)):
+        with pytest.raises(UserError, match=r"rows\.jsonl cannot be read \(line 2: .*restore"):
+            reader(log)
+    assert log.read_bytes() == before
+    log.write_bytes(b'{"step": 1}\n' + bad + b"\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_rows(log)
+
+
+@pytest.mark.parametrize(
+    ("before", "kept"),
+    [(None, []), ("", []), ('{"a": 1}\n', [1]), ('{"a": 1}', [1]), ('{"a": 1}\n{"a', [1])],
+)
+def test_a_row_is_appended_to_whatever_a_crash_left(tmp_path, before, kept):
+    log = tmp_path / "rows.jsonl"
+    if before is not None:
+        log.write_text(before)
+    append_row(log, {"a": 2})
+    append_row(log, {"a": 3})
+    assert [row["a"] for row in read_rows(log)] == [*kept, 2, 3]
 
 
 # Evaluation

@@ -19,7 +19,7 @@ from small_runs import (
     tiny_experiment,
 )
 
-from train import bucket, integrity, loop, mirror, preemption
+from train import bucket, evaluate, integrity, loop, mirror, preemption
 from train.data.prepare import open_corpus
 from train.errors import TryAgain, UserError
 from train.metrics import read_rows
@@ -226,6 +226,40 @@ def test_copies_do_not_overtake_each_other(tmp_path):
     assert (tmp_path / "share" / "one" / "metrics.jsonl").read_text() == "1"
 
 
+def test_no_checkpoint_of_a_copy_is_newer_than_its_logs(tmp_path):
+    """Of a run that saves, and removes what is old, while its logs are copied."""
+    here, there = tmp_path / "one", tmp_path / "share" / "one"
+
+    def save(step):
+        with (here / "metrics.jsonl").open("a") as log:
+            log.write(f"{step}\n")
+        (here / "checkpoints" / str(step)).mkdir(parents=True)
+        (here / "checkpoints" / str(step) / integrity.STEP_METADATA).write_text(str(step))
+
+    here.mkdir()
+    (here / "config.json").write_text("{}")
+    save(10)
+    made = Mirror(here, str(tmp_path / "share"))
+    made.push()
+    copied = bucket.copy_file
+
+    def train_on(source, target):
+        copied(source, target)
+        if source.name == "metrics.jsonl":
+            save(20)
+            shutil.rmtree(here / "checkpoints" / "10")
+
+    with (here / "metrics.jsonl").open("a") as log:
+        log.write("15\n")
+    with mock.patch.object(mirror, "copy_file", train_on):
+        made.push()
+    assert (there / "metrics.jsonl").read_text() == "10\n15\n"
+    assert [folder.name for folder in (there / "checkpoints").iterdir()] == ["10"]
+    made.push()
+    assert (there / "metrics.jsonl").read_text() == "10\n15\n20\n"
+    assert [folder.name for folder in (there / "checkpoints").iterdir()] == ["20"]
+
+
 def test_a_copy_of_another_run_and_one_ahead_are_refused(corpus, tmp_path, storage):
     def start(**changes):
         return create_or_resume(tiny_experiment(corpus.folder, tmp_path / "one", **changes), corpus)
@@ -287,3 +321,28 @@ def test_a_run_in_a_bucket_is_read(finished_arms, tmp_path, storage, monkeypatch
     run = open_run("gs://bucket/fsn")
     assert read_rows(run.metrics) == read_rows(folder / "metrics.jsonl")
     assert tmp_path / "cache" in run.path.parents
+
+
+def test_an_evaluation_of_a_run_in_a_bucket_is_added_to_the_run_there(
+    finished_arms, tmp_path, storage, monkeypatch, capsys
+):
+    monkeypatch.setenv("FSN_JAX_CACHE", str(tmp_path / "cache"))
+    there = storage.folder / "bucket" / "fsn"
+    shutil.copytree(finished_arms["fsn"], there)
+    bpcs = iter([2.5, 2.25, 2.0])
+
+    def evaluated(trained, tokens, *, stride):
+        bpc = next(bpcs)
+        return evaluate.Evaluation(trained.step, bpc, bpc, len(tokens) - 1, 16, stride, 0.1)
+
+    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    for stride in (4, 8):
+        evaluate.program(["evaluate", "gs://bucket/fsn", f"--stride={stride}"])
+    assert [row["bpc"] for row in read_rows(there / "evaluations.jsonl")] == [2.5, 2.25]
+
+    # Of a bucket that can be read alone, the result is printed.
+    monkeypatch.setattr(mirror, "copy_file", mock.Mock(side_effect=PermissionError("read only")))
+    monkeypatch.setattr(mirror, "_copy_run", lambda source, target: None)
+    with pytest.raises(UserError, match="the run=gs://bucket/fsn cannot be .*read only"):
+        evaluate.program(["evaluate", "gs://bucket/fsn"])
+    assert "validation 2.0000 BPC" in capsys.readouterr().out

@@ -55,14 +55,28 @@ def test_a_trace_holds_the_chosen_steps_and_changes_nothing(tmp_path):
 
 def test_a_trace_under_way_is_ended_with_the_run(tmp_path):
     profiler = Profiler(tmp_path, TracedSteps(0, 10))
-    with profiler.dispatch(5):
+    with profiler.dispatch(0, 5):
         result = jax.numpy.ones(3)
     assert profiler.after(5, result) is None
     profiler.close()
     assert list(tmp_path.glob("profile/plugins/profile/*/perfetto_trace.json.gz"))
-    with profiler.dispatch(10):  # there is no second trace
+    with profiler.dispatch(5, 10):  # there is no second trace
         pass
     assert profiler.after(4, result) is None
+
+
+def test_a_run_that_resumes_beyond_the_chosen_steps_traces_no_others(tmp_path):
+    profiler = Profiler(tmp_path, TracedSteps(3, 10))
+    for before in (10, 15):
+        with profiler.dispatch(before, before + 5):
+            result = jax.numpy.ones(3)
+        assert profiler.after(before + 5, result) is None
+    assert not list(tmp_path.iterdir())
+    # Resumed among them, it traces what is left.
+    profiler = Profiler(tmp_path, TracedSteps(3, 10))
+    with profiler.dispatch(5, 10):
+        result = jax.numpy.ones(3)
+    assert profiler.after(10, result) == tmp_path / "profile"
 
 
 @pytest.mark.parametrize("text", ["20", "20:", "b:c", "-5:5", "20:20", "90:101"])

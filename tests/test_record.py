@@ -1,6 +1,7 @@
 """Evidence of finished runs: what is copied, and which runs are refused."""
 
 import json
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -76,9 +77,15 @@ def test_does_not_overwrite(finished, tmp_path):
 def test_a_file_in_the_way_of_the_folder(finished, tmp_path, below):
     file = tmp_path / "file"
     file.write_text("kept")
-    with pytest.raises(UserError, match="--results=.*name a folder"):
+    with pytest.raises(UserError, match="--results=.*name another"):
         record(finished, file / below)
     assert file.read_text() == "kept"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="without /proc")
+def test_results_that_are_there_but_cannot_be_written(finished):
+    with pytest.raises(UserError, match=r"--results=/proc cannot be written \(No such file"):
+        record(finished, Path("/proc"))
 
 
 def test_a_damaged_provenance_is_a_users_mistake(finished, tmp_path):
@@ -88,7 +95,7 @@ def test_a_damaged_provenance_is_a_users_mistake(finished, tmp_path):
 
 
 def test_a_figure_is_a_png(finished, tmp_path):
-    with pytest.raises(UserError, match="must end in .png"):
+    with pytest.raises(UserError, match="must be a file whose name ends in .png"):
         figures.program(["figures", str(finished), f"--output={tmp_path / 'x.xyz'}"])
 
 

@@ -124,3 +124,5 @@ def test_a_record_is_called_as_the_arm_that_still_makes_it(record):
     assert config.model == experiment.model
     assert config.optimizer == experiment.optimizer
     assert config.training.num_steps == experiment.training.num_steps
+    assert config.evaluation.num_tokens == experiment.evaluation.num_tokens
+    assert config.evaluation.every == experiment.evaluation.every

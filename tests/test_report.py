@@ -123,7 +123,7 @@ def test_an_unfinished_run_has_a_page_too(tmp_path):
 
 def test_mistakes_are_one_line(tmp_path):
     run = str(write_record(tmp_path, "one"))
-    with pytest.raises(UserError, match="must be an .html"):
+    with pytest.raises(UserError, match="must be a file whose name ends in .html"):
         report.program(["report", run, "--output=r.pdf"])
     with pytest.raises(UserError, match=r"--add=.*config.json was not written by"):
         report.program(["report", run, "--add", f"{run}/config.json"])

@@ -38,6 +38,21 @@ __all__ = [
 ModelConfig = FSNConfig | TransformerConfig
 LARGEST_BYTE_VOCABULARY = 256
 
+WITHOUT_EFFECT = frozenset(
+    {
+        "run_dir",
+        "mirror_dir",
+        "data.cache_dir",
+        "data.path",
+        "data.placement",
+        "training.layout",
+        "training.patience",
+        "training.skipped_limit",
+        "checkpoints.keep",
+    }
+)
+"""Settings that do not affect the numbers of a step; they may change when a run resumes."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:

@@ -1,11 +1,10 @@
 """``python -m train evaluate RUN``: computes the loss over the whole validation split.
 
-Each result is printed and added to the run's ``evaluations.jsonl``.
+Each result is printed and added to the run's ``evaluations.jsonl``, also of a run in a bucket.
 """
 
 import dataclasses
 import datetime
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,13 +15,15 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from train.bucket import is_remote
 from train.config import ExperimentConfig
 from train.data.suffix_match import match_suffixes
 from train.data.windows import check_evaluation, evaluation_windows
 from train.errors import UserError
 from train.load import TrainedModel, load
 from train.mesh import DATA_AXIS, placed
-from train.metrics import SplitLoss, bits_per_character
+from train.metrics import SplitLoss, append_row, bits_per_character
+from train.mirror import send_back
 from train.program import Arguments, start_jax
 from train.provenance import device_description, git_state
 from train.step import make_evaluate_rows
@@ -175,8 +176,7 @@ def append_evaluation(file: Path, trained: TrainedModel, result: Evaluation) -> 
         "git": git_state(),
     }
     try:
-        with file.open("a") as log:
-            log.write(json.dumps(row) + "\n")
+        append_row(file, row)
     except OSError as error:
         raise UserError(
             f"cannot write {file} ({error.strerror}); the result was {result}"
@@ -215,5 +215,8 @@ def program(argv: Sequence[str]) -> None:
     trained = load(options.run, which=options.checkpoint, data_path=options.data_path)
     stride = checked_stride(options.stride, trained.experiment)
     result = evaluate(trained, trained.corpus.tokens("validation"), stride=stride)
-    append_evaluation(trained.run.path / "evaluations.jsonl", trained, result)
+    log = trained.run.path / "evaluations.jsonl"
+    append_evaluation(log, trained, result)
     print(f"validation {result}")
+    if is_remote(options.run):
+        send_back(log, options.run)

@@ -89,7 +89,7 @@ def program(argv: Sequence[str]) -> None:
     """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train export", description=__doc__)
     p.add_argument("run", help="a run's folder, for instance runs/quickstart")
-    p.add_argument("folder", type=Path, help="a new folder to write to")
+    p.add_argument("folder", help="a new folder to write to")
     p.add_checkpoint_options("best")
     p.add_argument("--no_sampler", action="store_true", help="leave the sampler out")
     options = p.parse_args(argv[1:])

@@ -1,12 +1,15 @@
 """Writes small files completely or not at all."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.bucket import is_remote
 from train.errors import UserError
 
 
@@ -18,9 +21,12 @@ def user_path(setting: str, text: str | Path) -> Path:
       text: the path.
 
     Raises:
-      UserError: it cannot be a path, may not be looked at, or the home folder is not known.
+      UserError: it is in a bucket, it cannot be a path or may not be looked at, or the home folder
+        is not known.
     """
     shown = str(text) if len(str(text)) <= 80 else f"{str(text)[:80]}..."
+    if is_remote(text):
+        raise UserError(f"{setting}={shown} is not on this machine; name a path that is")
     try:
         path = Path(text).expanduser()
     except RuntimeError:
@@ -45,26 +51,33 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-BESIDE_JSON = (".txt", ".png")
-"""Suffixes of the files that stand beside a JSON result under the same name."""
+@contextlib.contextmanager
+def writing(setting: str, path: Path) -> Iterator[None]:
+    """Makes one line of what keeps the files from being written; ``setting`` named their path."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{setting}={path} cannot be written ({reason}); name another") from None
 
 
-def check_json_output(output: Path) -> Path:
-    """Creates the folder of ``--output`` before the work starts.
+def check_output(output: str | Path, suffix: str) -> Path:
+    """Creates the folder of ``--output`` before the work starts, and tries to write to it.
+
+    Args:
+      output: the file that the user named.
+      suffix: what its name has to end in.
 
     Returns:
       The path, with ``~`` for the home folder.
 
     Raises:
-      UserError: the path does not end in .json, a folder has the name of a file to be written, or
-        the path's folder cannot be created or written.
+      UserError: the path does not end in the suffix, is a folder, or its folder cannot be created
+        or written.
     """
     output = user_path("--output", output)
-    if output.suffix != ".json" or output.is_dir():
-        raise UserError(f"--output={output} must be a .json in a folder")
-    for other in map(output.with_suffix, BESIDE_JSON):
-        if other.is_dir():
-            raise UserError(f"--output={output}: {other} beside it is a folder; name another")
+    if output.suffix != suffix or output.is_dir():
+        raise UserError(f"--output={output} must be a file whose name ends in {suffix}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,8 +85,25 @@ def check_json_output(output: Path) -> Path:
             f"--output={output}: the folder {output.parent} cannot be made ({error.strerror}); "
             f"name another"
         ) from None
-    if not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output={output}: the folder {output.parent} cannot be written")
+    with writing("--output", output), tempfile.TemporaryFile(dir=output.parent):
+        pass
+    return output
+
+
+BESIDE_JSON = (".txt", ".png")
+"""Suffixes of the files that stand beside a JSON result under the same name."""
+
+
+def check_json_output(output: str | Path) -> Path:
+    """Checks ``--output`` as ``check_output`` does, and the files beside it.
+
+    Raises:
+      UserError: see ``check_output``; or a folder has the name of a file to be written.
+    """
+    output = check_output(output, ".json")
+    for other in map(output.with_suffix, BESIDE_JSON):
+        if other.is_dir():
+            raise UserError(f"--output={output}: {other} beside it is a folder; name another")
     return output
 
 
@@ -100,11 +130,15 @@ def write_result(
       text: the same as a table.
       draw: draws the figure to a path.
       indent: of the JSON file; None for one line.
+
+    Raises:
+      UserError: a file cannot be written.
     """
     table, picture = map(output.with_suffix, BESIDE_JSON)
-    write_atomically(output, json.dumps(content, indent=indent) + "\n")
-    write_atomically(table, text + "\n")
-    draw(picture)
+    with writing("--output", output):
+        write_atomically(output, json.dumps(content, indent=indent) + "\n")
+        write_atomically(table, text + "\n")
+        draw(picture)
     print(text, "", output, table, picture, sep="\n")
 
 

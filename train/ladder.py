@@ -83,6 +83,20 @@ def plan(file: str, arms: Sequence[str], seeds: Sequence[int], changes: Sequence
     return jobs
 
 
+def refuse_different_data(jobs: Sequence[Job]) -> None:
+    """Raises UserError if the runs are of several corpora, whose losses make no table."""
+    names: dict[tuple[str, ...], str] = {}
+    for job in jobs:
+        data = job.experiment.data
+        names.setdefault((data.name, data.path, data.vocabulary), job.name)
+    if len(names) > 1:
+        one, other, *_ = names.values()
+        raise UserError(
+            f"{one} and {other} are of different data, so that their losses make no table; name "
+            f"the arms of one corpus with --arms"
+        )
+
+
 def plan_text(jobs: Sequence[Job]) -> str:
     """Formats a table of the runs with sizes and budgets."""
     rows: list[Sequence[str]] = [("run", "parameters", "steps", "characters", "training FLOPs")]
@@ -184,7 +198,8 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
         if is_finished(job):
             print(f"{head}: finished before", flush=True)
             return
-        log = None if at_once == 1 else default_folder(job.experiment).with_suffix(".log")
+        folder = default_folder(job.experiment)
+        log = None if at_once == 1 else folder.with_name(f"{folder.name}.log")
         output = f" > {log}" if log else ""
         print(f"{head}: python -m train {' '.join(job.arguments)}{output}", flush=True)
         cores = shares.pop()
@@ -216,17 +231,18 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--arms", default="", help="some of its arms, with commas between; else all")
     p.add_argument("--seeds", default="0", help="with commas between")
     p.add_argument("--at_once", type=int, default=1, help="runs side by side on a CPU's cores")
-    p.add_argument("--output", type=Path, default=Path("runs/ladder.json"), help="a .json")
+    p.add_argument("--output", default="runs/ladder.json", help="a .json")
     p.add_argument("--plan", action="store_true", help="print sizes and budgets, train nothing")
     options, changes = p.parse_known_args(argv[1:])
     seeds = options.seeds.split(",")
-    if not all(seed.isdigit() for seed in seeds):
+    if not all(seed.isdecimal() for seed in seeds):
         raise UserError(f"--seeds must be whole numbers with commas between; got {options.seeds!r}")
     arms = [arm for arm in options.arms.split(",") if arm]
     jobs = plan(options.config, arms, [int(seed) for seed in seeds], changes)
     print(plan_text(jobs))
     if options.plan:
         return
+    refuse_different_data(jobs)
     output = check_json_output(options.output)
     interruptions.kept = lambda: "the same command trains what is left"
     failed = run_all(jobs, options.at_once)

@@ -109,12 +109,15 @@ def load(run_dir: str | Path, *, which: str = "best", data_path: str = "") -> Tr
     return TrainedModel(run, experiment, corpus, model, params, step, mesh)
 
 
-def load_language_model(run_dir: str | Path, *, which: str = "best") -> Pretrained:
+def load_language_model(
+    run_dir: str | Path, *, which: str = "best", data_path: str = ""
+) -> Pretrained:
     """Loads the model of a run without its data, which only runs of earlier versions need.
 
     Args:
       run_dir: as of ``load``.
       which: as of ``load``.
+      data_path: as of ``load``; not looked at if the run does not need its data.
 
     Raises:
       UserError: the run or the checkpoint does not exist.
@@ -122,7 +125,7 @@ def load_language_model(run_dir: str | Path, *, which: str = "best") -> Pretrain
     run = open_run(run_dir)
     vocabulary = run.read_vocabulary()
     if vocabulary is None:
-        return load(run_dir, which=which).language_model
+        return load(run_dir, which=which, data_path=data_path).language_model
     experiment = run.read_config()
     if len(vocabulary) != experiment.model.vocab_size:
         raise UserError(

@@ -136,6 +136,8 @@ def _train(
             )
             if start:
                 loop.metrics.say(f"resuming from the checkpoint of step {start}")
+                if profile and start >= profile.last:
+                    loop.metrics.say("the steps of --profile are done before it: no trace")
             elif begun_before:
                 loop.metrics.say(
                     "no checkpoint of the run was saved before: it begins again at step 0"
@@ -195,14 +197,15 @@ class _Loop:
             for step, batch in batches:
                 # The order below is fixed: a checkpoint must come after every row of its step is
                 # written, so that a resumed run finds them all and repeats none.
-                with profiler.dispatch(step):
+                before = step - training.steps_per_dispatch
+                with profiler.dispatch(before, step):
                     state, dispatched = train_steps(state, *batch)
                 if trace := profiler.after(step, dispatched):
                     self.metrics.say(f"trace of the steps up to {step} in {trace}")
                 self._flush()
                 self.pending = (step, dispatched)
                 last = step == training.num_steps
-                stopping = preemption.reached(step - training.steps_per_dispatch, step)
+                stopping = preemption.reached(before, step)
                 self._evaluate_and_save(state, step, last=last, stopping=stopping)
                 if self.patience.is_over:
                     break
@@ -227,6 +230,7 @@ class _Loop:
         if not (evaluating or saving):
             return
         self._flush()
+        self.metrics.timing(step)  # what a resumed run goes on from, and its last step, is timed
         paused = time.perf_counter()
         loss = None
         if evaluating:
@@ -246,11 +250,12 @@ class _Loop:
             return
         (step, tally), self.pending = self.pending, None
         skipped = int(tally.skipped)
-        if skipped > self.experiment.training.skipped_limit:
+        training = self.experiment.training
+        if skipped > training.skipped_limit:
             self.checkpoints.wait()
             raise self._diverged(int(tally.last_skipped))
         self.metrics.losses(step - len(tally.losses), np.asarray(tally.losses))
-        if step % self.experiment.training.log_every:
+        if step % training.log_every and step != training.num_steps:
             return
         steps = max(int(tally.steps), 1)
         self.metrics.train(

@@ -4,6 +4,7 @@
 the same bytes as an uninterrupted one. Times go to ``timing.jsonl``.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,6 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
+from train.errors import UserError
 from train.spikes import find_spikes
 
 METRICS = "metrics.jsonl"
@@ -47,16 +49,43 @@ class SplitLoss:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a JSONL file; skips a last line that a crash cut short."""
+    """Reads the rows of a JSONL file; skips a last line that a crash cut short.
+
+    Raises:
+      UserError: another line is damaged.
+    """
     if not path.exists():
         return []
+    *lines, unfinished = path.read_bytes().split(b"\n")
     rows = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            rows.append(json.loads(line.decode()))
+        except ValueError as error:
+            raise UserError(
+                f"{path} cannot be read (line {number}: {error}); restore the file from a copy, or "
+                f"correct or remove that line"
+            ) from None
+    with contextlib.suppress(ValueError):
+        rows.append(json.loads(unfinished.decode()))
     return rows
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Appends a row to a JSONL file, in place of a last line that a crash cut short.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    with path.open("a+b") as file:
+        file.seek(0)
+        *_, unfinished = file.read().split(b"\n")
+        try:
+            json.loads(unfinished.decode() or "0")
+        except ValueError:
+            file.truncate(file.tell() - len(unfinished))
+            unfinished = b""
+        file.write(b"\n" * bool(unfinished) + _line(row).encode())
 
 
 class RowLog:
@@ -127,7 +156,7 @@ class Metrics:
         learning_rate: float,
         skipped: int,
     ) -> None:
-        """Records the mean of the steps since the last row."""
+        """Records the mean of the steps since the last row of a multiple of ``log_every``."""
         row = {
             "kind": "train",
             "step": step,
@@ -141,13 +170,20 @@ class Metrics:
         }
         self._log(row)
         self._expected = loss
+        self.timing(step)
+        self._show(step, loss=f"{loss:.3f}", bpc=f"{row['bpc']:.3f}")
+
+    def timing(self, step: int) -> None:
+        """Records the time of the steps since this was last recorded, if there are any."""
+        if step == self._clocked_step:
+            return
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         speed = (step - self._clocked_step) * self._characters_per_step / max(seconds, 1e-9)
         self._clocked_step = step
         self._timing.write({"step": step, "seconds": seconds, "characters_per_second": speed})
         self._scalar("characters_per_second", speed, step)
-        self._show(step, loss=f"{loss:.3f}", bpc=f"{row['bpc']:.3f}", speed=f"{speed / 1e3:.1f}k/s")
+        self._show(step, speed=f"{speed / 1e3:.1f}k/s")
 
     def validation(self, step: int, evaluated: SplitLoss, *, num_bytes: int) -> None:
         """Records an evaluation on ``num_bytes`` predicted bytes of the validation split."""

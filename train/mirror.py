@@ -2,9 +2,10 @@
 
 The run is written to a local folder, which can be locked and appended to. The bucket holds a copy,
 from which another machine can resume at any moment. For that, files are copied in this order: the
-logs; the complete checkpoints, each with its list of hashes last, without which it counts as
-damaged (``train.integrity``); the config, without which a folder is not a run. Checkpoints that are
-gone here are removed from the copy at the end.
+logs; the checkpoints that were complete before them, so that the logs hold every row of theirs,
+each with its list of hashes last, without which it counts as damaged (``train.integrity``); the
+config, without which a folder is not a run. Checkpoints that are gone here are removed from the
+copy at the end, once it holds a newer one.
 """
 
 import contextlib
@@ -104,8 +105,13 @@ class Mirror:
     def _push(self) -> None:
         with self._reaching():
             _copy_run(self.folder, self.place, self._copy_if_changed)
-            if complete := saved_steps(self.folder / CHECKPOINTS):
-                for step in set(saved_steps(self.place / CHECKPOINTS)) - set(complete):
+            here = set(saved_steps(self.folder / CHECKPOINTS))
+            there = set(saved_steps(self.place / CHECKPOINTS))
+            # While this copied, all that it copied may have been removed here: that is kept until
+            # the copy has a newer one.
+            newest, newest_of_both = max(here, default=0), max(here & there, default=0)
+            for step in there - here:
+                if here and not newest_of_both < step < newest:
                     (self.place / CHECKPOINTS / str(step)).rmtree()
 
     def _copy_if_changed(self, source: epath.Path, target: epath.Path) -> None:
@@ -151,15 +157,26 @@ def fetched_run(remote: str, cache: Path) -> Path:
     return target
 
 
+def send_back(file: Path, remote: str) -> None:
+    """Copies a file of a fetched run into the remote folder that the run came from.
+
+    Raises:
+      UserError: the remote folder cannot be written.
+    """
+    with reaching("the run", remote):
+        copy_file(epath.Path(file), epath.Path(remote) / file.name)
+
+
 def _copy_run(
     source: epath.Path,
     target: epath.Path,
     copy_log: Callable[[epath.Path, epath.Path], None] = copy_file,
 ) -> None:
+    steps = saved_steps(source / CHECKPOINTS)
     logs = files_below(source, but=(CHECKPOINTS, CONFIG, *_OF_THIS_MACHINE))
     for name in [name for name in logs if not name.endswith(".tmp")]:
         copy_log(source / name, target / name)
-    for step in saved_steps(source / CHECKPOINTS):
+    for step in steps:
         folders = (run / CHECKPOINTS / str(step) for run in (source, target))
         with contextlib.suppress(FileNotFoundError):  # an old one, just removed
             copy_folder(*folders, marker=STEP_METADATA)

@@ -42,8 +42,10 @@ class Profiler(contextlib.ExitStack):
         self._folder, self._traced, self._running = run_folder / "profile", traced, False
 
     @contextlib.contextmanager
-    def dispatch(self, step: int) -> Iterator[None]:
-        """Marks the dispatch that ends at ``step``."""
+    def dispatch(self, before: int, step: int) -> Iterator[None]:
+        """Marks the dispatch of the steps after ``before`` up to ``step``."""
+        if self._traced and before >= self._traced.last:  # the run has resumed beyond them
+            self._traced = None
         if self._traced and not self._running and self._traced.first < step:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # each Python call: slow, and drowns the rest

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train.errors import UserError, unfinished
-from train.files import user_path
+from train.files import user_path, writing
 from train.program import Arguments
 from train.run import open_run
 
@@ -33,7 +33,7 @@ def record(run_dir: str | Path, results: Path, *, allow_modified: bool = False) 
 
     Raises:
       UserError: the run is not finished, is recorded already, ran on uncommitted code, or
-        ``results`` cannot be created.
+        ``results`` cannot be written.
     """
     run = open_run(run_dir)
     if not (run.path / "summary.json").is_file():
@@ -56,19 +56,15 @@ def record(run_dir: str | Path, results: Path, *, allow_modified: bool = False) 
             raise UserError(
                 f"the run {run.path} has no {name}; run its training command again to write it"
             )
-    try:
+    with writing("--results", results):
         results.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--results={results} cannot be made ({error.strerror}); name a folder"
-        ) from None
-    with tempfile.TemporaryDirectory(dir=results, prefix=".record-") as beside:
-        copy = Path(beside) / target.name
-        copy.mkdir()
-        for name in (*EVIDENCE, *IF_THERE):
-            if (run.path / name).exists():
-                shutil.copyfile(run.path / name, copy / name)
-        copy.rename(target)
+        with tempfile.TemporaryDirectory(dir=results, prefix=".record-") as beside:
+            copy = Path(beside) / target.name
+            copy.mkdir()
+            for name in (*EVIDENCE, *IF_THERE):
+                if (run.path / name).exists():
+                    shutil.copyfile(run.path / name, copy / name)
+            copy.rename(target)
     return target
 
 
@@ -76,12 +72,9 @@ def program(argv: Sequence[str]) -> None:
     """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train record", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of finished runs")
-    p.add_argument("--results", type=Path, default=Path("results"))
+    p.add_argument("--results", default="results")
     p.add_argument("--allow_modified", action="store_true", help="also of uncommitted code")
     options = p.parse_args(argv[1:])
+    results = user_path("--results", options.results)
     for run in options.runs:
-        print(
-            record(
-                run, user_path("--results", options.results), allow_modified=options.allow_modified
-            )
-        )
+        print(record(run, results, allow_modified=options.allow_modified))

@@ -15,21 +15,6 @@ RENAMED = {("evaluation", "num_bytes"): "num_tokens", ("training", "parameters")
 _FORMER_ARM = re.compile(r"^(enwik8|enwik8_clock|pycode|ladder)_(fsn|base|modes|one_head)(?=_)")
 """Names of FSNs that now belong to the published form, as ``quickstart`` does."""
 
-WITHOUT_EFFECT = frozenset(
-    {
-        "run_dir",
-        "mirror_dir",
-        "data.cache_dir",
-        "data.path",
-        "data.placement",
-        "training.layout",
-        "training.patience",
-        "training.skipped_limit",
-        "checkpoints.keep",
-    }
-)
-"""Settings that do not affect the numbers of a step; they may change when a run resumes."""
-
 
 def in_todays_names(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the nested settings of a run of any version under their present names."""

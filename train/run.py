@@ -27,14 +27,14 @@ from flax.traverse_util import flatten_dict
 from fsn_jax.hub import is_exported
 from fsn_jax.vocabulary import Vocabulary
 from train.bucket import is_remote
-from train.config import ExperimentConfig
+from train.config import WITHOUT_EFFECT, ExperimentConfig
 from train.data.corpus import Corpus, default_cache
 from train.errors import UserError, no_run
 from train.files import saved_steps, user_path, write_atomically
 from train.metrics import read_rows
 from train.mirror import Mirror, fetched_run
 from train.processes import first_does, together
-from train.recorded import WITHOUT_EFFECT, read_experiment
+from train.recorded import read_experiment
 
 VOCABULARY = "vocabulary.json"
 

@@ -64,7 +64,7 @@ def parser() -> Arguments:
         metavar="TEXT",
         help="end after this text; may be given again; $'\\n' is the end of a line",
     )
-    p.add_argument("--checkpoint", default="best", help="of a run: best, latest or a step")
+    p.add_checkpoint_options("best")
     return p
 
 
@@ -79,10 +79,14 @@ def program(argv: Sequence[str]) -> None:
         raise UserError("--stop must not be empty: name the text that ends the sample")
     start_jax()
     if is_remote(options.run) or not hub.is_exported(user_path("the run", options.run)):
-        trained = load_language_model(options.run, which=options.checkpoint)
-    elif options.checkpoint != "best":
+        trained = load_language_model(
+            options.run, which=options.checkpoint, data_path=options.data_path
+        )
+    elif options.checkpoint != "best" or options.data_path:
+        option = "--data_path" if options.checkpoint == "best" else "--checkpoint"
         raise UserError(
-            f"--checkpoint is for a run, and {options.run} is an exported model, which holds one"
+            f"{option} is for a run, and {options.run} is an exported model, which is one "
+            f"checkpoint without data; leave it out"
         )
     else:
         try:

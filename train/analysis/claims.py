@@ -17,7 +17,7 @@ from train.analysis import verdicts
 from train.analysis.records import Arm, recorded_arms
 from train.analysis.verdicts import NotComparableError, NotRunError, Status, Verdict
 from train.errors import UserError
-from train.files import write_atomically
+from train.files import user_path, write_atomically, writing
 from train.program import Arguments
 
 WIDTH = 118
@@ -312,10 +312,11 @@ def page_of(root: Path) -> str:
 def program(argv: Sequence[str]) -> None:
     """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train claims", description=__doc__)
-    p.add_argument("--root", type=Path, default=Path(), help="the repository")
+    p.add_argument("--root", default=".", help="the repository")
     p.add_argument("--check", action="store_true", help="write nothing; fail if the page differs")
     options = p.parse_args(argv[1:])
-    page, text = options.root / "docs" / "evidence.md", page_of(options.root)
+    root = user_path("--root", options.root)
+    page, text = root / "docs" / "evidence.md", page_of(root)
     if page.is_file() and page.read_text() == text:
         print(f"{page} agrees with results/")
         return
@@ -324,5 +325,6 @@ def program(argv: Sequence[str]) -> None:
             f"{page.name} and results/ disagree; run python -m train claims and commit what it "
             "writes"
         )
-    write_atomically(page, text)
+    with writing("--root", root):
+        write_atomically(page, text)
     print(f"wrote {page}")

@@ -224,7 +224,7 @@ def program(argv: Sequence[str]) -> None:
         metavar="RUN",
         help="runs of the same models whose speed counts in place of the runs' own",
     )
-    p.add_argument("--output", type=Path, help="a .json; else comparison.json with the runs")
+    p.add_argument("--output", help="a .json; else comparison.json with the runs")
     options = p.parse_args(argv[1:])
     output = check_json_output(options.output or default_output(options.runs, "comparison.json"))
     arms = read_arms(options.runs, finished=True)

@@ -334,7 +334,7 @@ def program(argv: Sequence[str]) -> None:
     """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train copy_depth", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs with checkpoints")
-    p.add_argument("--output", type=Path, help="a .json; else copy_depth.json with the runs")
+    p.add_argument("--output", help="a .json; else copy_depth.json with the runs")
     p.add_argument("--reference", default="", help="the arm to compare with; else the transformer")
     p.add_checkpoint_options("latest")
     p.add_argument(

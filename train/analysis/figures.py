@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 
 from train.analysis.records import Arm, read_arms
 from train.errors import UserError
-from train.files import user_path
+from train.files import check_output, writing
 from train.program import Arguments
 
 SEEN = "characters seen, millions"
@@ -129,13 +129,10 @@ def program(argv: Sequence[str]) -> None:
     """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train figures", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs or of their records")
-    p.add_argument("--output", type=Path, required=True, help="the picture to write, a .png")
+    p.add_argument("--output", required=True, help="the picture to write, a .png")
     p.add_argument("--copies", action="store_true", help="draw the cost of copy events")
     options = p.parse_args(argv[1:])
-    output = user_path("--output", options.output)
-    if output.suffix != ".png":
-        raise UserError(f"--output={output} must end in .png")
-    if not output.parent.is_dir():
-        raise UserError(f"--output={output}: there is no folder {output.parent}")
+    output = check_output(options.output, ".png")
     draw = copy_curve if options.copies else loss_curve
-    draw(options.runs, output)
+    with writing("--output", output):
+        draw(options.runs, output)

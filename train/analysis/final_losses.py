@@ -20,6 +20,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from train.analysis import verdicts
 from train.analysis.figures import panels
 from train.analysis.records import read_arms, reference_arm
+from train.errors import UserError
 from train.files import check_json_output, default_output, write_result
 from train.program import Arguments
 from train.tables import text_table
@@ -44,9 +45,17 @@ def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, A
       ``edge``, the largest BPC in a figure of variants; and ``runs``, where they came from.
 
     Raises:
-      UserError: a run has not ended or cannot be read, or the reference is not among the arms.
+      UserError: a run has not ended or cannot be read, two arms saw different data, or the
+        reference is not among the arms.
     """
     arms = read_arms(folders, finished=True)
+    first, *others = arms.values()
+    for arm in others:
+        if arm.runs[0].summary["data_sha256"] != first.runs[0].summary["data_sha256"]:
+            raise UserError(
+                f"{first.name} and {arm.name} saw different data, so that their losses make no "
+                f"table; leave one out"
+            )
     losses = {loss.arm: loss for loss in verdicts.final_losses(list(arms.values()))}
     reference = reference_arm(arms, reference or next(iter(arms)))
     rows = []
@@ -69,13 +78,13 @@ def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, A
                 "evaluated": "whole" if loss.whole_split else summary["validation"]["bytes"],
             }
         )
-    others = [abs(row["difference"]) for row in rows if row["arm"] != reference]
+    distances = [abs(row["difference"]) for row in rows if row["arm"] != reference]
     return {
         "kind": "final_losses",
         "reference": reference,
         "arms": rows,
         "variants": not _are_rungs(rows),
-        "edge": losses[reference].mean + FAR_OFF * statistics.median(others or [0.0]),
+        "edge": losses[reference].mean + FAR_OFF * statistics.median(distances or [0.0]),
         "runs": {name: arm.sources for name, arm in arms.items()},
     }
 
@@ -205,7 +214,7 @@ def program(argv: Sequence[str]) -> None:
     p = Arguments(prog="python -m train final_losses", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of finished runs or of their records")
     p.add_argument("--reference", default="", help="the arm to compare with; else the first")
-    p.add_argument("--output", type=Path, help="a .json; else final_losses.json with the runs")
+    p.add_argument("--output", help="a .json; else final_losses.json with the runs")
     options = p.parse_args(argv[1:])
     output = check_json_output(options.output or default_output(options.runs, "final_losses.json"))
     write(result(options.runs, reference=options.reference), output)

@@ -33,7 +33,7 @@ from fsn_jax.torus import order_parameter
 from train.analysis.copy_depth import spread_windows
 from train.analysis.figures import STYLE, panels
 from train.errors import UserError
-from train.files import check_json_output, default_output, write_atomically
+from train.files import check_json_output, default_output, write_atomically, writing
 from train.load import load
 from train.program import Arguments, start_jax
 from train.provenance import provenance
@@ -282,7 +282,7 @@ def program(argv: Sequence[str]) -> None:
     """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train readings", description=__doc__)
     p.add_argument("run", help="the folder of an FSN's run with checkpoints")
-    p.add_argument("--output", type=Path, help="a .json; else readings.json with the run")
+    p.add_argument("--output", help="a .json; else readings.json with the run")
     p.add_checkpoint_options("latest")
     p.add_argument("--windows", type=int, default=16, help="of the validation split")
     p.add_argument("--length", type=int, default=0, help="characters each; 0: context, at most 256")
@@ -296,11 +296,12 @@ def program(argv: Sequence[str]) -> None:
         length=options.length,
         data_path=options.data_path,
     )
-    write_atomically(output, json.dumps(page) + "\n")
     kernels = output.with_name(f"{output.stem}_kernels.png")
     depth = output.with_name(f"{output.stem}_depth.png")
-    draw_kernels(page, kernels)
-    draw_depth(page, depth)
+    with writing("--output", output):
+        write_atomically(output, json.dumps(page) + "\n")
+        draw_kernels(page, kernels)
+        draw_depth(page, depth)
     print(summary_text(page))
     print(f"\n{output}\n{kernels}\n{depth}")
 

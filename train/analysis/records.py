@@ -15,9 +15,10 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from train.config import WITHOUT_EFFECT
 from train.errors import UserError, unfinished
 from train.metrics import read_rows
-from train.recorded import WITHOUT_EFFECT, in_todays_names
+from train.recorded import in_todays_names
 from train.run import open_run
 
 _SEED = re.compile(r"_seed\d+$")
@@ -285,15 +286,17 @@ def recorded_arms(results: Path) -> dict[str, Arm]:
 
 
 def with_clocks(arm: Arm, clocks: Sequence[RunRecord]) -> Arm:
-    """Returns an arm that takes its time from other runs of its model.
+    """Returns an arm that takes its time from other runs of its model, context and batch size.
 
     Raises:
-      UserError: none of the runs has its model.
+      UserError: there are none.
     """
-    own = flatten_dict(arm.config["model"])
-    same = [run for run in clocks if not _differing(own, flatten_dict(run.config["model"]))]
+    own = _work(arm.runs[0])
+    same = [run for run in clocks if not _differing(own, _work(run))]
     if not same:
-        raise UserError(f"none of the runs after --clocks has the model of {arm.name}")
+        raise UserError(
+            f"none of the runs after --clocks has the model, context and batch size of {arm.name}"
+        )
     runs = (dataclasses.replace(run, clocks=tuple(same)) for run in arm.runs)
     return dataclasses.replace(arm, runs=tuple(runs))
 
@@ -346,6 +349,15 @@ def _arm(name: str, runs: list[RunRecord]) -> Arm:
 def _differing(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> list[Any]:
     """Returns the settings in which two runs differ, among those that both have."""
     return sorted(k for k in one.keys() & other.keys() if one[k] != other[k])
+
+
+def _work(run: RunRecord) -> dict[str, Any]:
+    """Returns the settings that decide what a step computes."""
+    return {
+        name: value
+        for name, value in flatten_dict(run.config, sep=".").items()
+        if name.startswith("model.") or name in ("data.context", "training.batch_size")
+    }
 
 
 def _data(run: RunRecord) -> str:

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from train.analysis.records import Arm, RunRecord, mean_and_deviation, read_arms
 from train.errors import UserError
-from train.files import default_output, user_path, write_atomically
+from train.files import check_output, default_output, user_path, write_atomically, writing
 from train.program import Arguments
 
 KINDS = ("copy_depth", "final_losses", "readings")
@@ -101,7 +101,7 @@ def run_data(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def page_data(folders: Sequence[str | Path], added: Sequence[Path]) -> dict[str, Any]:
+def page_data(folders: Sequence[str | Path], added: Sequence[str | Path]) -> dict[str, Any]:
     """Collects the data of the page.
 
     Raises:
@@ -129,7 +129,7 @@ def page_data(folders: Sequence[str | Path], added: Sequence[Path]) -> dict[str,
     }
 
 
-def read_analysis(file: Path) -> dict[str, Any]:
+def read_analysis(file: str | Path) -> dict[str, Any]:
     """Reads a file that another program of this package wrote.
 
     Raises:
@@ -158,15 +158,13 @@ def program(argv: Sequence[str]) -> None:
     """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train report", description=__doc__)
     p.add_argument("runs", nargs="+", help="folders of runs or of their records")
-    p.add_argument("--add", nargs="+", type=Path, default=[], help="JSON of the other programs")
-    p.add_argument("--output", type=Path, help="an .html; else report.html with the runs")
+    p.add_argument("--add", nargs="+", default=[], help="JSON of the other programs")
+    p.add_argument("--output", help="an .html; else report.html with the runs")
     p.add_argument("--title", default="FSN: report of runs")
     options = p.parse_args(argv[1:])
-    output = user_path("--output", options.output or default_output(options.runs, "report.html"))
-    if not options.output:
-        output.parent.mkdir(exist_ok=True)
-    if output.suffix != ".html" or not output.parent.is_dir():
-        raise UserError(f"--output={output} must be an .html in a folder that exists")
+    named = options.output or default_output(options.runs, "report.html")
+    output = check_output(named, ".html")
     page = render(page_data(options.runs, options.add), options.title)
-    write_atomically(output, page)
+    with writing("--output", output):
+        write_atomically(output, page)
     print(f"{output} ({len(page.encode()) / 1e6:.1f} MB)")

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from fsn_jax.cache import LayerCache, empty_layer_cache, extend_weights, weighted_sum
 from fsn_jax.causal import attention_weights, causal_sum, merge_heads, split_heads
 from fsn_jax.dense import PhasorDense
+from fsn_jax.documents import check_rows
 from fsn_jax.fields import ScoreFields, documented, setting, shared_settings
 from fsn_jax.score import PhaseScore, drift_frequencies
 from fsn_jax.torus import Complex, token_phasor, token_rotary
@@ -52,7 +53,7 @@ class PhaseAttention(ScoreFields, nn.Module):
           positions: of the tokens, for the drift, ``[L]`` or ``[B, L]``; None: 0, 1, 2, ...
 
         Raises:
-          ValueError: ``theta`` is not ``[B, L, N]``.
+          ValueError: ``theta`` is not ``[B, L, N]``, or segments or positions do not fit it.
           ConfigError: ``num_heads`` does not divide N.
         """
         return self.field(theta, segment_ids=segment_ids, positions=positions).im
@@ -69,7 +70,7 @@ class PhaseAttention(ScoreFields, nn.Module):
         ``im`` is the torque, the update of the phases in radians; ``re`` is the coherence of a
         phase with its field. Arguments as for ``__call__``.
         """
-        z, query, key = self._score(theta, theta.shape[1], None, positions)
+        z, query, key = self._score(theta, theta.shape[1], None, segment_ids, positions)
         if self.is_mutable_collection("diagnostics") and not self.is_initializing():
             entropy = attention_entropy(attention_weights(query, key, segment_ids))
             self.sow("diagnostics", "attention_entropy", entropy)
@@ -100,7 +101,7 @@ class PhaseAttention(ScoreFields, nn.Module):
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Complex, LayerCache]:
         """Applies ``field`` to S tokens at ``position`` and on, after those in the cache."""
-        z, query, key = self._score(theta, cache.capacity, position, positions)
+        z, query, key = self._score(theta, cache.capacity, position, segment_ids, positions)
         values = self._values(z)
         weights, cache = extend_weights(query, key, values, cache, position, segment_ids)
         visible = cache.visible(position + 1, theta.shape[1], segment_ids)
@@ -114,7 +115,7 @@ class PhaseAttention(ScoreFields, nn.Module):
         positions: Int[Array, "*B L"] | None = None,
     ) -> Float[Array, "B H L L"]:
         """Returns the attention weights ``A``, for inspection: ``__call__`` does not form them."""
-        _, query, key = self._score(theta, theta.shape[1], None, positions)
+        _, query, key = self._score(theta, theta.shape[1], None, segment_ids, positions)
         return attention_weights(query, key, segment_ids)
 
     def empty_cache(
@@ -134,10 +135,16 @@ class PhaseAttention(ScoreFields, nn.Module):
         )
 
     def _score(
-        self, theta: Array, capacity: int, position: Array | None, positions: Array | None
+        self,
+        theta: Array,
+        capacity: int,
+        position: Array | None,
+        segment_ids: Array | None,
+        positions: Array | None,
     ) -> tuple[Complex, Array, Array]:
         """Returns phasors, queries and keys of tokens at ``position`` (None: 0) and on."""
         z = token_phasor(theta)
+        check_rows(theta.shape[:2], segment_ids, positions)
         num_phases = theta.shape[2]
         self.check_width(num_phases)
         frequencies = drift_frequencies(self, num_phases)

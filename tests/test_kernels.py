@@ -15,7 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from fsn_jax import FrustratedAttention, kernels
 from fsn_jax.causal import causal_sum
 from fsn_jax.coupled import coupled_field
-from fsn_jax.kernels import choice, gpu, gpu_coupling, tpu, tpu_coupling, tpu_tiles
+from fsn_jax.kernels import choice, gpu, gpu_coupling, gpu_tiles, tpu, tpu_coupling, tpu_tiles
 from fsn_jax.torus import Complex, phasor
 
 KERNELS = {"gpu": (gpu, gpu_coupling), "tpu": (tpu, tpu_coupling)}
@@ -440,6 +440,26 @@ def test_auto_takes_the_kernel_where_it_works(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert "pallas_call" not in program()
     assert len(asked) == 2, "several processes might not measure the same"
+
+
+@pytest.mark.parametrize(
+    ("width", "sizes"),
+    [(8, [16]), (96, [64, 32]), (112, [128]), (208, [128, 64, 16]), (448, [128, 128, 128, 64])],
+)
+def test_columns_in_pieces(width, sizes):
+    assert [columns.size for columns in gpu_tiles.columns_of(width)] == sizes
+
+
+def test_no_piece_of_columns_is_too_wide_or_mostly_padding():
+    for width in range(1, 1100):
+        pieces = gpu_tiles.columns_of(width)
+        ends = [columns.start + columns.size for columns in pieces]
+        assert [columns.start for columns in pieces] == [0, *ends[:-1]]
+        last = pieces[-1]
+        there = width - last.start
+        assert 0 < there <= last.size
+        assert last.size == gpu_tiles.PIECE or 6 * (last.size - there) <= there
+        assert max(columns.size for columns in pieces) <= gpu_tiles.WIDE
 
 
 def test_importing_the_package_imports_no_kernel():

@@ -382,3 +382,12 @@ def test_refuses_a_bad_argument_in_one_line_that_names_it(argument, value):
     with pytest.raises(ConfigError, match=argument) as caught:
         stream(model, variables, **arguments)  # before anything is asked of it
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["hot", None, True, [1.0]])
+def test_refuses_what_is_no_number(value):
+    """Past the run-time type checks of the tests, which a user has not."""
+    with pytest.raises(ConfigError, match="^temperature must be a number; got ") as caught:
+        generation._check_real(top_p=np.float32(0.5), temperature=value)
+    assert repr(value) in str(caught.value)
+    generation._check_real(temperature=1, top_p=jnp.float32(0.9))

@@ -102,10 +102,10 @@ class PhaseAttention(ScoreFields, nn.Module):
     ) -> tuple[Complex, LayerCache]:
         """Applies ``field`` to S tokens at ``position`` and on, after those in the cache."""
         z, query, key = self._score(theta, cache.capacity, position, segment_ids, positions)
-        values = self._values(z)
-        weights, cache = extend_weights(query, key, values, cache, position, segment_ids)
-        visible = cache.visible(position + 1, theta.shape[1], segment_ids)
-        return self._field_of_weights(z, weights, cache.value, visible), cache
+        values, cache = self._values(z), cache.with_segments(position, segment_ids)
+        seen = extend_weights(query, key, values, cache, position, segment_ids)
+        field = self._field_of_weights(z, seen.weights, seen.cache.value, seen.visible)
+        return field, seen.cache
 
     def weights(
         self,
@@ -212,8 +212,8 @@ class _SummedAttention(PhaseAttention):
 class KuramotoAttention(_SummedAttention):
     """The base layer: ``dtheta_t = g * sum_u A[t, u] sin(theta_u - theta_t)``, g > 0 learned.
 
-    Written from its own equation; ``FrustratedAttention`` with one harmonic, no delay and a real
-    positive kernel is the same layer.
+    Written from its own equation; ``FrustratedAttention`` with one harmonic, no delay, one head a
+    phase and a real positive kernel is the same layer.
     """
 
     kernel_scale: float = setting(0.5, "initial gain g", above=0)

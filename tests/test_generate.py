@@ -81,6 +81,10 @@ def test_what_the_cache_has_no_room_for_is_nan(name):
         logits, cache = extend(variables, token[:, None], cache)
         assert bool(jnp.isnan(logits).all()) == (position >= 4)
         assert bool(jnp.isnan(logits).any()) == (position >= 4)
+    cache = model.apply(variables, 1, 4, method="empty_cache")
+    _, cache = extend(variables, cases.tokens(1, 3), cache)
+    logits, _ = extend(variables, cases.tokens(1, 3), cache)  # the first of them would fit
+    assert jnp.isnan(logits).all()
 
 
 def test_the_base_layer_extends_as_it_is_called():

@@ -17,7 +17,7 @@ from fsn_jax.dense import PhasorDense
 from fsn_jax.documents import check_rows
 from fsn_jax.fields import ScoreFields, documented, setting, shared_settings
 from fsn_jax.score import PhaseScore, drift_frequencies
-from fsn_jax.torus import Complex, token_phasor, token_rotary
+from fsn_jax.torus import Complex, seen_from, times, token_phasor, token_rotary
 
 
 def attention_entropy(weights: Float[Array, "*shape L"]) -> Float[Array, "*shape"]:
@@ -226,10 +226,7 @@ class KuramotoAttention(_SummedAttention):
         mean = Complex(*(merge_heads(part) for part in jnp.split(total, 2, axis=-1)))
         initial = softplus_inverse(np.full(z.re.shape[-1], self.kernel_scale))
         gain = jax.nn.softplus(self.param("gain", lambda _: jnp.asarray(initial, jnp.float32)))
-        gain = gain[None, None]
-        return Complex(
-            gain * (mean.re * z.re + mean.im * z.im), gain * (mean.im * z.re - mean.re * z.im)
-        )
+        return times(gain[None, None], seen_from(z, mean))
 
     def _value_width(self, num_phases: int) -> int:
         return 2 * num_phases // self.num_heads

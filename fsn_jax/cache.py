@@ -16,9 +16,9 @@ from fsn_jax.kernels.xla import MASKED, slots_before
 class LayerCache:
     """Keys and values of the tokens that a layer has seen: slot u holds position u.
 
-    The result for tokens that do not all fit is NaN, for all of them. Batch and heads share one axis, and slots are
-    the last axis of the keys: the matrix products take this layout as it is, so XLA writes a token
-    in place and copies nothing.
+    The result for tokens that do not all fit is NaN, for all of them. Batch and heads share one
+    axis, and slots are the last axis of the keys: the matrix products take this layout as it is, so
+    XLA writes a token in place and copies nothing.
 
     Attributes:
       key: ``[B H, E, C]``.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Int
 
 from fsn_jax.fsn import FSN
-from fsn_jax.torus import phasor
+from fsn_jax.torus import imaginary_product, phasor, real_product
 
 
 class Coefficients(NamedTuple):
@@ -163,10 +163,9 @@ def data_frustration(
       heads_per_phase: J; a phase of block h hears heads h, ..., h + J - 1 (modulo H).
     """
     z = phasor(theta)
-    angle = -jnp.arctan2(
-        z.im[:, 1:] * z.re[:, :-1] - z.re[:, 1:] * z.im[:, :-1],
-        z.re[:, 1:] * z.re[:, :-1] + z.im[:, 1:] * z.im[:, :-1],
-    )
+    here = jax.tree.map(lambda part: part[:, :-1], z)
+    after = jax.tree.map(lambda part: part[:, 1:], z)
+    angle = -jnp.arctan2(imaginary_product(here, after), real_product(here, after))
     received = jnp.tril(attention, -1).sum(axis=2)[:, :, :-1]
     heard = sum(jnp.roll(received, -j, axis=1) for j in range(heads_per_phase)) / heads_per_phase
     per_head = theta.shape[-1] // attention.shape[1]

@@ -66,7 +66,10 @@ def _phasor_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Complex,
 
 
 def along_circle(z: Complex, dtheta: Array) -> Complex:
-    """Computes ``i z dtheta``: how phasors move when their phases do, by radians of their shape."""
+    """Computes ``i z dtheta`` elementwise, with broadcasting.
+
+    So phasors of any shape move when their phases move by ``dtheta`` radians.
+    """
     return Complex(-z.im * dtheta, z.re * dtheta)
 
 

@@ -23,11 +23,11 @@ from fsn_jax.torus import Complex, kept_in
 
 
 def initial_kernel(layer: CouplingFields, num_phases: int) -> np.ndarray:
-    """Returns the initial in-phase coefficients of the kernel: the first harmonic alone.
+    """Returns the initial in-phase coefficients ``rho cos(alpha)``: the first harmonic alone.
 
     ``[T, M, N]``, or ``[T, M, J, N]`` if a phase hears J > 1 heads; all but the first head have
-    coefficients of zero. Where the kernel must be positive (``signed_harmonics=False``) the least
-    coefficient is ``SOFTPLUS_FLOOR``.
+    coefficients of zero. Where the kernel must be positive (``signed_harmonics=False``)
+    ``softplus_inverse`` makes ``SOFTPLUS_FLOOR`` of the zeros.
     """
     heard = layer.heads_per_phase
     kernel = np.zeros((layer.num_delays, layer.num_harmonics, heard, num_phases), np.float32)
@@ -36,14 +36,18 @@ def initial_kernel(layer: CouplingFields, num_phases: int) -> np.ndarray:
 
 
 def initial_quadrature(layer: CouplingFields, num_phases: int) -> nn.initializers.Initializer:
-    """Returns an initializer of the imaginary part: ``-rho tan(alpha)`` for normal angles alpha."""
-    rho = jnp.asarray(initial_kernel(layer, num_phases))
+    """Returns an initializer of the imaginary part, ``-rho sin(alpha)``, for normal angles alpha.
+
+    The in-phase part is ``initial_kernel`` whatever the angle, so it is that times ``-tan(alpha)``:
+    coefficients of the first harmonic have ``rho = kernel_scale / cos(alpha)``.
+    """
+    in_phase = jnp.asarray(initial_kernel(layer, num_phases))
     if not layer.kernel_angle:
         return nn.initializers.zeros
 
     def init(key: Array, shape: Sequence[int], dtype: object) -> Array:
         alpha = layer.kernel_angle * jax.random.normal(key, shape, jnp.float32)
-        return -rho * jnp.tan(alpha)
+        return -in_phase * jnp.tan(alpha)
 
     return init
 
@@ -73,7 +77,8 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
     Head h compares its own block of N / H phases; phase n hears the J heads ``H(n)``. Phases are
     angles in radians, ``theta[B, L, N]``; N is read from the input. Parameters: ``kernel_real`` and
     ``kernel_imag``, the kernel ``kappa`` ``[T, M, J, N]`` (``[T, M, N]`` for J = 1); ``score/gate``
-    and ``score/gate_angle``, ``g`` and ``a`` ``[N]`` (``[H, N]`` if heads compare all phases);
+    and ``score/gate_angle``, ``g`` and ``a`` ``[N]`` (``[H, R]`` if heads compare all phases or
+    several harmonics: R is ``score_harmonics`` times the phases that a head compares);
     ``score/log_beta`` ``[H]``. There is no query, key, value or output matrix.
 
     Cost of a token, compared with multi-head attention of width N and the same L: no dense layers

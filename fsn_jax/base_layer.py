@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, Int
 from fsn_jax.cache import LayerCache, empty_layer_cache, extend_weights, weighted_sum
 from fsn_jax.causal import attention_weights, causal_sum, merge_heads, split_heads
 from fsn_jax.dense import PhasorDense
+from fsn_jax.documents import check_rows
 from fsn_jax.fields import ScoreFields, documented, setting, shared_settings
 from fsn_jax.score import PhaseScore, drift_frequencies
-from fsn_jax.torus import Complex, token_phasor, token_rotary
+from fsn_jax.torus import Complex, seen_from, times, token_phasor, token_rotary
 
 
 def attention_entropy(weights: Float[Array, "*shape L"]) -> Float[Array, "*shape"]:
@@ -52,7 +53,7 @@ class PhaseAttention(ScoreFields, nn.Module):
           positions: of the tokens, for the drift, ``[L]`` or ``[B, L]``; None: 0, 1, 2, ...
 
         Raises:
-          ValueError: ``theta`` is not ``[B, L, N]``.
+          ValueError: ``theta`` is not ``[B, L, N]``, or segments or positions do not fit it.
           ConfigError: ``num_heads`` does not divide N.
         """
         return self.field(theta, segment_ids=segment_ids, positions=positions).im
@@ -69,7 +70,7 @@ class PhaseAttention(ScoreFields, nn.Module):
         ``im`` is the torque, the update of the phases in radians; ``re`` is the coherence of a
         phase with its field. Arguments as for ``__call__``.
         """
-        z, query, key = self._score(theta, theta.shape[1], None, positions)
+        z, query, key = self._score(theta, theta.shape[1], None, segment_ids, positions)
         if self.is_mutable_collection("diagnostics") and not self.is_initializing():
             entropy = attention_entropy(attention_weights(query, key, segment_ids))
             self.sow("diagnostics", "attention_entropy", entropy)
@@ -100,11 +101,11 @@ class PhaseAttention(ScoreFields, nn.Module):
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Complex, LayerCache]:
         """Applies ``field`` to S tokens at ``position`` and on, after those in the cache."""
-        z, query, key = self._score(theta, cache.capacity, position, positions)
-        values = self._values(z)
-        weights, cache = extend_weights(query, key, values, cache, position, segment_ids)
-        visible = cache.visible(position + 1, theta.shape[1], segment_ids)
-        return self._field_of_weights(z, weights, cache.value, visible), cache
+        z, query, key = self._score(theta, cache.capacity, position, segment_ids, positions)
+        values, cache = self._values(z), cache.with_segments(position, segment_ids)
+        seen = extend_weights(query, key, values, cache, position, segment_ids)
+        field = self._field_of_weights(z, seen.weights, seen.cache.value, seen.visible)
+        return field, seen.cache
 
     def weights(
         self,
@@ -114,7 +115,7 @@ class PhaseAttention(ScoreFields, nn.Module):
         positions: Int[Array, "*B L"] | None = None,
     ) -> Float[Array, "B H L L"]:
         """Returns the attention weights ``A``, for inspection: ``__call__`` does not form them."""
-        _, query, key = self._score(theta, theta.shape[1], None, positions)
+        _, query, key = self._score(theta, theta.shape[1], None, segment_ids, positions)
         return attention_weights(query, key, segment_ids)
 
     def empty_cache(
@@ -134,10 +135,16 @@ class PhaseAttention(ScoreFields, nn.Module):
         )
 
     def _score(
-        self, theta: Array, capacity: int, position: Array | None, positions: Array | None
+        self,
+        theta: Array,
+        capacity: int,
+        position: Array | None,
+        segment_ids: Array | None,
+        positions: Array | None,
     ) -> tuple[Complex, Array, Array]:
         """Returns phasors, queries and keys of tokens at ``position`` (None: 0) and on."""
         z = token_phasor(theta)
+        check_rows(theta.shape[:2], segment_ids, positions)
         num_phases = theta.shape[2]
         self.check_width(num_phases)
         frequencies = drift_frequencies(self, num_phases)
@@ -205,8 +212,8 @@ class _SummedAttention(PhaseAttention):
 class KuramotoAttention(_SummedAttention):
     """The base layer: ``dtheta_t = g * sum_u A[t, u] sin(theta_u - theta_t)``, g > 0 learned.
 
-    Written from its own equation; ``FrustratedAttention`` with one harmonic, no delay and a real
-    positive kernel is the same layer.
+    Written from its own equation; ``FrustratedAttention`` with one harmonic, no delay, one head a
+    phase and a real positive kernel is the same layer.
     """
 
     kernel_scale: float = setting(0.5, "initial gain g", above=0)
@@ -219,10 +226,7 @@ class KuramotoAttention(_SummedAttention):
         mean = Complex(*(merge_heads(part) for part in jnp.split(total, 2, axis=-1)))
         initial = softplus_inverse(np.full(z.re.shape[-1], self.kernel_scale))
         gain = jax.nn.softplus(self.param("gain", lambda _: jnp.asarray(initial, jnp.float32)))
-        gain = gain[None, None]
-        return Complex(
-            gain * (mean.re * z.re + mean.im * z.im), gain * (mean.im * z.re - mean.re * z.im)
-        )
+        return times(gain[None, None], seen_from(z, mean))
 
     def _value_width(self, num_phases: int) -> int:
         return 2 * num_phases // self.num_heads

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -15,9 +16,9 @@ from fsn_jax.kernels.xla import MASKED, slots_before
 class LayerCache:
     """Keys and values of the tokens that a layer has seen: slot u holds position u.
 
-    The result for tokens past the last slot is NaN. Batch and heads share one axis, and slots are
-    the last axis of the keys: the matrix products take this layout as it is, so XLA writes a token
-    in place and copies nothing.
+    The result for tokens that do not all fit is NaN, for all of them. Batch and heads share one
+    axis, and slots are the last axis of the keys: the matrix products take this layout as it is, so
+    XLA writes a token in place and copies nothing.
 
     Attributes:
       key: ``[B H, E, C]``.
@@ -54,10 +55,30 @@ class LayerCache:
         same = segment_ids[:, None, :, None] == self.segment_ids[:, None, None]
         return slots[None, None] & same
 
+    def with_segments(
+        self, position: Int[Array, ""], segment_ids: Int[Array, "B S"] | None
+    ) -> "LayerCache":
+        """Returns the cache with the segments of S tokens at ``position`` and on.
+
+        Raises:
+          ValueError: there are segments and the cache has no room for them, or the reverse.
+        """
+        if (segment_ids is None) != (self.segment_ids is None):
+            raise ValueError(
+                "segment_ids belong to a cache that holds them: empty_cache(..., segments=True)"
+            )
+        if self.segment_ids is None or segment_ids is None:
+            return self
+        new = segment_ids.astype(self.segment_ids.dtype)
+        segments = jax.lax.dynamic_update_slice_in_dim(self.segment_ids, new, position, axis=1)
+        return dataclasses.replace(self, segment_ids=segments)
+
     def before(
         self, position: Int[Array, ""], num_tokens: int, segment_ids: Int[Array, "B S"] | None
     ) -> Float[Array, "B S D"]:
         """Returns the states of the tokens before those at ``position`` and on; see ``shifted``.
+
+        The cache holds the segments of the tokens themselves.
 
         Raises:
           ValueError: the cache holds no states.
@@ -69,7 +90,6 @@ class LayerCache:
         if segment_ids is None or self.segment_ids is None:
             return states
         ids = jnp.pad(self.segment_ids, ((0, 0), (1, 0)))
-        ids = jax.lax.dynamic_update_slice_in_dim(ids, segment_ids, position + 1, axis=1)
         same = segment_ids == jax.lax.dynamic_slice_in_dim(ids, position, num_tokens, axis=1)
         return jnp.where(same[..., None], states, 0.0)
 
@@ -115,6 +135,20 @@ def _put(cache: Array, new: Array, position: Array, axis: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(cache, new, position, axis=axis)
 
 
+class CachedAttention(NamedTuple):
+    """Attention of S tokens over a cache that holds them.
+
+    Attributes:
+      weights: ``[B, H, S, C]``, NaN if the tokens did not all fit.
+      visible: which slots the tokens see, as ``LayerCache.visible`` returns it.
+      cache: with the tokens.
+    """
+
+    weights: Array
+    visible: Array
+    cache: LayerCache
+
+
 def extend_weights(
     query: Array,
     key: Array,
@@ -122,34 +156,22 @@ def extend_weights(
     cache: LayerCache,
     position: Array,
     segment_ids: Array | None = None,
-) -> tuple[Float[Array, "B H S C"], LayerCache]:
+) -> CachedAttention:
     """Writes S new keys and values at ``position`` and returns attention over the cache.
 
     Queries and keys are ``[B, H, S, E]``, values ``[B, H, S, G]``, ``position`` an int32 scalar,
-    ``segment_ids`` ``[B, S]``.
-
-    Raises:
-      ValueError: there are segments and the cache has no room for them, or the reverse.
+    ``segment_ids`` ``[B, S]``: those of the tokens, which the cache holds (``with_segments``).
     """
-    if (segment_ids is None) != (cache.segment_ids is None):
-        raise ValueError(
-            "segment_ids belong to a cache that holds them: empty_cache(..., segments=True)"
-        )
-    segments = cache.segment_ids
-    if segments is not None and segment_ids is not None:
-        new = segment_ids.astype(segments.dtype)
-        segments = jax.lax.dynamic_update_slice_in_dim(segments, new, position, axis=1)
     cache = dataclasses.replace(
         cache,
         key=_put(cache.key, key.swapaxes(2, 3), position, 2),
         value=_put(cache.value, value, position, 1),
-        segment_ids=segments,
     )
     visible = cache.visible(position + 1, query.shape[2], segment_ids)
     weights = attention_weights_cached(query, cache.key, visible)
     # JAX silently moves a slice that does not fit, and would overwrite earlier tokens.
     fits = position + query.shape[2] <= cache.capacity
-    return jnp.where(fits, weights, jnp.nan), cache
+    return CachedAttention(jnp.where(fits, weights, jnp.nan), visible, cache)
 
 
 def attention_weights_cached(

@@ -1,4 +1,4 @@
-"""Causal softmax attention over folded values: the one weighted sum that every layer here runs.
+"""Causal softmax attention over values: the weighted sum of the transformer and the base layer.
 
 ``A[t, u] = softmax_u(q_t . k_u)`` over ``u <= t``. The frustrated coupling needs the sum over the
 strict past, ``sum_{u < t} A[t, u] v_u``, and the weight ``A[t, t]`` apart from it; the transformer
@@ -19,6 +19,7 @@ from fsn_jax import kernels
 from fsn_jax.config import Implementation
 from fsn_jax.kernels import choice
 from fsn_jax.kernels.xla import MASKED, combine, inner, own_inner
+from fsn_jax.recompute import match_varying_axes
 from fsn_jax.reverse_mode import reverse_mode_only
 
 
@@ -94,7 +95,7 @@ def causal_sum(
     if implementation == "reference" or 0 in query.shape[:3]:
         return _causal_sum_reference(query, key, value, segment_ids, include_self=include_self)
     segments = None if segment_ids is None else segment_ids[:, None]
-    query, key, value = reverse_mode_only((query, key, value))
+    query, key, value = reverse_mode_only(match_varying_axes((query, key, value)))
     return _causal_sum(query, key, value, segments, include_self, implementation)
 
 

@@ -1,4 +1,4 @@
-"""Documents that lie one after the other in a row of tokens."""
+"""Rows of tokens: the shapes of what comes with them, and documents one after the other in them."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -15,3 +15,31 @@ def document_ids(tokens: Int[Array, "B L"], separator: int) -> Int[Array, "B L"]
       separator: the token between documents.
     """
     return jnp.cumsum(tokens == separator, axis=1, dtype=jnp.int32)
+
+
+def check_rows(
+    shape: tuple[int, ...], segment_ids: Array | None, positions: Array | None, name: str = "tokens"
+) -> None:
+    """Checks the shapes of rows of tokens: where they do not fit, JAX may broadcast silently.
+
+    Args:
+      shape: of the tokens.
+      segment_ids: of the tokens, or None.
+      positions: of the tokens, or None.
+      name: of the tokens.
+
+    Raises:
+      ValueError: the tokens are not ``[B, L]``, ``segment_ids`` is not of their shape, or
+        ``positions`` is neither that nor ``[L]``.
+    """
+    if len(shape) != 2:
+        raise ValueError(f"{name} must be [B, L]; got shape {shape}")
+    if segment_ids is not None and jnp.shape(segment_ids) != shape:
+        raise ValueError(
+            f"segment_ids must be [B, L], here {shape}; got shape {jnp.shape(segment_ids)}"
+        )
+    if positions is not None and jnp.shape(positions) not in (shape, shape[1:]):
+        raise ValueError(
+            f"positions must be [L] or [B, L], here {shape[1:]} or {shape}; got shape "
+            f"{jnp.shape(positions)}"
+        )

@@ -19,7 +19,7 @@ from fsn_jax.fields import (
     shared_settings,
 )
 from fsn_jax.recompute import recomputed
-from fsn_jax.torus import Complex, multiply, real_product, token_phasor
+from fsn_jax.torus import Complex, multiply, real_product, times, token_phasor
 
 COHERENCE_EPSILON = 1e-4
 """Added to the squared length of an order parameter, whose phase has no derivative at zero."""
@@ -34,7 +34,7 @@ def gated_by_coherence(a: Complex, b: Complex, bias: Array) -> Complex:
     """``silu(|a| cos(arg a - arg b) + bias) b``: a and b ``[..., K]``, bias ``[K]``."""
     size = jnp.sqrt(b.re**2 + b.im**2 + COHERENCE_EPSILON)
     weight = jax.nn.silu(real_product(a, b) / size + over_tokens(bias, size))
-    return Complex(weight * b.re, weight * b.im)
+    return times(weight, b)
 
 
 class SwiGLU(nn.Module):

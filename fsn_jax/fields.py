@@ -202,7 +202,8 @@ class ScoreFields(DenseFields):
     similarity_heads: int = setting(
         1,
         "S, heads that compare what two tokens are and not where: they have no drift, and in a "
-        "projected score their keys are their queries",
+        "projected score their keys are their queries; if all heads are (S = H) the score has no "
+        "positions",
         least=0,
     )
     drift_share: float = setting(
@@ -277,18 +278,25 @@ class CouplingFields(ScoreFields):
     )
     kernel_scale: float = setting(
         0.5,
-        "initial coefficient of the first harmonic, for each delay and the first head that a "
-        "phase hears; zeros become 0.01 if ``signed_harmonics`` is off",
+        "initial in-phase coefficient ``rho cos(alpha)`` of the first harmonic, for each delay and "
+        "the first head that a phase hears; zeros become 0.01 if ``signed_harmonics`` is off",
         above=0,
     )
     kernel_angle: float = setting(
-        0.1, "standard deviation of the initial frustration angles, in radians", least=0
+        0.1,
+        "standard deviation of the initial frustration angles alpha, in radians; normal, so that "
+        "none of them is near a quarter turn, where ``tan(alpha)`` has no bound",
+        least=0,
+        most=0.3,
     )
 
     def _check(self) -> None:
         super()._check()
         if self.heads_per_phase > self.num_heads:
-            self.refuse("heads_per_phase", f"be from 1 to num_heads ({self.num_heads})")
+            reason = f"be from 1 to num_heads ({self.num_heads})"
+            if self.similarity_heads == self.num_heads and self.score != "none":
+                reason += ", and similarity_heads 0 for a score with positions"
+            self.refuse("heads_per_phase", reason)
 
     @property
     def num_delays(self) -> int:

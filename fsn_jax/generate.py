@@ -316,6 +316,7 @@ def generate(
 def check_sampling(*, num_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
     """Raises ConfigError if an argument of ``stream`` is of the wrong type or out of range."""
     _check_whole(num_tokens=num_tokens, top_k=top_k)
+    _check_real(temperature=temperature, top_p=top_p)
     if top_k >= 2**31:
         raise ConfigError(f"top_k must be below 2**31; got {top_k}")
     if num_tokens < 1:
@@ -332,3 +333,10 @@ def _check_whole(**numbers: object) -> None:
     for name, value in numbers.items():
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
             raise ConfigError(f"{name} must be a whole number; got {value!r}")
+
+
+def _check_real(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        number = np.asarray(value)
+        if number.ndim or number.dtype.kind not in "fiu":
+            raise ConfigError(f"{name} must be a number; got {value!r}")

@@ -136,9 +136,16 @@ def load(folder: str | Path) -> Pretrained:
         settings = kind(**recorded_fields(kind, config["model"]))
         words = config["vocabulary"]
         vocabulary = Vocabulary.from_text(words["values"], words["unit"])
+        if len(vocabulary) != settings.vocab_size:
+            raise ValueError(
+                f"the vocabulary has {len(vocabulary)} {vocabulary.unit}, and model.vocab_size is "
+                f"{settings.vocab_size}"
+            )
         context, corpus_name = int(config["context"]), str(words["of"])
+        if context < 2:
+            raise ValueError(f"context must be at least 2; got {context}")
         separator = vocabulary.separator if config.get("segments") == "documents" else None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / CONFIG} is not that of an exported model ({error})") from error
     try:
         arrays = safetensors.numpy.load_file(folder / WEIGHTS)

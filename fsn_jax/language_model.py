@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fsn_jax.cache import Cache
+from fsn_jax.documents import check_rows
 
 DETERMINISTIC_ARGUMENT = 4
 """Index of ``deterministic`` in a block's ``__call__``, which ``nn.remat`` must know as static."""
@@ -34,6 +35,9 @@ class LanguageModel(nn.Module):
           positions: of the tokens, for the rotary drift, ``[L]`` or ``[B, L]``; None: 0, 1, 2, ...
             Scores depend on differences of positions alone.
           deterministic: False in training with dropout, which needs ``rngs={"dropout": key}``.
+
+        Raises:
+          ValueError: tokens, segments or positions are of another shape.
         """
         states = self.states(
             tokens, segment_ids=segment_ids, positions=positions, deterministic=deterministic
@@ -50,8 +54,9 @@ class LanguageModel(nn.Module):
     ) -> Float[Array, "B L D"]:
         """Computes the states after the last block, float32: an FSN's phases, in radians.
 
-        Arguments as for ``__call__``.
+        Arguments and errors as for ``__call__``.
         """
+        check_rows(jnp.shape(tokens), segment_ids, positions)
         state = self._embed(tokens, deterministic)
         for block in self.blocks:
             state = block(state, segment_ids, positions, deterministic)
@@ -67,8 +72,9 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Array, "B S V"], Cache]:
         """Computes the logits of S tokens that follow those in the cache; extends the cache.
 
-        They are NaN for tokens that the cache has no room for.
+        They are NaN for all S tokens if the cache has not room for all of them.
         """
+        check_rows(jnp.shape(tokens), segment_ids, positions)
         state = self._embed(tokens, True)
         layers = []
         for block, layer in zip(self.blocks, cache.layers, strict=True):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Int
 
 from fsn_jax.fsn import FSN
-from fsn_jax.torus import phasor
+from fsn_jax.torus import imaginary_product, phasor, real_product
 
 
 class Coefficients(NamedTuple):
@@ -60,9 +60,18 @@ class LayerState(NamedTuple):
 
 
 def trace_layers(
-    model: FSN, variables: dict[str, Any], tokens: Int[Array, "B L"]
+    model: FSN,
+    variables: dict[str, Any],
+    tokens: Int[Array, "B L"],
+    segment_ids: Int[Array, "B L"] | None = None,
 ) -> list[LayerState]:
     """Computes the state of every block of an FSN over some text.
+
+    Args:
+      model: of the architecture.
+      variables: its parameters, under ``params``.
+      tokens: token ids.
+      segment_ids: tokens couple to those of their own segment; None: all are in one.
 
     Raises:
       ValueError: the model has linear values, so there is no kernel.
@@ -75,8 +84,9 @@ def trace_layers(
         states = []
         for block in model.blocks:
             kappa = jax.lax.complex(*block.attention.kappa())
-            coupled, after = theta + block.attention(theta), block(theta)
-            weights = block.attention.weights(theta)
+            coupled = theta + block.attention(theta, segment_ids=segment_ids)
+            weights = block.attention.weights(theta, segment_ids=segment_ids)
+            after = block(theta, segment_ids)
             states.append(LayerState(theta, coupled, after, weights, kappa))
             theta = after
         return states
@@ -102,9 +112,17 @@ class AttentionTargets(NamedTuple):
 
 
 def attention_targets(
-    attention: Float[Array, "B H L L"], tokens: Int[Array, "B L"]
+    attention: Float[Array, "B H L L"],
+    tokens: Int[Array, "B L"],
+    segment_ids: Int[Array, "B L"] | None = None,
 ) -> AttentionTargets:
-    """Computes the mean weights of each head on each target, over the tokens that have one."""
+    """Computes the mean weights of each head on each target, over the tokens that have one.
+
+    Args:
+      attention: weights.
+      tokens: token ids.
+      segment_ids: targets are in the token's own segment; None: all are in one.
+    """
     batch, length = tokens.shape
     same = tokens[:, :, None] == tokens[:, None, :]
     before = jnp.pad(same[:, :-1, :-1], ((0, 0), (1, 0), (1, 0)))
@@ -112,7 +130,10 @@ def attention_targets(
     masks = (own, one_before, same & before & jnp.tri(length, k=-1, dtype=bool)[None])
 
     def mean(mask: Array) -> Array:
-        mask = jnp.broadcast_to(mask, (batch, length, length))[:, None]
+        mask = jnp.broadcast_to(mask, (batch, length, length))
+        if segment_ids is not None:
+            mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        mask = mask[:, None]
         received = jnp.where(mask, attention, 0).sum(axis=(0, 2, 3))
         return received / jnp.maximum(mask.any(axis=-1).sum(), 1)
 
@@ -142,10 +163,9 @@ def data_frustration(
       heads_per_phase: J; a phase of block h hears heads h, ..., h + J - 1 (modulo H).
     """
     z = phasor(theta)
-    angle = -jnp.arctan2(
-        z.im[:, 1:] * z.re[:, :-1] - z.re[:, 1:] * z.im[:, :-1],
-        z.re[:, 1:] * z.re[:, :-1] + z.im[:, 1:] * z.im[:, :-1],
-    )
+    here = jax.tree.map(lambda part: part[:, :-1], z)
+    after = jax.tree.map(lambda part: part[:, 1:], z)
+    angle = -jnp.arctan2(imaginary_product(here, after), real_product(here, after))
     received = jnp.tril(attention, -1).sum(axis=2)[:, :, :-1]
     heard = sum(jnp.roll(received, -j, axis=1) for j in range(heads_per_phase)) / heads_per_phase
     per_head = theta.shape[-1] // attention.shape[1]

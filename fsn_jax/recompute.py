@@ -65,8 +65,8 @@ def match_varying_axes(tree: Tree) -> Tree:
 
 
 def _varying(x: Array) -> frozenset[str]:
-    kind = getattr(jax.typeof(x), "manual_axis_type", None)  # before JAX 0.10 it has another name
-    return kind.varying if kind else frozenset()
+    varying: frozenset[str] = jax.typeof(x).manual_axis_type.varying
+    return varying
 
 
 def recomputed(

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from fsn_jax.causal import split_heads
 from fsn_jax.dense import PhasorDense
 from fsn_jax.fields import ScoreFields, documented, shared_settings
-from fsn_jax.torus import Complex, multiply, powers, rotary_frequencies
+from fsn_jax.torus import Complex, multiply, powers, rotary_frequencies, times
 
 
 def drift_frequencies(score: ScoreFields, num_phases: int) -> npt.NDArray[np.float64]:
@@ -70,7 +70,7 @@ class PhaseScore(ScoreFields, nn.Module):
             return self._gated(z, drift, beta)
         queries = self._projected if self.score == "projected" else self._content_gated
         query, key = (multiply(side, drift) for side in queries(z, pairs))
-        return self._to_reals(Complex(beta * query.re, beta * query.im)), self._to_reals(key)
+        return self._to_reals(times(beta, query)), self._to_reals(key)
 
     def _by_head(self, drift: Complex) -> Complex:
         """Removes the drift of similarity heads, ``[B or 1, H or 1, L, R]``."""
@@ -93,7 +93,7 @@ class PhaseScore(ScoreFields, nn.Module):
             angle = self.param("gate_angle", self._initial_angles, shape).reshape(by_pair)
             query = multiply(key, Complex(gate * jnp.cos(angle), -gate * jnp.sin(angle)))
         else:
-            query = Complex(gate * key.re, gate * key.im)
+            query = times(gate, key)
         key = Complex(*(jnp.broadcast_to(part, query.re.shape) for part in key))
         return self._to_reals(query), self._to_reals(key)
 

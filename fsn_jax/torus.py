@@ -62,7 +62,15 @@ def _phasor(theta: Array) -> Complex:
 def _phasor_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Complex, Complex]:
     (theta,), (dtheta,) = primals, tangents
     z = _phasor(theta)
-    return z, Complex(-z.im * dtheta, z.re * dtheta)
+    return z, along_circle(z, dtheta)
+
+
+def along_circle(z: Complex, dtheta: Array) -> Complex:
+    """Computes ``i z dtheta`` elementwise, with broadcasting.
+
+    So phasors of any shape move when their phases move by ``dtheta`` radians.
+    """
+    return Complex(-z.im * dtheta, z.re * dtheta)
 
 
 def phasor(theta: Float[Array, "*shape"]) -> Complex:
@@ -131,6 +139,11 @@ def real_product(x: Complex, y: Complex) -> Array:
 def imaginary_product(x: Complex, y: Complex) -> Array:
     """Computes ``Im conj(x) y`` elementwise, with broadcasting."""
     return x.re * y.im - x.im * y.re
+
+
+def seen_from(x: Complex, y: Complex) -> Complex:
+    """Computes ``conj(x) y`` elementwise, with broadcasting: y as it is seen from the phases x."""
+    return Complex(real_product(x, y), imaginary_product(x, y))
 
 
 def powers(z: Complex, num_harmonics: int) -> list[Complex]:

@@ -80,6 +80,7 @@ class RotaryAttention(nn.Module):
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
         rotary = self._rotary(x.shape[1], cache.capacity, position, positions)
+        cache = cache.with_segments(position, segment_ids)
         if cache.state is not None:
             state = jax.lax.dynamic_update_slice_in_dim(cache.state, x, position, axis=1)
             cache = dataclasses.replace(cache, state=state)
@@ -88,8 +89,8 @@ class RotaryAttention(nn.Module):
             return dense(cache.before(position, x.shape[1], segment_ids))
 
         query, key, value = self._project(x, before, rotary)
-        weights, cache = extend_weights(query, key, value, cache, position, segment_ids)
-        return self._output(weighted_sum(weights, cache.value)), cache
+        seen = extend_weights(query, key, value, cache, position, segment_ids)
+        return self._output(weighted_sum(seen.weights, seen.cache.value)), seen.cache
 
     def empty_cache(self, batch: int, capacity: int, segments: bool) -> LayerCache:
         """Returns an empty cache for ``capacity`` tokens of each of ``batch`` sequences."""

@@ -136,16 +136,18 @@ class Vocabulary:
         """Inverts ``to_text``.
 
         Raises:
-          ValueError: the unit is unknown, or the text is not in it.
+          ValueError: the unit is unknown, or the text is not in it or not in ascending order.
         """
+        values: npt.NDArray[np.unsignedinteger[Any]]
         if unit == "bytes":
-            return cls(np.frombuffer(bytes.fromhex(text), np.uint8), unit)
-        if unit != "characters":
+            values = np.frombuffer(bytes.fromhex(text), np.uint8)
+        elif unit == "characters":
+            values = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.uint32)
+        else:
             raise ValueError(f"the unit must be bytes or characters; got {unit!r}")
-        points = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.uint32)
-        if points.size == 0 or (np.diff(points.astype(np.int64)) <= 0).any():
-            raise ValueError("the characters are not in ascending order")
-        return cls(points, unit)
+        if values.size == 0 or (np.diff(values.astype(np.int64)) <= 0).any():
+            raise ValueError(f"the {unit} are not in ascending order")
+        return cls(values, unit)
 
     def _values(self, text: bytes) -> npt.NDArray[np.unsignedinteger[Any]]:
         if self.unit == "bytes":

@@ -214,6 +214,22 @@ def test_rotary_drift_depends_on_the_distance(implementation):
         np.testing.assert_allclose(update[0, later, 3], weights[later, source], atol=1e-6)
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_kernel_begins_with_normal_angles_and_a_given_part_in_phase(signed):
+    settings = {"kernel_scale": 0.7, "kernel_angle": 0.2, "signed_harmonics": signed}
+    layer = FrustratedAttention(num_heads=2, **settings)
+    params = jax.jit(layer.init)(jax.random.key(0), cases.angles(1, 2, 400))["params"]
+    real, imag = (np.asarray(params[f"kernel_{part}"], np.float64) for part in ("real", "imag"))
+    if not signed:
+        real = np.log1p(np.exp(real))
+    first = np.zeros(real.shape, bool)
+    first[:, 0, 0] = True  # first harmonic, first head heard
+    np.testing.assert_allclose(real, np.where(first, 0.7, 0.0 if signed else 0.01), rtol=1e-6)
+    assert not imag[~first].any()
+    angles = np.arctan2(-imag, real)[first]
+    assert abs(angles.mean()) < 0.02 and abs(angles.std() - 0.2) < 0.02
+
+
 @pytest.mark.parametrize("layer_class", [KuramotoAttention, FrustratedAttention])
 def test_exactly_causal(layer_class):
     """d dtheta[t] / d theta[u] is exactly zero for u > t and for another window of the batch.

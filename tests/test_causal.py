@@ -142,6 +142,28 @@ def test_long_sequences_inside_shard_map():
     np.testing.assert_allclose(divided(x), jax.jit(gradient)(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("same", ["query", "key", "value"])
+def test_what_is_the_same_on_all_devices_of_a_shard_map_gets_the_sum_of_its_cotangents(same):
+    rng = np.random.default_rng(0)
+    names = ("query", "key", "value")
+    arrays = [jnp.asarray(rng.normal(size=(2, 1, 5, 4)), jnp.float32) for _ in names]
+    arrays = [x[:1] if name == same else x for name, x in zip(names, arrays, strict=True)]
+
+    def gradient(*arrays):
+        def loss(*arrays):
+            batch = max(x.shape[0] for x in arrays)
+            alike = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in arrays)
+            return jnp.sin(causal_sum(*alike, include_self=True, implementation="xla").total).sum()
+
+        return jax.grad(loss, argnums=(0, 1, 2))(*arrays)
+
+    specs = tuple(PartitionSpec() if name == same else PartitionSpec("data") for name in names)
+    mesh = data_mesh(jax.devices()[:2])
+    divided = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs))
+    for ours, whole in zip(divided(*arrays), jax.jit(gradient)(*arrays), strict=True):
+        np.testing.assert_allclose(ours, whole, rtol=1e-4, atol=1e-6)
+
+
 def test_memory_does_not_grow_with_the_length():
     """Scratch of the compiled gradient, for as many tokens in fewer, longer sequences."""
 

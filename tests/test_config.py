@@ -42,6 +42,7 @@ BAD_FSN = [
     ("dropout", 1.0),
     ("dropout", -0.1),
     ("kernel_angle", -1.0),
+    ("kernel_angle", 1.5),
     ("score_phases", -1),
     ("similarity_heads", -1),
     ("similarity_heads", 5),
@@ -102,6 +103,16 @@ def test_refuses_a_bad_field_in_one_line_that_names_it(config_class, field, valu
 def test_refuses_what_does_not_belong_to_a_score(kind, score, field, value):
     with pytest.raises(ConfigError, match=rf"^{kind.__name__}\.{field} must be .* got {value}"):
         kind(**{"score": score, field: value})
+
+
+def test_one_head_is_told_of_both_settings_that_it_needs():
+    """With ``heads_per_phase=1`` alone the one head would be one without positions."""
+    said = r"heads_per_phase must be from 1 to num_heads \(1\), and similarity_heads 0 .*; got 2$"
+    with pytest.raises(ConfigError, match=said):
+        FrustratedAttention(num_heads=1)
+    FrustratedAttention(num_heads=1, heads_per_phase=1, similarity_heads=0)
+    with pytest.raises(ConfigError, match=r"from 1 to num_heads \(2\); got 3$"):
+        FrustratedAttention(num_heads=2, heads_per_phase=3)
 
 
 @pytest.mark.parametrize("config", [FSNConfig(), TransformerConfig()])

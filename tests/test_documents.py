@@ -26,7 +26,7 @@ from test_loop import Crash, crash_at_evaluation
 
 from fsn_jax import hub
 from train import export
-from train.analysis import copy_depth
+from train.analysis import copy_depth, readings
 from train.data.corpus import Corpus
 from train.data.prepare import open_corpus
 from train.errors import UserError
@@ -208,3 +208,15 @@ def test_what_is_made_of_the_model_sees_its_own_document_alone(run, tmp_path):
     settings = (np.float32(0), np.int32(0), np.float32(1))
     drawn = sampler.call(window, np.int32(len(whole)), np.uint32(0), np.int32(0), *settings)
     assert shared.vocabulary.decode(drawn[8:]) == text
+
+
+def test_readings_are_of_tokens_that_see_their_own_document_alone(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(readings, "read_layer", lambda *given: seen.append(given))
+    readings.read(str(run), num_windows=2)
+    for state, tokens, _ in seen:
+        ids = np.cumsum(np.asarray(tokens) == 0, axis=1)
+        assert (ids[:, -1] > ids[:, 0]).all()
+        apart = ids[:, :, None] != ids[:, None]
+        assert not np.asarray(state.attention).max(axis=1)[apart].any()
+    assert seen

@@ -81,6 +81,10 @@ def test_what_the_cache_has_no_room_for_is_nan(name):
         logits, cache = extend(variables, token[:, None], cache)
         assert bool(jnp.isnan(logits).all()) == (position >= 4)
         assert bool(jnp.isnan(logits).any()) == (position >= 4)
+    cache = model.apply(variables, 1, 4, method="empty_cache")
+    _, cache = extend(variables, cases.tokens(1, 3), cache)
+    logits, _ = extend(variables, cases.tokens(1, 3), cache)  # the first of them would fit
+    assert jnp.isnan(logits).all()
 
 
 def test_the_base_layer_extends_as_it_is_called():
@@ -382,3 +386,12 @@ def test_refuses_a_bad_argument_in_one_line_that_names_it(argument, value):
     with pytest.raises(ConfigError, match=argument) as caught:
         stream(model, variables, **arguments)  # before anything is asked of it
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["hot", None, True, [1.0]])
+def test_refuses_what_is_no_number(value):
+    """Past the run-time type checks of the tests, which a user has not."""
+    with pytest.raises(ConfigError, match="^temperature must be a number; got ") as caught:
+        generation._check_real(top_p=np.float32(0.5), temperature=value)
+    assert repr(value) in str(caught.value)
+    generation._check_real(temperature=1, top_p=jnp.float32(0.9))

@@ -162,6 +162,16 @@ def without_a_parameter(folder):
     safetensors.numpy.save_file(arrays, folder / "model.safetensors")
 
 
+def changed(**changes):
+    """A damage to ``config.json``: some of its fields have other values."""
+
+    def spoil(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return spoil
+
+
 DAMAGES = {
     "cut weights": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 20),
@@ -173,6 +183,12 @@ DAMAGES = {
         lambda folder: (folder / "config.json").write_text('{"format": 1, "model_type": "rnn"}'),
         "config.json is not that of an exported model .*rnn",
     ),
+    "a vocabulary less": (
+        changed(vocabulary={"values": b"abc".hex(), "unit": "bytes", "of": "text"}),
+        "the vocabulary has 3 bytes, and model.vocab_size is 12",
+    ),
+    "no context": (changed(context=0), "context must be at least 2; got 0"),
+    "no settings": (changed(model=[]), "config.json is not that of an exported model"),
 }
 
 

@@ -14,7 +14,9 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from fsn_jax import FrustratedAttention, kernels
 from fsn_jax.causal import causal_sum
-from fsn_jax.kernels import choice, gpu, gpu_coupling, tpu, tpu_coupling, tpu_tiles
+from fsn_jax.coupled import coupled_field
+from fsn_jax.kernels import choice, gpu, gpu_coupling, gpu_tiles, tpu, tpu_coupling, tpu_tiles
+from fsn_jax.torus import Complex, phasor
 
 KERNELS = {"gpu": (gpu, gpu_coupling), "tpu": (tpu, tpu_coupling)}
 # float32 sums over at most 100 terms in another order; bfloat16 has 8 bits of mantissa, and here
@@ -346,7 +348,8 @@ def test_auto_keeps_the_kernel_out_of_a_program_that_the_compiler_divides(
     monkeypatch, platform, call
 ):
     """A batch over eight devices: by ``jax.jit`` in blocks, by ``shard_map`` with the kernel."""
-    monkeypatch.setattr(jax, "default_backend", lambda: kernels.PLATFORMS[platform])
+    (backend,) = (b for b, p in kernels.PLATFORM_OF_BACKEND.items() if p == platform)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
     by_data = jax.sharding.NamedSharding(mesh, spec)
@@ -389,6 +392,30 @@ def test_auto_never_interprets(monkeypatch):
     assert loop in interpreted and loop not in hlo
 
 
+@pytest.mark.usefixtures("accelerator")
+def test_auto_keeps_the_blocks_where_the_batch_is_left_open(monkeypatch):
+    """There is no size to measure at."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    chosen = []
+
+    def program(x):
+        chosen.append(choice.of_auto(x, 4))
+        return x
+
+    for sizes in ("8, 2, 16, 4", "b, 2, 16, 4"):
+        shape = jax.export.symbolic_shape(sizes)
+        jax.eval_shape(program, jax.ShapeDtypeStruct(shape, jnp.float32))
+    assert chosen == ["auto", "xla"]
+
+
+def test_an_implementation_that_the_kernels_have_not_is_named():
+    """It is not taken for an interpreted kernel."""
+    z = phasor(cases.angles(1, 1, 4, 2))
+    kappa = Complex(jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1, 1, 2)))
+    with pytest.raises(ValueError, match="implementation must be 'auto', .*; got 'reference'"):
+        coupled_field(z.re, z.im, z, kappa, implementation="reference")
+
+
 def test_auto_takes_the_kernel_where_it_works(monkeypatch):
     """On a GPU or TPU, asked for the sizes at hand; a CPU keeps the blocks."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -413,6 +440,26 @@ def test_auto_takes_the_kernel_where_it_works(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert "pallas_call" not in program()
     assert len(asked) == 2, "several processes might not measure the same"
+
+
+@pytest.mark.parametrize(
+    ("width", "sizes"),
+    [(8, [16]), (96, [64, 32]), (112, [128]), (208, [128, 64, 16]), (448, [128, 128, 128, 64])],
+)
+def test_columns_in_pieces(width, sizes):
+    assert [columns.size for columns in gpu_tiles.columns_of(width)] == sizes
+
+
+def test_no_piece_of_columns_is_too_wide_or_mostly_padding():
+    for width in range(1, 1100):
+        pieces = gpu_tiles.columns_of(width)
+        ends = [columns.start + columns.size for columns in pieces]
+        assert [columns.start for columns in pieces] == [0, *ends[:-1]]
+        last = pieces[-1]
+        there = width - last.start
+        assert 0 < there <= last.size
+        assert last.size == gpu_tiles.PIECE or 6 * (last.size - there) <= there
+        assert max(columns.size for columns in pieces) <= gpu_tiles.WIDE
 
 
 def test_importing_the_package_imports_no_kernel():

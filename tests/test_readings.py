@@ -12,6 +12,7 @@ from fsn_jax import FSN
 from fsn_jax.base_layer import attention_entropy
 from fsn_jax.coupling import coupling_update
 from fsn_jax.readings import (
+    LayerState,
     attention_targets,
     coefficients,
     data_frustration,
@@ -76,6 +77,34 @@ def test_the_trace_ends_in_the_models_own_logits(traced):
     actual = features @ readout["kernel"] + readout["bias"]
     np.testing.assert_allclose(actual, logits, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(states[0].after, states[1].before)
+
+
+def test_a_trace_of_documents_sees_its_own_alone(traced):
+    model, variables, *_ = traced
+    tokens, ids = cases.tokens(length=6), jnp.array([[0, 0, 0, 1, 1, 1]] * 2)
+    both = jax.jit(lambda v: trace_layers(model, v, tokens, ids))(variables)
+    second = jax.jit(lambda v: trace_layers(model, v, tokens[:, 3:]))(variables)
+    for packed, alone in zip(both, second, strict=True):
+        np.testing.assert_allclose(packed.coupled[:, 3:], alone.coupled, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(packed.after[:, 3:], alone.after, rtol=1e-4, atol=1e-5)
+        assert not packed.attention[:, :, 3:, :3].any()
+        np.testing.assert_allclose(packed.attention[:, :, 3:, 3:], alone.attention, atol=1e-5)
+
+
+def test_readings_of_documents_are_those_of_each_alone():
+    """Attention of two documents in a row, the second even and whole, the first of one token."""
+    tokens, ids = jnp.array([[9, 0, 1, 0, 1]]), jnp.array([[0, 1, 1, 1, 1]])
+    weights = np.zeros((1, 1, 5, 5), np.float32)
+    weights[0, 0, 0, 0] = 1
+    weights[0, 0, 1:, 1:] = np.tril(np.ones((4, 4))) / np.arange(1, 5)[:, None]
+    theta, kappa = cases.angles(1, 5, 4), jnp.ones((1, 1, 1, 4), jnp.complex64)
+    state = LayerState(theta, theta, theta, jnp.asarray(weights), kappa)
+    found = readings.measure(state, tokens, ids)
+    np.testing.assert_allclose(found["relative_entropy"], 1, rtol=1e-5)
+    np.testing.assert_allclose(found["entropy"], np.log([2, 3, 4]).mean(), rtol=1e-5)
+    targets = found["attention_to"]
+    np.testing.assert_allclose(targets["previous"], np.mean([1 / 2, 1 / 3, 1 / 4]), rtol=1e-5)
+    np.testing.assert_allclose(targets["repeat"], 1 / 4, rtol=1e-5)
 
 
 def test_the_traced_kernel_and_attention_are_what_moved_the_phases(traced):

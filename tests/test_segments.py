@@ -2,6 +2,8 @@
 
 import collections
 import functools
+import subprocess
+import sys
 
 import cases
 import jax
@@ -215,3 +217,51 @@ def test_a_dropped_phase_is_drawn_anew_from_the_circle():
     drawn = np.asarray(theta)[np.asarray(theta != whole)]
     assert abs(drawn.size / theta.size - 0.25) < 0.02
     assert np.abs(np.exp(1j * drawn).mean()) < 0.1  # of some 1,150 draws: 0.03 on average
+
+
+MISSHAPEN = """
+import jax, jax.numpy as jnp
+from fsn_jax import FSN, FSNConfig, FrustratedAttention, Transformer, TransformerConfig
+
+def refused(module, x, **arguments):
+    try:
+        jax.eval_shape(lambda *x: module.apply(*x, **arguments), *x)
+    except ValueError as error:
+        print(error)
+
+tokens, line = jnp.zeros((3, 4), jnp.int32), jnp.arange(4)
+fsn = FSN(FSNConfig(vocab_size=11, num_layers=1, num_phases=8))
+for model in (fsn, Transformer(TransformerConfig(vocab_size=11, num_layers=1, width=8))):
+    variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    refused(model, (variables, line))
+    refused(model, (variables, tokens), segment_ids=line)
+    refused(model, (variables, tokens), positions=tokens[:2])
+    cache = model.apply({}, 3, 4, method="empty_cache")
+    refused(model, (variables, tokens[:, :1], cache), positions=line[:3], method="extend")
+layer, theta = FrustratedAttention(num_heads=2), jnp.zeros((3, 4, 8))
+variables = jax.eval_shape(layer.init, jax.random.key(0), theta)
+for method in ("__call__", "weights"):
+    refused(layer, (variables, theta), segment_ids=tokens[:, :1], method=method)
+    refused(layer, (variables, theta), positions=line[:1], method=method)
+cache = layer.apply({}, 3, 4, 8, method="empty_cache")
+refused(layer, (variables, theta, cache, 0), positions=line[:3], method="extend")
+"""
+
+
+def test_what_comes_with_tokens_has_their_shape():
+    """In a process of its own: the run-time type checks of the tests would speak first.
+
+    Positions [B] of a token each would broadcast to B rows of every sequence, without an error.
+    """
+    command = [sys.executable, "-c", MISSHAPEN]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    segments = "segment_ids must be [B, L], here (3, 4); got shape"
+    positions = "positions must be [L] or [B, L], here (4,) or (3, 4); got shape"
+    of_a_model = [
+        "tokens must be [B, L]; got shape (4,)",
+        f"{segments} (4,)",
+        f"{positions} (2, 4)",
+        "positions must be [L] or [B, L], here (1,) or (3, 1); got shape (3,)",
+    ]
+    of_a_layer = [f"{segments} (3, 1)", f"{positions} (1,)"]
+    assert printed.splitlines() == 2 * of_a_model + 2 * of_a_layer + [f"{positions} (3,)"]

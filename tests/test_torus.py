@@ -53,6 +53,19 @@ def test_phasor_under_jit_and_vmap():
         np.testing.assert_allclose(z[1], plain[1], atol=1e-7)
 
 
+def test_products_are_those_of_complex_numbers():
+    parts = [cases.angles(2, 5, seed=seed) for seed in range(5)]
+    x, y = torus.Complex(*parts[:2]), torus.Complex(*parts[2:4])
+    numbers = [np.asarray(a, np.float64) + 1j * np.asarray(b, np.float64) for a, b in (x, y)]
+    for found, expected in (
+        (torus.multiply(x, y), numbers[0] * numbers[1]),
+        (torus.seen_from(x, y), numbers[0].conj() * numbers[1]),
+        (torus.along_circle(x, parts[4]), 1j * numbers[0] * np.asarray(parts[4], np.float64)),
+    ):
+        np.testing.assert_allclose(found.re, expected.real, atol=1e-5)
+        np.testing.assert_allclose(found.im, expected.imag, atol=1e-5)
+
+
 @pytest.mark.parametrize("num_harmonics", [1, 8])
 def test_powers(num_harmonics):
     theta = cases.angles(2, 3, 4)

@@ -43,6 +43,13 @@ def test_text_comes_back_and_keeps_its_length(unit, text):
     np.testing.assert_array_equal(again.values, vocabulary.values)
 
 
+@pytest.mark.parametrize("unit", ["bytes", "characters"])
+@pytest.mark.parametrize("text", ["", "6261", "6161"])
+def test_values_that_do_not_ascend_are_refused(unit, text):
+    with pytest.raises(ValueError, match=f"the {unit} are not in ascending order"):
+        Vocabulary.from_text(text, unit)
+
+
 @given(text=st.text(st.characters(exclude_categories=["Cs"])), size=st.integers(1, 5))
 def test_characters_may_lie_in_two_pieces(text, size):
     data = text.encode()

@@ -26,6 +26,9 @@ PLATFORMS = {"tpu": "tpu", "cuda": "gpu"}
 COUPLING = {"tpu": "tpu_coupling", "cuda": "gpu_coupling"}
 """Those that have one for the whole coupling, and its module."""
 
+PLATFORM_OF_BACKEND = {"tpu": "tpu", "gpu": "cuda"}
+"""The same platforms by the names that ``jax.default_backend`` has for them."""
+
 
 def forward(
     query: Array,
@@ -129,13 +132,22 @@ def _by_platform(
     modules: dict[str, str],
     *arrays: Any,
 ) -> Any:
-    """Calls ``name`` of the module for the platform, or what XLA compiles where there is none."""
+    """Calls ``name`` of the module for the platform, or what XLA compiles where there is none.
+
+    Raises:
+      ValueError: there is no such implementation.
+    """
     if implementation == "xla":
         return compiled(*arrays)
     if implementation == "auto":
-        here = [p for p, module in PLATFORMS.items() if module == jax.default_backend()]
-        fused = _fused(name, {p: modules[p] for p in here if p in modules})
+        here = PLATFORM_OF_BACKEND.get(jax.default_backend())
+        fused = _fused(name, {p: module for p, module in modules.items() if p == here})
         return jax.lax.platform_dependent(*arrays, **fused, default=compiled)
+    if implementation != "pallas":
+        raise ValueError(
+            f"implementation must be 'auto', 'xla', 'pallas' or, of causal_sum and the layers, "
+            f"'reference'; got {implementation!r}"
+        )
     interpreted = functools.partial(getattr(_module(modules["tpu"]), name), interpret=True)
     fused = dict.fromkeys(PLATFORMS, compiled) | _fused(name, modules)
     return jax.lax.platform_dependent(*arrays, **fused, default=interpreted)

@@ -28,10 +28,12 @@ from fsn_jax.kernels.xla import MASKED
 from fsn_jax.torus import (
     Complex,
     add,
+    along_circle,
     imaginary_product,
     in_float32,
     kept_in,
     real_product,
+    seen_from,
     times,
 )
 
@@ -106,7 +108,7 @@ def backward(
     d_theta = d_thetas[0].astype(jnp.float32)
     for after in d_thetas[1:]:  # what tokens have for their successors
         d_theta += jnp.pad(after[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
-    d_z = _for_phases(Complex(-z.im * d_theta, z.re * d_theta), z)
+    d_z = _for_phases(along_circle(z, d_theta), z)  # phasors stay on the circle
     d_kappa = jnp.moveaxis(d_kappa.sum(axis=(0, 1)), 0, 3)
     return CouplingInputs(
         d_query,
@@ -169,7 +171,7 @@ def _forward_kernel(coupling: Coupling, _: Sequence[Ref], outputs: Sequence[Ref]
     widths = [columns.size] * (2 * coupling.kappa.re.shape[1])
     total, own, log = sum_of_past(at, query, own_key, read, widths)
     fields = [
-        phasors.seen_from(wave, Complex(*total[2 * m : 2 * m + 2]))
+        seen_from(wave, Complex(*total[2 * m : 2 * m + 2]))
         for m, wave in enumerate(coupling.waves(at.own, columns))
     ]
     at_rest = times(own[:, None], coupling.at_rest(columns))
@@ -262,7 +264,7 @@ def _phase_kernel(coupling: Coupling, more: Sequence[Ref], outputs: Sequence[Ref
         turned = []
         kappa, waves = coupling.coefficients(tau, columns), coupling.sources(tau, at.own, columns)
         for m, (k, wave) in enumerate(zip(kappa, waves, strict=True)):
-            seen = phasors.seen_from(wave, Complex(*d_value[2 * m : 2 * m + 2]))
+            seen = seen_from(wave, Complex(*d_value[2 * m : 2 * m + 2]))
             turned.append((m + 1) * imaginary_product(k, seen))
             for part, x in enumerate(seen):
                 d_kappa = x.sum(axis=0) + (0 if tau else d_at_rest[part])

@@ -18,7 +18,6 @@ from fsn_jax.kernels.gpu_tiles import At, Pieces, Ref, Span
 from fsn_jax.torus import (
     Complex,
     add,
-    imaginary_product,
     in_float32,
     powers,
     real_product,
@@ -124,8 +123,3 @@ def read(refs: Complex, rows: Span, columns: Span) -> Complex:
 def product(x: Complex, y: Complex) -> Complex:
     """``x y``; that of ``fsn_jax.torus`` adds zeros where one has fewer rows."""
     return Complex(x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re)
-
-
-def seen_from(x: Complex, y: Complex) -> Complex:
-    """``conj(x) y``."""
-    return Complex(real_product(x, y), imaginary_product(x, y))

@@ -85,8 +85,9 @@ def columns_of(width: int) -> list[Span]:
     while start < width:
         rest = width - start
         size = max(PIECE, 1 << (rest - 1).bit_length())
-        if size > WIDE or (size > PIECE and 6 * (size - rest) > rest):
+        if size > PIECE and 6 * (size - rest) > rest:
             size //= 2
+        size = min(size, WIDE)
         pieces.append(Span(start, size, width if start + size > width else None))
         start += size
     return pieces

@@ -21,7 +21,7 @@ from fsn_jax.kernels import tpu_tiles as tiles
 from fsn_jax.kernels.arrays import CouplingInputs, CouplingSums
 from fsn_jax.kernels.tpu_phasors import SUBLANES, Coupling
 from fsn_jax.kernels.tpu_tiles import AFTER_KEY, BY_KEY, BY_QUERY, FIXED, WHOLE, Columns, Ref, Tile
-from fsn_jax.torus import Complex, in_float32, kept_in
+from fsn_jax.torus import Complex, along_circle, in_float32, kept_in
 
 Inputs = list[tuple[Array, str]]
 """Arrays, and which of their columns a tile works on."""
@@ -90,7 +90,7 @@ def backward(
         interpret=interpret,
     )
     d_theta = tiles.turned_back(d_theta, z.re.shape[3])
-    d_z = Complex(-z.im * d_theta, z.re * d_theta)  # phasors stay on the circle
+    d_z = along_circle(z, d_theta)  # phasors stay on the circle
     return CouplingInputs(
         tiles.turned_back(d_query, query.shape[3]).astype(query.dtype),
         tiles.turned_back(d_key, key.shape[3]).astype(key.dtype),

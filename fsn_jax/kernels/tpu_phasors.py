@@ -25,6 +25,7 @@ from fsn_jax.torus import (
     multiply,
     powers,
     real_product,
+    seen_from,
     times,
 )
 
@@ -35,10 +36,6 @@ CHUNK = 2
 """Tokens that are worked on together, in LANES."""
 
 Rows = Columns
-
-
-def _conj(x: Complex) -> Complex:
-    return Complex(x.re, -x.im)
 
 
 def _over_rows(groups: Sequence[Array]) -> Array:
@@ -94,7 +91,7 @@ class Coupling(NamedTuple):
         for m, wave in enumerate(self._waves(self.receivers, rows, columns)):
             at = 2 * m * self.num_phases
             mean = Complex(*jnp.split(total[at : at + 2 * self.num_phases], 2))
-            field = add(field, multiply(_conj(wave), mean))
+            field = add(field, seen_from(wave, mean))
         return field
 
     def differentiate_unfold(
@@ -127,7 +124,7 @@ class Coupling(NamedTuple):
                 for m, wave in enumerate(self._waves(self.receivers, rows, columns)):
                     self._write(d_total, m, rows, columns, multiply(wave, d_field))
                     mean = self._sums(total, m, rows, columns)
-                    fields.append(multiply(_conj(wave), mean))
+                    fields.append(seen_from(wave, mean))
                 by_sum[i].append(real_product(d_field, functools.reduce(add, fields)))
                 by_own[i].append(real_product(d_field, at_rest))
                 if diagonal:
@@ -160,7 +157,7 @@ class Coupling(NamedTuple):
                 for columns in self._chunks():
                     turning = []
                     for m, wave in enumerate(self._waves(phasors, rows, columns)):
-                        product = multiply(_conj(wave), self._sums(d_value, m, rows, columns))
+                        product = seen_from(wave, self._sums(d_value, m, rows, columns))
                         d_coefficients[m].append(product)
                         turning.append(imaginary_product(kappa[m], product))
                     if delay:

@@ -6,6 +6,7 @@ entropy, what each head attends to, order parameters, and the frustration that t
 brings into the delayed coupling. Writes JSON and, beside it, two figures.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from fsn_jax import FSN, FSNConfig
 from fsn_jax.base_layer import attention_entropy
 from fsn_jax.coupling import coupling_function
+from fsn_jax.documents import document_ids
 from fsn_jax.readings import (
     LayerState,
     attention_targets,
@@ -48,11 +50,17 @@ BAND = (10, 50, 90)
 
 
 @jax.jit
-def measure(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
+def measure(
+    state: LayerState, tokens: jax.Array, segment_ids: jax.Array | None = None
+) -> dict[str, Any]:
     """Computes all readings of a layer from its kernel and states, as arrays."""
     strength, angle = coefficients(state.kappa)
-    entropy = attention_entropy(state.attention)[:, :, 1:]
-    most = jnp.log(jnp.arange(2, state.attention.shape[-1] + 1))[None, None]
+    entropy = attention_entropy(state.attention)
+    segments = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
+    alike = segments[:, :, None] == segments[:, None]
+    seen = jnp.tril(alike).sum(axis=-1)[:, None]  # by each token, itself included
+    choice = seen > 1
+    relative = entropy / jnp.log(jnp.maximum(seen, 2))
     frustration = data_frustration(state.before, state.attention, state.kappa.shape[2])
     mean = resultant(frustration)
     states = {"before": state.before, "coupled": state.coupled, "after": state.after}
@@ -61,9 +69,9 @@ def measure(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
         "angle": angle,
         "repulsiveness": repulsiveness(strength),
         "curves": coupling_function(state.kappa, POINTS),
-        "entropy": entropy.mean(axis=(0, 2)),
-        "relative_entropy": (entropy / most).mean(axis=(0, 2)),
-        "attention_to": attention_targets(state.attention, tokens)._asdict(),
+        "entropy": entropy.mean(axis=(0, 2), where=choice),
+        "relative_entropy": relative.mean(axis=(0, 2), where=choice),
+        "attention_to": attention_targets(state.attention, tokens, segment_ids)._asdict(),
         "order": {
             place: {
                 "token": order_parameter(theta).mean(),
@@ -77,9 +85,11 @@ def measure(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
     }
 
 
-def read_layer(state: LayerState, tokens: jax.Array) -> dict[str, Any]:
+def read_layer(
+    state: LayerState, tokens: jax.Array, segment_ids: jax.Array | None = None
+) -> dict[str, Any]:
     """Returns the readings of one layer on a text, as plain values."""
-    measured = jax.device_get(measure(state, tokens))
+    measured = jax.device_get(measure(state, tokens, segment_ids))
     frustration = measured.pop("frustration")
     found = jax.tree.map(_round, measured)
     num_delays, num_harmonics, num_kernels, _ = state.kappa.shape
@@ -141,7 +151,8 @@ def read(
     """Reads a run and returns the content of the JSON file.
 
     Raises:
-      UserError: the run cannot be loaded, or is not of an FSN with a coupling kernel.
+      UserError: the run cannot be loaded, or is not of an FSN with a coupling kernel, or its text
+        has not the documents that its config wants.
     """
     trained = load(folder, which=checkpoint, data_path=data_path)
     config = trained.experiment.model
@@ -159,9 +170,11 @@ def read(
     text = trained.corpus.tokens("validation")
     starts = spread_windows(len(text), length, num_windows)
     tokens = jnp.asarray(text[starts[:, None] + np.arange(length)], jnp.int32)
-    model = trained.model
+    separator = trained.experiment.data.separator(trained.corpus.vocabulary)
+    segment_ids = None if separator is None else document_ids(tokens, separator)
     variables = {"params": jax.device_get(trained.params)}
-    states = jax.jit(lambda v, t: trace_layers(model, v, t))(variables, tokens)
+    trace = jax.jit(functools.partial(trace_layers, trained.model))
+    states = trace(variables, tokens, segment_ids)
     return {
         "kind": "readings",
         "name": trained.experiment.name,
@@ -178,7 +191,7 @@ def read(
             f"head {h + 1}{' (similarity)' if h < config.similarity_heads else ''}"
             for h in range(config.num_heads)
         ],
-        "layers": [read_layer(state, tokens) for state in states],
+        "layers": [read_layer(state, tokens, segment_ids) for state in states],
         "provenance": provenance(trained.corpus),
     }
 

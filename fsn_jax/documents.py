@@ -17,23 +17,20 @@ def document_ids(tokens: Int[Array, "B L"], separator: int) -> Int[Array, "B L"]
     return jnp.cumsum(tokens == separator, axis=1, dtype=jnp.int32)
 
 
-def check_rows(
-    shape: tuple[int, ...], segment_ids: Array | None, positions: Array | None, name: str = "tokens"
-) -> None:
+def check_rows(shape: tuple[int, ...], segment_ids: Array | None, positions: Array | None) -> None:
     """Checks the shapes of rows of tokens: where they do not fit, JAX may broadcast silently.
 
     Args:
       shape: of the tokens.
       segment_ids: of the tokens, or None.
       positions: of the tokens, or None.
-      name: of the tokens.
 
     Raises:
       ValueError: the tokens are not ``[B, L]``, ``segment_ids`` is not of their shape, or
         ``positions`` is neither that nor ``[L]``.
     """
     if len(shape) != 2:
-        raise ValueError(f"{name} must be [B, L]; got shape {shape}")
+        raise ValueError(f"tokens must be [B, L]; got shape {shape}")
     if segment_ids is not None and jnp.shape(segment_ids) != shape:
         raise ValueError(
             f"segment_ids must be [B, L], here {shape}; got shape {jnp.shape(segment_ids)}"

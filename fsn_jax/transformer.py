@@ -81,14 +81,12 @@ class RotaryAttention(nn.Module):
         """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
         rotary = self._rotary(x.shape[1], cache.capacity, position, positions)
         cache = cache.with_segments(position, segment_ids)
+        states = None
         if cache.state is not None:
             state = jax.lax.dynamic_update_slice_in_dim(cache.state, x, position, axis=1)
             cache = dataclasses.replace(cache, state=state)
-
-        def before(dense: nn.Dense, y: Array) -> Array:
-            return dense(cache.before(position, x.shape[1], segment_ids))
-
-        query, key, value = self._project(x, before, rotary)
+            states = cache.before(position, x.shape[1], segment_ids)
+        query, key, value = self._project(x, lambda dense, _: dense(states), rotary)
         seen = extend_weights(query, key, value, cache, position, segment_ids)
         return self._output(weighted_sum(seen.weights, seen.cache.value)), seen.cache
 

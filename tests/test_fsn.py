@@ -214,7 +214,7 @@ def small_configs(draw):
     )
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@settings(max_examples=8)
 @given(config=small_configs(), length=st.integers(2, 6), seed=st.integers(0, 99))
 def test_any_valid_configuration_runs_and_is_causal(config, length, seed):
     """Finite logits of the right shape, causal bit for bit, and as many parameters as promised."""

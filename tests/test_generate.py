@@ -273,7 +273,7 @@ WIDTH = 7
 masks = jax.jit(lambda logits, k, p: likeliest(logits, top_k=k, top_p=p))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300)
 @given(
     rows=st.lists(
         st.lists(

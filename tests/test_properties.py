@@ -45,9 +45,6 @@ from train.step import build_model, init_state, window_loss
 
 FEW = settings(
     max_examples=4,
-    deadline=None,
-    derandomize=True,
-    database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 MANY = settings(FEW, max_examples=60, derandomize=False)

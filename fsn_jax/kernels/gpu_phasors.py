@@ -15,14 +15,7 @@ from jax.experimental import pallas as pl
 
 from fsn_jax.kernels import gpu_tiles as tiles
 from fsn_jax.kernels.gpu_tiles import At, Pieces, Ref, Span
-from fsn_jax.torus import (
-    Complex,
-    add,
-    in_float32,
-    powers,
-    real_product,
-    times,
-)
+from fsn_jax.torus import Complex, add, in_float32, powers, real_product, times
 
 
 class Coupling(NamedTuple):

@@ -14,14 +14,18 @@ its order, the projected FSN being the better one of the first row::
       --arms=fsn_1m,shifted_1m,base_1m,modes_1m
 
     python -m train ladder --config=configs/long.py --seeds=1 \
+      --arms=enwik8_projected_1m_half,enwik8_transformer_1m_half,enwik8_shifted_1m_half
+
+    python -m train ladder --config=configs/long.py --seeds=1 \
       --arms=pycode_projected_1m,pycode_transformer_1m
 
     python -m train ladder --config=configs/ladder.py --seeds=1,2 \
       --arms=projected_500k,transformer_500k
 
 Arms here: ``enwik8_KIND_pocket``, the pocket rung with five times its budget (100M characters, 1.1
-epochs), and ``pycode_KIND_1m``, the 1m rung of the ladder on Python source (100M characters, 2.7
-epochs). The kinds are explained in configs/enwik8.py.
+epochs); ``enwik8_KIND_1m_half``, the 1m rung of the ladder with half its budget (50M characters);
+and ``pycode_KIND_1m``, the 1m rung on Python source (100M characters, 2.7 epochs). The kinds are
+explained in configs/enwik8.py.
 """
 
 from ml_collections import ConfigDict
@@ -29,9 +33,10 @@ from ml_collections import ConfigDict
 from configs import enwik8, ladder, pycode
 
 EVERY = 1220
-"""Steps between evaluations of a pocket arm: 5.0 million characters."""
+"""Steps between evaluations of an enwik8 arm: 5.0 million characters."""
 ARMS = (
     *(f"enwik8_{kind}_pocket" for kind in enwik8.KINDS),
+    *(f"enwik8_{kind}_1m_half" for kind in enwik8.KINDS),
     *(f"pycode_{kind}_1m" for kind in enwik8.KINDS),
 )
 
@@ -43,10 +48,20 @@ def get_config(arm: str = "enwik8_fsn_pocket") -> ConfigDict:
     corpus, model = arm.split("_", maxsplit=1)
     if corpus == "pycode":
         config = pycode.on_pycode(ladder.get_config(model))
+        config.name = f"{arm}_long"
+    elif model.endswith("_half"):
+        config = ladder.get_config(model.removesuffix("_half"))
+        evaluate_every_5m(config, ladder.EVALUATIONS // 2)
+        config.name = arm
     else:
         config = enwik8.get_config(model)
-        config.training.num_steps = EVERY * ladder.EVALUATIONS
-        config.evaluation.every = config.checkpoints.every = EVERY
-        config.evaluation.num_tokens = enwik8.LONG_VALIDATION
-    config.name = f"{arm}_long"
+        evaluate_every_5m(config, ladder.EVALUATIONS)
+        config.name = f"{arm}_long"
     return config
+
+
+def evaluate_every_5m(config: ConfigDict, evaluations: int) -> None:
+    """Gives an enwik8 arm as many evaluations, 5.0 million characters apart, on a million bytes."""
+    config.training.num_steps = EVERY * evaluations
+    config.evaluation.every = config.checkpoints.every = EVERY
+    config.evaluation.num_tokens = enwik8.LONG_VALIDATION

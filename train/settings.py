@@ -1,7 +1,7 @@
 """The settings of a run, part by part: data, optimizer, training, evaluation, checkpoints.
 
 Each default stands here, once, with its range. The settings of the models are in
-``fsn_jax/config.py``.
+``fsn_jax/fields.py`` and ``fsn_jax/config.py``, those of a run as a whole in ``train/config.py``.
 """
 
 import dataclasses
@@ -106,13 +106,15 @@ class OptimizerConfig(_Settings):
     )
     clip_norm: float = setting(1.0, "largest global norm of the gradient", above=0)
     angle_factor: float = setting(
-        1.0, "learning rate of the embedding angles relative to that of the matrices", above=0
+        1.0, "learning rate of embedding and score angles relative to that of the matrices", above=0
     )
     kernel_factor: float = setting(
-        1.0, "relative learning rate of coupling kernels, gains and collective modes", above=0
+        1.0, "relative learning rate of coupling kernels and of the base layer's gain", above=0
     )
     gate_factor: float = setting(
-        1.0, "relative learning rate of score gates and inverse temperatures", above=0
+        1.0,
+        "relative learning rate of score gates, inverse temperatures, quadratures and field gains",
+        above=0,
     )
 
 

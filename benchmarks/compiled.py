@@ -127,8 +127,7 @@ def lowered_coupling(experiment: ExperimentConfig, devices: list[jax.Device]) ->
         raise UserError("only an FSN with circular values has a coupling; take --measure=sum")
     query = _by_head(experiment, devices, sum_widths(model)[0])
     width = model.phases_per_kernel
-    heads = 1 if model.heads_per_phase == model.num_heads else model.num_heads
-    part: Any = _by_head(experiment, devices, width, heads)
+    part: Any = _by_head(experiment, devices, width, model.phasor_heads)
     shape = (model.num_delays, model.num_harmonics, model.num_heads, width)
     coefficient: Any = jax.ShapeDtypeStruct(shape, "float32", sharding=part.sharding)
 

@@ -179,7 +179,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
 
     def _coupled(self, z: Complex) -> Complex:
         """Returns what each head couples, ``[B, H, L, J P]``; ``[B, 1, L, N]`` if J = H."""
-        if self.heads_per_phase == self.num_heads:
+        if self.phasor_heads == 1:
             return Complex(z.re[:, None], z.im[:, None])
         zh = self._heads(z)
         return Complex(*(_by_head([part] * self.heads_per_phase, axis=1) for part in zh))
@@ -189,7 +189,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         return Complex(*map(self._gather_part, field))
 
     def _gather_part(self, part: Array) -> Array:
-        if self.heads_per_phase == self.num_heads:
+        if self.phasor_heads == 1:
             return part[:, 0]
         by_rank = jnp.split(part, self.heads_per_phase, axis=-1)
         by_block = [jnp.roll(one, -j, axis=1) for j, one in enumerate(by_rank)]

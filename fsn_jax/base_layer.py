@@ -101,6 +101,7 @@ class PhaseAttention(ScoreFields, nn.Module):
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Complex, LayerCache]:
         """Applies ``field`` to S tokens at ``position`` and on, after those in the cache."""
+        cache.check_room(theta.shape[1])
         z, query, key = self._score(theta, cache.capacity, position, segment_ids, positions)
         values, cache = self._values(z), cache.with_segments(position, segment_ids)
         seen = extend_weights(query, key, values, cache, position, segment_ids)

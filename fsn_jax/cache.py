@@ -39,6 +39,15 @@ class LayerCache:
         """C, number of tokens that fit."""
         return self.value.shape[1]
 
+    def check_room(self, num_tokens: int) -> None:
+        """Checks that tokens fit into an empty cache.
+
+        Raises:
+          ValueError: they do not.
+        """
+        if num_tokens > self.capacity:
+            raise ValueError(f"{num_tokens} tokens do not fit into a cache for {self.capacity}")
+
     def visible(
         self, end: Int[Array, ""], num_tokens: int, segment_ids: Int[Array, "B S"] | None
     ) -> Bool[Array, "*BH S C"]:

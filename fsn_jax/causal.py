@@ -91,7 +91,7 @@ def causal_sum(
         they might not agree.
     """
     if implementation == "auto":
-        implementation = choice.of_auto(query, value.shape[3])
+        implementation = choice.of_auto(query, value.shape[3], segments=segment_ids is not None)
     if implementation == "reference" or 0 in query.shape[:3]:
         return _causal_sum_reference(query, key, value, segment_ids, include_self=include_self)
     segments = None if segment_ids is None else segment_ids[:, None]

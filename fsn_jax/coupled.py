@@ -48,7 +48,12 @@ def coupled_field(
     if implementation == "auto":
         num_delays, num_harmonics, _, width = kappa.re.shape
         coupling = (num_delays, num_harmonics, z.re.shape[1])
-        implementation = choice.of_auto(query, 2 * num_harmonics * width, coupling)
+        implementation = choice.of_auto(
+            query,
+            2 * num_harmonics * width,
+            coupling=coupling,
+            segments=segment_ids is not None,
+        )
     follows = segments = None
     if segment_ids is not None:
         follows, segments = next_in_segment(segment_ids)[:, None, :, None], segment_ids[:, None]

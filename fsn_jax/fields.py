@@ -303,6 +303,11 @@ class CouplingFields(ScoreFields):
         """T, number of delays."""
         return 2 if self.delay else 1
 
+    @property
+    def phasor_heads(self) -> int:
+        """Heads of the phasors that heads couple: H, or 1 if all heads couple all phases."""
+        return 1 if self.heads_per_phase == self.num_heads else self.num_heads
+
 
 @typing.no_type_check
 @dataclasses.dataclass(kw_only=True)

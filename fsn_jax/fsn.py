@@ -50,7 +50,8 @@ class PhaseEmbedding(nn.Module):
             return theta
         drop, angle = jax.random.split(self.make_rng("dropout"))
         dropped = jax.random.bernoulli(drop, c.dropout, theta.shape)
-        return jnp.where(dropped, jax.random.uniform(angle, theta.shape, maxval=2 * np.pi), theta)
+        anew = jax.random.uniform(angle, theta.shape, theta.dtype, maxval=2 * np.pi)
+        return jnp.where(dropped, anew, theta)
 
 
 ATTENTION: dict[str, type[Any]] = {

@@ -281,8 +281,8 @@ class _Ending:
 
     def __init__(self, stop: Sequence[Tokens], batch: int) -> None:
         for sequence in stop:
-            if not len(sequence):
-                raise ConfigError("stop must not hold an empty sequence of tokens")
+            if np.ndim(sequence) != 1 or not len(sequence):
+                raise ConfigError("stop must hold sequences of one token or more")
         self._stop = [np.asarray(sequence) for sequence in stop]
         longest = max(map(len, self._stop), default=1)
         self._tail = np.full((batch, longest - 1), NO_TOKEN)

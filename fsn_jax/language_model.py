@@ -72,7 +72,10 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Array, "B S V"], Cache]:
         """Computes the logits of S tokens that follow those in the cache; extends the cache.
 
-        They are NaN for all S tokens if the cache has not room for all of them.
+        They are NaN for all S tokens if the cache has not room left for all of them.
+
+        Raises:
+          ValueError: there are more tokens than the whole cache has room for.
         """
         check_rows(jnp.shape(tokens), segment_ids, positions)
         state = self._embed(tokens, True)

@@ -79,6 +79,7 @@ class RotaryAttention(nn.Module):
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
+        cache.check_room(x.shape[1])
         rotary = self._rotary(x.shape[1], cache.capacity, position, positions)
         cache = cache.with_segments(position, segment_ids)
         states = None

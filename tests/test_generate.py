@@ -85,6 +85,8 @@ def test_what_the_cache_has_no_room_for_is_nan(name):
     _, cache = extend(variables, cases.tokens(1, 3), cache)
     logits, _ = extend(variables, cases.tokens(1, 3), cache)  # the first of them would fit
     assert jnp.isnan(logits).all()
+    with pytest.raises(ValueError, match="5 tokens do not fit into a cache for 4"):
+        extend(variables, cases.tokens(1, 5), cache)
 
 
 def test_the_base_layer_extends_as_it_is_called():
@@ -371,6 +373,7 @@ def test_a_stop_sequence_in_the_prompt_does_not_end_the_text():
         ("prompt", [1, 2]),
         ("prompt", [[0.5, 1.0]]),
         ("stop", [[1], []]),
+        ("stop", [3]),
     ],
 )
 def test_refuses_a_bad_argument_in_one_line_that_names_it(argument, value):

@@ -63,6 +63,15 @@ def test_measured_once_and_remembered_beside_the_compilation_cache(machine, tmp_
     assert choose(mesh) == "pallas"
 
 
+def test_measured_again_for_segments_and_for_other_kernels(machine, monkeypatch):
+    mesh, timed = machine
+    choose(mesh)
+    with_implementation(MODEL, mesh, rows=8, context=512, segments=True)
+    monkeypatch.setattr(kernel_choice, "_kernels_hash", lambda: "of another version")
+    choose(mesh)
+    assert [sizes.segments for sizes in timed] == [False, True, False]
+
+
 @pytest.mark.parametrize("first_says", [0, 1])
 def test_processes_do_what_the_first_found(machine, monkeypatch, first_says):
     """A later process does not measure, and takes the choice that is broadcast."""

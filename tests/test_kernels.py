@@ -201,10 +201,12 @@ def test_coupling_kernel_against_reference(switches, length, num_segments):
 
 
 @pytest.mark.usefixtures("kernel")
-def test_coupling_kernel_in_bfloat16(monkeypatch):
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("coupling", [(2, 2, 1), None])
+def test_the_measured_kernels_are_right_in_bfloat16(monkeypatch, coupling, segments):
     """The cotangents are those of the blocks; a warning, here an error, says if they are not."""
     monkeypatch.setattr(choice, "REPEATS", 1)
-    sizes = choice.Sizes(1, 2, 17, 6, 4 * 5, "bfloat16", coupling=(2, 2, 1))
+    sizes = choice.Sizes(1, 2, 17, 6, 4 * 5, "bfloat16", coupling, segments)
     assert choice.fastest(sizes) in ("xla", "pallas")
 
 
@@ -267,6 +269,32 @@ def test_coupling_lowers(platform, calls, dtype):
     assert exported.mlir_module().count(f"@{call}(") == calls
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_a_layer_lowers_inside_shard_map(platform):
+    """Parameters are the same on all devices, tokens and their segments are not."""
+    layer = FrustratedAttention(num_heads=2, implementation="pallas")
+    theta, segments = jax.ShapeDtypeStruct((8, 16, 8), "float32"), jnp.zeros((8, 16), jnp.int32)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), theta)
+
+    def gradient(variables, theta, segments):
+        def loss(variables, theta):
+            return jnp.sin(layer.apply(variables, theta, segment_ids=segments)).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(variables, theta)
+
+    whole, rows = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+    mesh = described(platform, (8,), ("data",))
+    specs = (whole, rows, rows)
+    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=(whole, rows))
+    call = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}[platform]
+    exported = jax.export.export(
+        jax.jit(mapped),
+        platforms=[platform],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(call)],
+    )(variables, theta, segments)
+    assert exported.mlir_module().count(f"@{call}(") == {"tpu": 2, "cuda": 4}[platform]
+
+
 SIZES = choice.Sizes(1, 2, 16, 2, 4, "float32")
 COUPLING = choice.Sizes(1, 1, 16, 2, 4, "float32", coupling=(1, 1, 1))
 
@@ -317,13 +345,30 @@ def test_the_faster_of_the_two_is_chosen(monkeypatch):
     """By a clock that is told how long each takes, in the middle of tracing another program."""
     seconds = {"xla": 2.0, "pallas": 1.0}
     run = choice._run
-    monkeypatch.setattr(choice, "_run", lambda name, x: (seconds[name], run(name, x)[1]))
+    monkeypatch.setattr(choice, "_run", lambda name, *x: (seconds[name], run(name, *x)[1]))
     found = []
     jax.make_jaxpr(lambda x: found.append(choice.fastest(SIZES)) or x)(0.0)
     assert found == ["pallas"]
     choice.fastest.cache_clear()
     seconds["pallas"] = 3.0
     assert choice.fastest(SIZES) == "xla"
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_it_is_measured_inside_of_meshes_and_shard_map(monkeypatch, kind):
+    monkeypatch.setattr(choice, "REPEATS", 1)
+    mesh, found = jax.make_mesh((8,), ("data",), (kind,)), []
+    spec = jax.sharding.PartitionSpec("data")
+
+    def measured(x):
+        choice.fastest.cache_clear()
+        found.append(choice.fastest(SIZES))
+        return x
+
+    with jax.set_mesh(mesh):
+        jax.eval_shape(measured, jnp.zeros(8))
+        jax.eval_shape(jax.shard_map(measured, in_specs=spec, out_specs=spec), jnp.zeros(8))
+    assert len(found) == 2 and {*found} <= {"xla", "pallas"}
 
 
 SHAPE = jax.ShapeDtypeStruct((8, 2, 16, 4), jnp.float32)
@@ -368,6 +413,24 @@ def test_auto_keeps_the_kernel_out_of_a_program_that_the_compiler_divides(
 
 
 @pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize(
+    ("axes", "chosen"), [({"data"}, "xla"), ({"data", "model"}, "auto")], ids=["some", "all"]
+)
+def test_auto_takes_the_kernel_only_where_shard_map_divides_over_all_axes(axes, chosen):
+    """The compiler divides over the others, and cannot divide a kernel."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+    spec, found = jax.sharding.PartitionSpec(), []
+
+    def program(x):
+        found.append(choice.of_auto(x, 4, segments=False))
+        return x
+
+    mapped = jax.shard_map(program, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=axes)
+    jax.eval_shape(jax.jit(mapped), SHAPE)
+    assert found[-1] == chosen
+
+
+@pytest.mark.usefixtures("accelerator")
 def test_auto_never_interprets(monkeypatch):
     """A program placed on, or exported for, the CPU of a machine with a GPU runs in blocks."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -399,7 +462,7 @@ def test_auto_keeps_the_blocks_where_the_batch_is_left_open(monkeypatch):
     chosen = []
 
     def program(x):
-        chosen.append(choice.of_auto(x, 4))
+        chosen.append(choice.of_auto(x, 4, segments=False))
         return x
 
     for sizes in ("8, 2, 16, 4", "b, 2, 16, 4"):

@@ -107,10 +107,12 @@ def test_bfloat16_compute(name):
 def test_double_precision_elsewhere_leaves_a_model_as_it_is(name):
     """``jax_enable_x64``, as another library may set it: parameters and logits stay float32."""
     tokens = cases.tokens(1, 5)
-    for changes in ({}, {"implementation": "reference"}):
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    for changes in ({}, {"implementation": "reference"}, {"dropout": 0.5}):
         model = MODELS[name](**changes)
+        applied = functools.partial(model.init_with_output, deterministic=False)
         with jax.enable_x64(True):
-            logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), tokens)
+            logits, variables = jax.eval_shape(applied, rngs, tokens)
         leaves = jax.tree.leaves((logits, variables))
         assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}, changes
 

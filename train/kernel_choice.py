@@ -6,6 +6,8 @@ processes of a run: two that took different ones would wait for each other for e
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from fsn_jax import FSNConfig
+from fsn_jax import FSNConfig, kernels
 from fsn_jax.config import Implementation
 from fsn_jax.kernels.choice import Sizes, fastest
 from train.config import ModelConfig
@@ -33,16 +35,18 @@ def sum_widths(model: ModelConfig) -> tuple[int, int]:
     return 2 * model.score_pairs, 2 * model.num_harmonics * model.phases_per_kernel
 
 
-def sizes_of(model: ModelConfig, *, rows: int, context: int) -> Sizes:
+def sizes_of(model: ModelConfig, *, rows: int, context: int, segments: bool = False) -> Sizes:
     """Everything that the speed of a model's causal sum, or coupling, depends on."""
     coupling = None
     if isinstance(model, FSNConfig) and model.values == "circular":
-        shared = model.heads_per_phase == model.num_heads
-        coupling = (model.num_delays, model.num_harmonics, 1 if shared else model.num_heads)
-    return Sizes(rows, model.num_heads, context, *sum_widths(model), model.dtype, coupling)
+        coupling = (model.num_delays, model.num_harmonics, model.phasor_heads)
+    widths = sum_widths(model)
+    return Sizes(rows, model.num_heads, context, *widths, model.dtype, coupling, segments)
 
 
-def with_implementation(model: ModelConfig, mesh: Mesh, *, rows: int, context: int) -> ModelConfig:
+def with_implementation(
+    model: ModelConfig, mesh: Mesh, *, rows: int, context: int, segments: bool = False
+) -> ModelConfig:
     """Returns a model's settings with ``auto`` replaced by the faster path on a mesh.
 
     Every process of a run must call it. A CPU has one path, and keeps ``auto``. Devices that are
@@ -53,13 +57,14 @@ def with_implementation(model: ModelConfig, mesh: Mesh, *, rows: int, context: i
       mesh: devices of the run.
       rows: sequences that a device works on at a time.
       context: tokens of a sequence.
+      segments: whether tokens have segments.
     """
     devices = list(mesh.devices.flat)
     if model.implementation != "auto" or devices[0].platform == "cpu":
         return model
     if not {*devices} <= {*jax.devices()}:
         return dataclasses.replace(model, implementation="pallas")
-    sizes = sizes_of(model, rows=rows, context=context)
+    sizes = sizes_of(model, rows=rows, context=context, segments=segments)
     fused = jax.process_index() == 0 and _remembered(sizes) == "pallas"
     if jax.process_count() > 1:
         fused = bool(multihost_utils.broadcast_one_to_all(np.int32(fused)))
@@ -72,7 +77,8 @@ def _remembered(sizes: Sizes) -> Implementation:
     if not folder or "://" in folder:
         return fastest(sizes)
     path = Path(folder) / FILE
-    key = " ".join(map(str, (jax.devices()[0].device_kind, version("jaxlib"), *sizes)))
+    machine = jax.devices()[0].device_kind, version("jaxlib"), _kernels_hash()
+    key = " ".join(map(str, (*machine, *sizes)))
     choices: dict[str, Implementation] = {}
     with contextlib.suppress(OSError, ValueError):  # nothing yet, or nothing that can be read
         choices = json.loads(path.read_text())
@@ -82,3 +88,11 @@ def _remembered(sizes: Sizes) -> Implementation:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(choices, indent=2))
     return choices[key]
+
+
+@functools.cache
+def _kernels_hash() -> str:
+    """Identifies the source of the kernels: what was measured is also what was checked."""
+    folder = Path(kernels.__file__).parent
+    sources = b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))
+    return hashlib.sha256(sources).hexdigest()[:12]

@@ -84,8 +84,14 @@ def window_order(experiment: ExperimentConfig, corpus: Corpus) -> WindowOrder:
 def model_for(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> nn.Module:
     """Returns the run's model, with the faster path of the causal sum on the mesh."""
     rows = experiment.training.batch_size // mesh.size // parts_of_batch(experiment, mesh)
-    context = experiment.data.context
-    return build_model(with_implementation(experiment.model, mesh, rows=rows, context=context))
+    model = with_implementation(
+        experiment.model,
+        mesh,
+        rows=rows,
+        context=experiment.data.context,
+        segments=experiment.data.segments != "none",
+    )
+    return build_model(model)
 
 
 def train_steps_of(

@@ -1,10 +1,13 @@
 """What the kernels of the frustrated coupling take, and what its derivative reads."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fsn_jax.recompute import match_varying_axes
 from fsn_jax.torus import Complex
 
 
@@ -68,10 +71,23 @@ class CouplingSums(NamedTuple):
         def zeros(columns: int) -> Array:
             return jnp.zeros((*inputs.query.shape[:3], columns), inputs.query.dtype)
 
-        return cls(
+        sums = cls(
             log_normalizer,
             zeros(2 * num_harmonics * phases) if total is None else total,
             jnp.zeros_like(log_normalizer) if self_weight is None else self_weight,
             field or Complex(zeros(phases), zeros(phases)),
             turning or Complex(zeros(phases), zeros(phases)),
         )
+        return match_varying_axes(sums)  # every platform returns the same types
+
+
+def varying_alike(
+    arrays: Sequence[Any], shapes: Sequence[jax.ShapeDtypeStruct]
+) -> tuple[list[Any], list[jax.ShapeDtypeStruct]]:
+    """Returns what a kernel reads and the shapes of what it writes, alike in varying axes.
+
+    Inside ``jax.shard_map`` a kernel's operands and results must all vary over the same axes.
+    """
+    arrays = match_varying_axes([jnp.asarray(x) for x in arrays])
+    axes = jax.typeof(arrays[0]).manual_axis_type
+    return arrays, [jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=axes) for s in shapes]

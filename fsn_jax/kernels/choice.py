@@ -3,6 +3,7 @@
 import functools
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jax import Array
 
 from fsn_jax import kernels
 from fsn_jax.config import Implementation
+from fsn_jax.coupling import next_in_segment
 from fsn_jax.kernels.arrays import CouplingInputs
 from fsn_jax.torus import Complex, imaginary_product, kept_in, phasor
 
@@ -37,6 +39,7 @@ class Sizes(NamedTuple):
       dtype: name of the dtype of queries, keys and values.
       coupling: of the frustrated coupling, whose values are folded: T, M, and H of its phasors, 1
         if all heads couple the same phases. None: the sum alone.
+      segments: whether tokens have segments.
     """
 
     batch: int
@@ -46,24 +49,36 @@ class Sizes(NamedTuple):
     value_width: int
     dtype: str
     coupling: tuple[int, int, int] | None = None
+    segments: bool = False
 
 
 def of_auto(
-    query: Array, value_width: int, coupling: tuple[int, int, int] | None = None
+    query: Array,
+    value_width: int,
+    *,
+    coupling: tuple[int, int, int] | None = None,
+    segments: bool,
 ) -> Implementation:
     """Returns what ``auto`` means for queries ``[B, H, L, E]`` and values ``[B, H, L, G]``.
 
     ``xla``, or ``auto`` itself for ``fsn_jax.kernels``: the kernel wherever it can be lowered.
+    ``coupling`` and ``segments`` are those of ``Sizes``.
     """
     if not all(isinstance(size, int) for size in query.shape):
         return "xla"  # of a size that jax.export leaves open there is nothing to measure
     if jax.default_backend() not in ("gpu", "tpu") or jax.process_count() > 1:
         return "xla"
-    if jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
+    if jax.device_count() > 1 and not _is_wholly_manual(jax.sharding.get_abstract_mesh()):
         return "xla"  # a kernel in a program that jax.jit divides by itself is gathered or refused
     batch, heads, length, score_width = query.shape
-    sizes = Sizes(batch, heads, length, score_width, value_width, query.dtype.name, coupling)
+    dtype = query.dtype.name
+    sizes = Sizes(batch, heads, length, score_width, value_width, dtype, coupling, segments)
     return "auto" if fastest(sizes) == "pallas" else "xla"
+
+
+def _is_wholly_manual(mesh: jax.sharding.AbstractMesh) -> bool:
+    """Whether ``jax.shard_map`` (or ``jax.pmap``, which has no mesh) divides over all axes."""
+    return bool(mesh.manual_axes) and {*mesh.axis_names} <= {*mesh.manual_axes}
 
 
 @functools.cache
@@ -75,11 +90,20 @@ def fastest(sizes: Sizes) -> Implementation:
     Returns:
       ``pallas`` or ``xla``; remembered for the life of the process.
     """
-    with jax.ensure_compile_time_eval():  # a caller may be in the middle of tracing
-        arrays = _arrays(sizes)
-    blocks_seconds, expected = _run("xla", arrays)
+    # A thread has no mesh, and traces nothing, whatever its caller is in the middle of.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_measured, sizes).result()
+
+
+def _measured(sizes: Sizes) -> Implementation:
+    arrays = _arrays(sizes)
+    segments = None
+    if sizes.segments:  # two of each row
+        ids = np.arange(sizes.length, dtype=np.int32) // max(1, sizes.length // 2)
+        segments = jnp.broadcast_to(ids, (sizes.batch, 1, sizes.length))
+    blocks_seconds, expected = _run("xla", arrays, segments)
     try:
-        seconds, found = _run("pallas", arrays)
+        seconds, found = _run("pallas", arrays, segments)
         for ours, right in zip(found, expected, strict=True):
             error = np.abs(ours - right).max(initial=0)
             if not error <= TOLERANCE * max(1.0, np.abs(right).max(initial=0)):
@@ -101,7 +125,7 @@ def _arrays(sizes: Sizes) -> list[Array]:
     def draw(*shape: int, dtype: str = "float32") -> Array:
         return jnp.asarray(rng.normal(size=shape), jnp.dtype(dtype))
 
-    batch, heads, length, score_width, value_width, dtype, coupling = sizes
+    batch, heads, length, score_width, value_width, dtype, coupling, _ = sizes
     query, key = (draw(batch, heads, length, score_width, dtype=dtype) for _ in range(2))
     query *= max(score_width, 1) ** -0.5
     if coupling is None:
@@ -113,9 +137,14 @@ def _arrays(sizes: Sizes) -> list[Array]:
 
 
 def _sum_cotangents(
-    query: Array, key: Array, value: Array, *, implementation: Implementation
+    segments: Array | None,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    implementation: Implementation,
 ) -> tuple[Array, ...]:
-    total, own, log = kernels.forward(query, key, value, implementation=implementation)
+    total, own, log = kernels.forward(query, key, value, segments, implementation=implementation)
     d_total = jnp.sin(total)
     mean = jnp.sum(d_total * total, axis=-1) + own
     d_own_score = own * (1 - mean)
@@ -127,30 +156,39 @@ def _sum_cotangents(
         d_total.astype(value.dtype),
         mean,
         d_own_score,
+        segments,
         implementation=implementation,
     )
 
 
 def _coupling_cotangents(
-    query: Array, key: Array, theta: Array, *kappa: Array, implementation: Implementation
+    segments: Array | None,
+    query: Array,
+    key: Array,
+    theta: Array,
+    *kappa: Array,
+    implementation: Implementation,
 ) -> tuple[Array, ...]:
     z = kept_in(phasor(theta), query.dtype.name)
-    inputs = CouplingInputs(query, key, z, Complex(*kappa))
+    follows = None if segments is None else next_in_segment(segments[:, 0])[:, None, :, None]
+    inputs = CouplingInputs(query, key, z, Complex(*kappa), follows, segments)
     field, sums = kernels.coupling_forward(inputs, implementation=implementation)
     d_field = Complex(jnp.sin(field.re), jnp.sin(field.im))
     cotangents = kernels.coupling_backward(inputs, sums, d_field, implementation=implementation)
     return *cotangents[:2], imaginary_product(z, cotangents.z), *cotangents.kappa
 
 
-def _run(implementation: Implementation, arrays: list[Array]) -> tuple[float, list[np.ndarray]]:
+def _run(
+    implementation: Implementation, arrays: list[Array], segments: Array | None
+) -> tuple[float, list[np.ndarray]]:
     """Seconds of one forward and backward pass, and the cotangents."""
     cotangents_of = _sum_cotangents if len(arrays) == 3 else _coupling_cotangents
     both = functools.partial(cotangents_of, implementation=implementation)
-    program = jax.jit(both).lower(*arrays).compile()
-    cotangents = jax.block_until_ready(program(*arrays))
+    program = jax.jit(both).lower(segments, *arrays).compile()
+    cotangents = jax.block_until_ready(program(segments, *arrays))
     quickest = np.inf
     for _ in range(REPEATS):
         began = time.perf_counter()
-        jax.block_until_ready(program(*arrays))
+        jax.block_until_ready(program(segments, *arrays))
         quickest = min(quickest, time.perf_counter() - began)
     return quickest, [np.asarray(x, np.float64) for x in cotangents]

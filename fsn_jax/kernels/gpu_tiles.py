@@ -15,6 +15,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from fsn_jax.kernels.arrays import varying_alike
+
 Ref = Any
 """A reference to a block ``[1, 1, rows, columns]`` of an array, inside of a kernel."""
 
@@ -264,6 +266,7 @@ def call(
     if segments is not None:
         of_segments, spec = _with_block(segments, heads)
         arrays, in_specs = (*arrays, of_segments), (*in_specs, spec)
+    arrays, shapes = varying_alike(arrays, shapes)
 
     def body(*refs: Ref) -> None:
         of_segments = refs[len(inputs)] if segments is not None else None

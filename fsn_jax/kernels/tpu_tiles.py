@@ -17,6 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
+from fsn_jax.kernels.arrays import varying_alike
 from fsn_jax.kernels.xla import MASKED
 
 Ref = Any
@@ -229,6 +230,7 @@ def call(
         kernel(here, refs[: len(arrays)], refs[len(arrays) :])
 
     out_specs = [_spec(s.shape, c, block) for s, (_, c) in zip(shapes, outputs, strict=True)]
+    operands, shapes = varying_alike([*tiles, *arrays], shapes)
     results = pl.pallas_call(
         body,
         out_shape=shapes,
@@ -246,7 +248,7 @@ def call(
         ),
         interpret=interpret,
         name=name,
-    )(*tiles, *arrays)
+    )(*operands)
     return tuple(
         x if columns == FIXED else x[..., :length]
         for x, (_, columns) in zip(results, outputs, strict=True)

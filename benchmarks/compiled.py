@@ -302,7 +302,14 @@ def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     options = parse(argv[1:])
     if options.table:
-        print(as_table([json.loads(line) for line in options.output.read_text().splitlines()]))
+        print(
+            as_table(
+                [
+                    json.loads(line)
+                    for line in options.output.read_text(encoding="utf-8").splitlines()
+                ]
+            )
+        )
         return
     with tempfile.TemporaryDirectory() as folder:
         dumps = Path(folder) / "dumps"
@@ -311,7 +318,7 @@ def program(argv: Sequence[str]) -> None:
         for case in cases_of(options):
             rows.append(measure(case, dumps))
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            with options.output.open("a") as file:
+            with options.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
     print(as_table(rows))
 

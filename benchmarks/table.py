@@ -223,7 +223,7 @@ def program(argv: Sequence[str]) -> None:
                     print(row_text(found[-1]), flush=True)
                     continue
                 row = measure_row(options, key)
-                with options.output.open("a") as file:
+                with options.output.open("a", encoding="utf-8") as file:
                     print(json.dumps(row), file=file)
                 print(row_text(row), flush=True)
 
@@ -261,7 +261,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError:
         raise UserError(f"{path} is damaged; remove its last line or name another") from None
 

@@ -87,7 +87,7 @@ def cut(name: str) -> Callable[[Path], None]:
 
 
 def in_use(work: Path) -> Any:
-    lock = (work / "run" / "lock").open("w")
+    lock = (work / "run" / "lock").open("w", encoding="utf-8")
     lock.write("process 4242 on elsewhere")
     lock.flush()
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -790,7 +790,7 @@ def prepared(tmp_path_factory) -> Path:
     """The folder that the scenes start from."""
     work = tmp_path_factory.mktemp("prepared") / "work"
     write_corpus(work / "corpus")
-    (work / "small.py").write_text(CONFIG)
+    (work / "small.py").write_text(CONFIG, encoding="utf-8")
     (work / "configs").symlink_to(ROOT / "configs")
     with contextlib.chdir(work):
         experiment = parse_config(["train", "--config=small.py"])
@@ -920,7 +920,7 @@ def page() -> str:
 def test_the_page_is_the_table(pytestconfig):
     if pytestconfig.getoption("--update-pages"):
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page())
-    assert PAGE.read_text() == page(), (
+        PAGE.write_text(page(), encoding="utf-8")
+    assert PAGE.read_text(encoding="utf-8") == page(), (
         "write it with: pytest tests/test_bad_inputs.py --update-pages"
     )

@@ -45,7 +45,7 @@ def test_rows_are_written_and_not_measured_again(tmp_path, timed, capsys):
     path = tmp_path / "rows.jsonl"
     assert run(path) == 0
     assert timed == ["fsn", "transformer"] * 3  # once cold, then in turn
-    (row,) = map(json.loads, path.read_text().splitlines())
+    (row,) = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     by_name = {result["name"]: result for result in row["results"]}
     assert by_name["fsn"]["time_ratio"] == pytest.approx(1.5)
     assert by_name["transformer"]["time_ratio"] == by_name["transformer"]["flop_ratio"] == 1
@@ -55,7 +55,7 @@ def test_rows_are_written_and_not_measured_again(tmp_path, timed, capsys):
     assert len(timed) == 6
     assert capsys.readouterr().out == first
     assert run(path, "--again") == 0
-    assert len(path.read_text().splitlines()) == 2
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
     called = len(timed)
     for other in ("--rounds=1", "--steps=3", "--optimizer=adam"):
         assert run(path, other) == 0

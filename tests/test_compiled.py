@@ -23,7 +23,7 @@ def rows(folder, *flags):
     output = folder / "compiled.jsonl"
     command = [sys.executable, "-m", "benchmarks.compiled", f"--output={output}", *flags]
     subprocess.run(command, check=True, capture_output=True, text=True)
-    return [json.loads(line) for line in output.read_text().splitlines()]
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
 @compilers

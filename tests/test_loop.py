@@ -137,9 +137,9 @@ def test_rows_left_by_a_crash_are_cut_back(corpus, whole, tmp_path):
         crash_at_evaluation(patch, 1)
         run_to_the_end(experiment, corpus)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    kept = metrics.read_text()
+    kept = metrics.read_text(encoding="utf-8")
     assert [row["step"] for row in read_rows(metrics)] == [10, 10, 20]
-    with metrics.open("a") as file:
+    with metrics.open("a", encoding="utf-8") as file:
         file.write(kept.splitlines()[-1].replace('"step": 20', '"step": 25') + '\n{"kind": "tra')
     run_to_the_end(experiment, corpus)
     assert metrics.read_bytes() == (whole[0] / "metrics.jsonl").read_bytes()
@@ -217,7 +217,7 @@ def test_the_learning_rate_of_a_row_is_that_of_its_last_step(whole):
 
 def test_the_config_comes_back_from_its_file(corpus, whole):
     folder, _ = whole
-    text = (folder / "config.json").read_text()
+    text = (folder / "config.json").read_text(encoding="utf-8")
     assert read_experiment(text) == tiny_experiment(corpus.folder, folder)
 
 
@@ -232,7 +232,7 @@ def test_the_provenance_tells_what_ran_on_what(corpus, whole):
 
 
 def test_the_parameter_table_adds_up(whole):
-    head, *lines = (whole[0] / "parameters.txt").read_text().splitlines()
+    head, *lines = (whole[0] / "parameters.txt").read_text(encoding="utf-8").splitlines()
     assert head.split() == ["parameter", "shape", "size"]
     sizes = [int(line.split()[-1].replace(",", "")) for line in lines]
     assert lines[-1].startswith("total")
@@ -252,7 +252,7 @@ def test_tensorboard_shows_what_the_rows_say(whole):
 
 def test_a_log_without_its_last_half_line_is_read(tmp_path):
     log = tmp_path / "rows.jsonl"
-    log.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    log.write_text('{"step": 1}\n{"step": 2}\n{"st', encoding="utf-8")
     assert read_rows(log) == [{"step": 1}, {"step": 2}]
     again = RowLog(log, resume_step=1)
     again.write({"step": 2, "again": True})
@@ -282,7 +282,7 @@ def test_a_damaged_line_is_named_and_no_row_after_it_is_lost(tmp_path, bad):
 def test_a_row_is_appended_to_whatever_a_crash_left(tmp_path, before, kept):
     log = tmp_path / "rows.jsonl"
     if before is not None:
-        log.write_text(before)
+        log.write_text(before, encoding="utf-8")
     append_row(log, {"a": 2})
     append_row(log, {"a": 3})
     assert [row["a"] for row in read_rows(log)] == [*kept, 2, 3]

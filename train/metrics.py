@@ -96,9 +96,9 @@ class RowLog:
         kept = [row for row in read_rows(path) if row["step"] <= resume_step]
         # Written beside and moved into place: a crash here must not lose the rows already kept.
         beside = path.with_suffix(".tmp")
-        beside.write_text("".join(_line(row) for row in kept))
+        beside.write_text("".join(_line(row) for row in kept), encoding="utf-8")
         os.replace(beside, path)
-        self._file: IO[str] = path.open("a")
+        self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row and hands it to the operating system."""

@@ -51,7 +51,7 @@ def arm_data(arm: Arm) -> dict[str, Any]:
             for k, v in flatten_dict(arm.config, sep=".").items()
             if k not in ("name", "run_dir", "mirror_dir")
         },
-        "sample": sample.read_text(errors="replace") if sample.is_file() else "",
+        "sample": sample.read_text(errors="replace", encoding="utf-8") if sample.is_file() else "",
     }
 
 
@@ -136,7 +136,7 @@ def read_analysis(file: str | Path) -> dict[str, Any]:
       UserError: the file cannot be read or is of an unknown kind.
     """
     try:
-        content = json.loads(user_path("--add", file).read_text())
+        content = json.loads(user_path("--add", file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--add={file} cannot be read ({error})") from None
     if not isinstance(content, dict) or content.get("kind") not in KINDS:
@@ -146,7 +146,8 @@ def read_analysis(file: str | Path) -> dict[str, Any]:
 
 def render(data: dict[str, Any], title: str) -> str:
     """Renders the page as HTML."""
-    template = importlib.resources.files("train.analysis").joinpath("report.html").read_text()
+    page = importlib.resources.files("train.analysis").joinpath("report.html")
+    template = page.read_text(encoding="utf-8")
     # Within a script element only "</" could end it, and in JSON a slash may be escaped.
     content = (
         json.dumps(data, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\u0021--")

@@ -159,6 +159,12 @@ CASES = [
         write("broken.py", "def get_config():\n    return undefined\n"),
     ),
     Case(
+        "a config file that ends the program",
+        "train --config=broken.py",
+        "--config=broken.py: SystemExit: 3",
+        write("broken.py", "raise SystemExit(3)\n"),
+    ),
+    Case(
         "a config file without get_config",
         "train --config=broken.py",
         "--config=broken.py: the file has no function get_config()",
@@ -556,6 +562,18 @@ CASES = [
         write("run/config.json", b""),
     ),
     Case(
+        "a run's config that is no object",
+        TRAIN,
+        "run/config.json cannot be read (no JSON object); restore it or train in another folder",
+        write("run/config.json", b"[]"),
+    ),
+    Case(
+        "a run's provenance without its contents",
+        TRAIN,
+        "run/provenance.json cannot be read ('step'); restore it or train in another folder",
+        write("run/provenance.json", b"[{}]"),
+    ),
+    Case(
         "a checkpoint of another architecture",
         "train --config=small.py:transformer --config.run_dir=other",
         "the checkpoint other/checkpoints/10 is of another model: "
@@ -588,6 +606,11 @@ CASES = [
         "a process beyond their number",
         f"{FRESH} --coordinator=host:1234 --num_processes=2 --process_id=2",
         "--process_id must be from 0 to --num_processes - 1 (1); got 2",
+    ),
+    Case(
+        "a port that no machine has",
+        f"{FRESH} --coordinator=host:99999 --num_processes=2 --process_id=1",
+        "--coordinator takes HOST:PORT, the port from 1 to 65535; got 'host:99999'",
     ),
     Case(
         "a trace of steps beyond the last",

@@ -189,6 +189,9 @@ def test_a_file_without_arms_is_a_mistake(tmp_path):
     file.write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="has no ARMS"):
         ladder.plan(str(file), [], [0], [])
+    file.write_text("import sys; sys.exit(3)", encoding="utf-8")
+    with pytest.raises(UserError, match="none.py: SystemExit: 3"):
+        ladder.plan(str(file), [], [0], [])
 
 
 MEETS_ANOTHER = """#!{python}

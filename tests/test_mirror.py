@@ -284,6 +284,9 @@ def test_a_copy_of_another_run_and_one_ahead_are_refused(corpus, tmp_path, stora
     )
     with pytest.raises(UserError, match="a copy of another run"):
         start(**mirrored)
+    starts.write_text("[{}]", encoding="utf-8")
+    with pytest.raises(UserError, match=r"provenance\.json cannot be read \('time'\); restore"):
+        start(**mirrored)
 
 
 @pytest.mark.parametrize("inside", ["one", "one/copies"])

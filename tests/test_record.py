@@ -31,7 +31,8 @@ def finished(tmp_path):
 
 
 def set_git(folder, **git):
-    (folder / "provenance.json").write_text(json.dumps([{"git": git}]), encoding="utf-8")
+    start = {"step": 0, "git": git, "data": {"sha256": "da7a"}}
+    (folder / "provenance.json").write_text(json.dumps([start]), encoding="utf-8")
 
 
 def test_copies_the_evidence_and_nothing_else(finished, tmp_path):

@@ -121,7 +121,17 @@ class RunFolder:
         Raises:
           UserError: the file is damaged.
         """
-        return self._read("provenance.json", json.loads)
+
+        def parse(text: str) -> list[dict[str, Any]]:
+            starts = json.loads(text)
+            if not isinstance(starts, list) or not starts:
+                raise ValueError("no list of starts")
+            for start in starts:
+                _ = start["step"], start["git"]["commit"], start["data"]["sha256"]
+            return starts
+
+        starts: list[dict[str, Any]] = self._read("provenance.json", parse)
+        return starts
 
     def _read(self, name: str, parse: Callable[[str], Any]) -> Any:
         file = self.path / name

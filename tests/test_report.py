@@ -4,6 +4,7 @@ The browser is Chromium; where there is none those tests are skipped (Debian: ap
 """
 
 import json
+import math
 import re
 
 import browser
@@ -113,6 +114,15 @@ def test_a_long_curve_is_thinned_and_keeps_its_end(tmp_path):
     (arm,) = read_arms([write_record(tmp_path, "long", curve=curve)]).values()
     thinned = report.points(arm, "train")
     assert len(thinned) <= report.MOST_POINTS and thinned[-1][1] == pytest.approx(curve[-1])
+
+
+def test_what_is_no_number_does_not_blank_the_page(tmp_path):
+    diverged = write_record(tmp_path, "diverged", curve=(3.0, math.nan))
+    data = report.page_data([write_record(tmp_path, "one"), diverged], [])
+    assert data["range"] == [pytest.approx(1.95), pytest.approx(3.05)]
+    page = report.render(data | {"copy_depth": [{"loss": math.inf}]}, "title")
+    assert "NaN" not in page.split('id="data">')[1].split("</script>")[0]
+    assert '"copy_depth":[{"loss":null}]' in page
 
 
 def test_an_unfinished_run_has_a_page_too(tmp_path):

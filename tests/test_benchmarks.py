@@ -12,6 +12,7 @@ from benchmarks.contender import MEASURES, Contender
 from benchmarks.flax_attention import FlaxTransformer
 from fsn_jax import Transformer
 from train.config import ExperimentConfig
+from train.metrics import read_rows
 from train.program import run_program
 
 SECONDS = {"fsn": 0.3, "transformer": 0.2}
@@ -61,6 +62,14 @@ def test_rows_are_written_and_not_measured_again(tmp_path, timed, capsys):
         assert run(path, other) == 0
         assert len(timed) > called, other
         called = len(timed)
+
+
+def test_an_interrupted_table_is_completed(tmp_path, timed):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"rung": "po', encoding="utf-8")
+    assert run(path) == 0
+    (row,) = read_rows(path)
+    assert row["rung"] == "pocket"
 
 
 @pytest.mark.parametrize(

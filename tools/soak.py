@@ -99,6 +99,8 @@ def main() -> int:
     p.add_argument("settings", nargs="*", help="further settings: model.num_layers=2 ...")
     options = p.parse_args()
     seconds = 3600 * options.hours + 60 * options.minutes or 7200.0
+    if not 0 < 4 * options.every <= seconds:  # a line needs two samples in the second half
+        p.error(f"--hours, --minutes: {seconds:g} s must be above 0 and hold 4 times --every")
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
     folder = Path(options.run_dir or ROOT / "runs" / f"soak-{stamp}")
     given = dict(setting.partition("=")[::2] for setting in options.settings)

@@ -12,7 +12,6 @@ import argparse
 import collections
 import dataclasses
 import itertools
-import json
 import math
 import shutil
 import sys
@@ -36,6 +35,7 @@ from train.errors import UserError
 from train.flags import load_config
 from train.kernel_choice import sum_widths
 from train.mesh import by_step_and_row, data_mesh, replicated
+from train.metrics import append_row, read_rows
 from train.optimizer import make_optimizer
 from train.plan import model_for
 from train.program import Arguments, run_program
@@ -301,7 +301,10 @@ def program(argv: Sequence[str]) -> None:
     """Parses and calls."""
     options = parse(argv[1:])
     if options.table:
-        print(as_table([json.loads(line) for line in options.output.read_text().splitlines()]))
+        rows = read_rows(options.output)
+        if not rows:
+            raise UserError(f"--output={options.output} has no rows; measure some first")
+        print(as_table(rows))
         return
     with tempfile.TemporaryDirectory() as folder:
         dumps = Path(folder) / "dumps"
@@ -310,8 +313,7 @@ def program(argv: Sequence[str]) -> None:
         for case in cases_of(options):
             rows.append(measure(case, dumps))
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            with options.output.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            append_row(options.output, rows[-1])
     print(as_table(rows))
 
 

@@ -12,7 +12,7 @@ KERNELS = ("fsn_forward", "fsn_backward")
 def schedule(dumps: Path, name: str) -> list[tuple[int, str]]:
     """Address and text of each bundle (cycle) of a kernel's final schedule."""
     files = sorted(f for f in dumps.glob(f"*{name}*final_bundles.txt") if "schedule" not in f.name)
-    lines = files[-1].read_text().splitlines()
+    lines = files[-1].read_text(encoding="utf-8").splitlines()
     matches = [re.match(r"\s*(?:0x([0-9a-f]+)|0)\s+(?:\w\w)?\s*:", line) for line in lines]
     return [
         (int(match.group(1) or "0", 16), line)
@@ -54,7 +54,7 @@ def gpu_registers(dumps: Path, ptxas: Path) -> list[dict[str, Any]]:
     """
     found = []
     for file in sorted(dumps.glob("*.ptx")):
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         if "fsn_" not in text:
             continue
         target = re.search(r"\.target (\w+)", text)

@@ -79,7 +79,7 @@ def prepare(listings: Path | None) -> None:
     Args:
       listings: where libtpu leaves the schedule of every kernel, which takes long for a whole step.
     """
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a server for its TPU
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")

@@ -33,6 +33,7 @@ from fsn_jax import TransformerConfig
 from train.config import ExperimentConfig
 from train.errors import UserError
 from train.flags import load_config
+from train.metrics import append_row, read_rows
 from train.program import Arguments, num_cores, run_program, start_jax
 from train.provenance import device_description, git_state, package_versions
 
@@ -223,8 +224,7 @@ def program(argv: Sequence[str]) -> None:
                     print(row_text(found[-1]), flush=True)
                     continue
                 row = measure_row(options, key)
-                with options.output.open("a") as file:
-                    print(json.dumps(row), file=file)
+                append_row(options.output, row)
                 print(row_text(row), flush=True)
 
 
@@ -250,20 +250,6 @@ def check_options(options: argparse.Namespace, names: Sequence[str]) -> None:
         raise UserError("--rounds, --steps and --tokens must be at least 1")
     if not options.output.parent.is_dir():
         raise UserError(f"--output={options.output}: there is no folder {options.output.parent}")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows measured so far.
-
-    Raises:
-      UserError: a line is not one.
-    """
-    if not path.exists():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError:
-        raise UserError(f"{path} is damaged; remove its last line or name another") from None
 
 
 def main() -> None:

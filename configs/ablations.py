@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import enwik8
+from configs import check_arm, enwik8
 from fsn_jax import FSNConfig
 from fsn_jax.config import match_parameters
 
@@ -98,8 +98,7 @@ def model_of(arm: str) -> FSNConfig:
 
 def get_config(arm: str = "published") -> ConfigDict:
     """A pocket FSN with one change, or one of the pocket arms."""
-    if arm not in ARMS:
-        raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
+    check_arm(arm, ARMS)
     unchanged = "fsn" if arm in PUBLISHED_CHANGES else "projected"
     config = enwik8.get_config(f"{KINDS.get(arm, unchanged)}_pocket")
     config.name = f"ablation_{arm}"

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from configs import check_arm
 from fsn_jax import FSNConfig, TransformerConfig
 from fsn_jax.config import match_parameters
 from train.config import (
@@ -133,8 +134,7 @@ ARMS = tuple(f"{kind}_{rung}" for rung, kinds in RUNGS.items() for kind in kinds
 
 def get_config(arm: str = "fsn_pocket") -> ConfigDict:
     """A rung's arm; see ``ARMS``."""
-    if arm not in ARMS:
-        raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
+    check_arm(arm, ARMS)
     kind, rung = arm.rsplit("_", maxsplit=1)
     pocket = rung == "pocket"
     batch_size, context = (16, 256) if pocket else (64, 512)

@@ -35,7 +35,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import enwik8
+from configs import check_arm, enwik8
 from fsn_jax import TransformerConfig
 from fsn_jax.config import match_parameters
 from train.config import (
@@ -139,8 +139,7 @@ def model_of(arm: str) -> ModelConfig:
 
 def get_config(arm: str = "fsn_pocket") -> ConfigDict:
     """An arm of a rung; see ``ARMS``."""
-    if arm not in ARMS:
-        raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
+    check_arm(arm, ARMS)
     name = f"ladder_{arm}"
     rung = RUNGS[arm.split("_")[1]]
     if rung is POCKET:

@@ -30,7 +30,7 @@ explained in configs/enwik8.py.
 
 from ml_collections import ConfigDict
 
-from configs import enwik8, ladder, pycode
+from configs import check_arm, enwik8, ladder, pycode
 
 EVERY = 1220
 """Steps between evaluations of an enwik8 arm: 5.0 million characters."""
@@ -43,8 +43,7 @@ ARMS = (
 
 def get_config(arm: str = "enwik8_fsn_pocket") -> ConfigDict:
     """A long run; see ``ARMS``."""
-    if arm not in ARMS:
-        raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
+    check_arm(arm, ARMS)
     corpus, model = arm.split("_", maxsplit=1)
     if corpus == "pycode":
         config = pycode.on_pycode(ladder.get_config(model))

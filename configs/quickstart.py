@@ -6,6 +6,7 @@ the same batches; docs/results.md has what they give.
 
 from ml_collections import ConfigDict
 
+from configs import check_arm
 from configs.enwik8 import OPTIMIZER, POCKET
 from train.config import (
     CheckpointConfig,
@@ -20,8 +21,7 @@ ARMS = ("fsn", "projected", "transformer")
 
 def get_config(arm: str = "fsn") -> ConfigDict:
     """The pocket rung, 2 million characters."""
-    if arm not in ARMS:
-        raise ValueError(f"the arm after the colon must be one of {', '.join(ARMS)}; got {arm!r}")
+    check_arm(arm, ARMS)
     return experiment(
         "quickstart" if arm == "fsn" else f"quickstart_{arm}",
         model=POCKET[arm],

@@ -44,6 +44,8 @@ def setting(default: _Value, doc: str, **bounds: int | float) -> _Value:
 def check_fields(config: object) -> None:
     """Checks each field of a dataclass: a choice, a number in its range, a switch.
 
+    A whole number in a field of floats becomes a float.
+
     Raises:
       ConfigError: a value is of the wrong type, out of range or not among the choices.
     """
@@ -51,6 +53,8 @@ def check_fields(config: object) -> None:
         value = getattr(config, field.name)
         if problem := _problem(field.type, value) or _out_of_range(field.metadata, value):
             raise ConfigError(f"{type(config).__name__}.{field.name} must be {problem}")
+        if field.type is float:
+            object.__setattr__(config, field.name, float(value))  # some are frozen
 
 
 def _problem(hint: Any, value: Any) -> str:

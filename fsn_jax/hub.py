@@ -129,7 +129,7 @@ def load(folder: str | Path) -> Pretrained:
     """
     folder = Path(folder).expanduser()
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if config["format"] != FORMAT:
             raise ValueError(f"format {config['format']}, not {FORMAT}")
         kind = ARCHITECTURES[config["model_type"]]

@@ -181,17 +181,21 @@ def write_record(
         ],
     }  # fmt: skip
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content))
-    (folder / "sample.txt").write_text(sample)
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    (folder / "sample.txt").write_text(sample, encoding="utf-8")
     step = fact["characters"] // len(curve)
     rows = [
         {"kind": kind, "step": i + 1, "characters": step * (i + 1), "bpc": bpc}
         for i, bpc in enumerate(curve)
         for kind in ("train", "validation")
     ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     timing = [{"step": i + 1, "seconds": 5.0 + seed} for i in range(len(curve))]
-    (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timing))
+    (folder / "timing.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in timing), encoding="utf-8"
+    )
     if whole is not None:
         write_evaluation(folder, "evaluations.jsonl", whole)
     return folder
@@ -199,7 +203,7 @@ def write_record(
 
 def write_evaluation(folder: Path, name: str, bpc: float, **other: Any) -> None:
     """Adds a made-up evaluation of the last checkpoint of a record; facts replace those of it."""
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     row = {
         "step": summary["steps"],
         "bpc": bpc,
@@ -207,7 +211,7 @@ def write_evaluation(folder: Path, name: str, bpc: float, **other: Any) -> None:
         "stride": summary["validation"]["stride"],
         "data_sha256": summary["data_sha256"],
     }
-    with (folder / name).open("a") as log:
+    with (folder / name).open("a", encoding="utf-8") as log:
         log.write(json.dumps({**row, **other}) + "\n")
 
 

@@ -87,7 +87,7 @@ def cut(name: str) -> Callable[[Path], None]:
 
 
 def in_use(work: Path) -> Any:
-    lock = (work / "run" / "lock").open("w")
+    lock = (work / "run" / "lock").open("w", encoding="utf-8")
     lock.write("process 4242 on elsewhere")
     lock.flush()
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -157,6 +157,12 @@ CASES = [
         "train --config=broken.py",
         "--config=broken.py: NameError: name 'undefined' is not defined",
         write("broken.py", "def get_config():\n    return undefined\n"),
+    ),
+    Case(
+        "a config file that ends the program",
+        "train --config=broken.py",
+        "--config=broken.py: SystemExit: 3",
+        write("broken.py", "raise SystemExit(3)\n"),
     ),
     Case(
         "a config file without get_config",
@@ -556,6 +562,18 @@ CASES = [
         write("run/config.json", b""),
     ),
     Case(
+        "a run's config that is no object",
+        TRAIN,
+        "run/config.json cannot be read (no JSON object); restore it or train in another folder",
+        write("run/config.json", b"[]"),
+    ),
+    Case(
+        "a run's provenance without its contents",
+        TRAIN,
+        "run/provenance.json cannot be read ('step'); restore it or train in another folder",
+        write("run/provenance.json", b"[{}]"),
+    ),
+    Case(
         "a checkpoint of another architecture",
         "train --config=small.py:transformer --config.run_dir=other",
         "the checkpoint other/checkpoints/10 is of another model: "
@@ -588,6 +606,11 @@ CASES = [
         "a process beyond their number",
         f"{FRESH} --coordinator=host:1234 --num_processes=2 --process_id=2",
         "--process_id must be from 0 to --num_processes - 1 (1); got 2",
+    ),
+    Case(
+        "a port that no machine has",
+        f"{FRESH} --coordinator=host:99999 --num_processes=2 --process_id=1",
+        "--coordinator takes HOST:PORT, the port from 1 to 65535; got 'host:99999'",
     ),
     Case(
         "a trace of steps beyond the last",
@@ -790,7 +813,7 @@ def prepared(tmp_path_factory) -> Path:
     """The folder that the scenes start from."""
     work = tmp_path_factory.mktemp("prepared") / "work"
     write_corpus(work / "corpus")
-    (work / "small.py").write_text(CONFIG)
+    (work / "small.py").write_text(CONFIG, encoding="utf-8")
     (work / "configs").symlink_to(ROOT / "configs")
     with contextlib.chdir(work):
         experiment = parse_config(["train", "--config=small.py"])
@@ -920,7 +943,7 @@ def page() -> str:
 def test_the_page_is_the_table(pytestconfig):
     if pytestconfig.getoption("--update-pages"):
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page())
-    assert PAGE.read_text() == page(), (
+        PAGE.write_text(page(), encoding="utf-8")
+    assert PAGE.read_text(encoding="utf-8") == page(), (
         "write it with: pytest tests/test_bad_inputs.py --update-pages"
     )

@@ -12,6 +12,7 @@ from benchmarks.contender import MEASURES, Contender
 from benchmarks.flax_attention import FlaxTransformer
 from fsn_jax import Transformer
 from train.config import ExperimentConfig
+from train.metrics import read_rows
 from train.program import run_program
 
 SECONDS = {"fsn": 0.3, "transformer": 0.2}
@@ -45,7 +46,7 @@ def test_rows_are_written_and_not_measured_again(tmp_path, timed, capsys):
     path = tmp_path / "rows.jsonl"
     assert run(path) == 0
     assert timed == ["fsn", "transformer"] * 3  # once cold, then in turn
-    (row,) = map(json.loads, path.read_text().splitlines())
+    (row,) = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     by_name = {result["name"]: result for result in row["results"]}
     assert by_name["fsn"]["time_ratio"] == pytest.approx(1.5)
     assert by_name["transformer"]["time_ratio"] == by_name["transformer"]["flop_ratio"] == 1
@@ -55,12 +56,20 @@ def test_rows_are_written_and_not_measured_again(tmp_path, timed, capsys):
     assert len(timed) == 6
     assert capsys.readouterr().out == first
     assert run(path, "--again") == 0
-    assert len(path.read_text().splitlines()) == 2
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
     called = len(timed)
     for other in ("--rounds=1", "--steps=3", "--optimizer=adam"):
         assert run(path, other) == 0
         assert len(timed) > called, other
         called = len(timed)
+
+
+def test_an_interrupted_table_is_completed(tmp_path, timed):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"rung": "po', encoding="utf-8")
+    assert run(path) == 0
+    (row,) = read_rows(path)
+    assert row["rung"] == "pocket"
 
 
 @pytest.mark.parametrize(

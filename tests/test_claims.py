@@ -16,7 +16,7 @@ from train.errors import UserError
 from train.flags import load_config, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
-LEDGER = tomllib.loads((ROOT / "docs" / "claims.toml").read_text())
+LEDGER = tomllib.loads((ROOT / "docs" / "claims.toml").read_text(encoding="utf-8"))
 CLAIM = {
     "id": "X1", "says": "one is below the other", "published": "1 against 2", "expects": "below",
     "parameters": 1000, "characters": 10**6,
@@ -137,9 +137,9 @@ def test_a_table_must_be_there_readable_and_of_the_recorded_runs(tmp_path):
         ({"step": 1}, "not comparable"),
     ):
         full = {**page, **run, **other}
-        (tmp_path / "read.json").write_text(json.dumps(full))
+        (tmp_path / "read.json").write_text(json.dumps(full), encoding="utf-8")
         assert judge(evidence, tmp_path).status == status
-    (tmp_path / "read.json").write_text("{}")
+    (tmp_path / "read.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"read.json cannot be read"):
         judge(evidence, tmp_path)
 
@@ -184,7 +184,7 @@ def test_the_page_is_written_and_a_change_of_either_side_is_noticed(repository, 
     claims.program(check)
     assert "agrees with results/" in capsys.readouterr().out
     page = repository / "docs" / "evidence.md"
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     summary = {row[3:5]: row for row in text.splitlines() if row.startswith("| [C")}
     assert [*summary] == [f"C{i}" for i in range(1, 10)]
     assert "at this scale the direction holds" in summary["C1"]
@@ -196,10 +196,10 @@ def test_the_page_is_written_and_a_change_of_either_side_is_noticed(repository, 
     assert "| `enwik8_transformer_pocket_long` | 2 | 1,000 | 1,000,000 | 2.5050 ± 0.0071" in text
     assert "+0.5000 ± 0.0071 (s.e.)" in text
 
-    page.write_text(text.replace("2.0050", "1.9050"))
+    page.write_text(text.replace("2.0050", "1.9050"), encoding="utf-8")
     with pytest.raises(UserError, match=r"evidence.md and results/ disagree"):
         claims.program(check)
-    page.write_text(text)
+    page.write_text(text, encoding="utf-8")
     shutil.rmtree(repository / "results" / "enwik8_fsn_pocket_long_seed1")
     with pytest.raises(UserError, match="disagree"):
         claims.program(check)

@@ -26,7 +26,7 @@ def records(tmp_path):
 def compared(folders, tmp_path, *options):
     file = tmp_path / "out.json"
     compare.program(["compare", *map(str, folders), f"--output={file}", *options])
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def test_means_errors_and_what_they_decide(records, tmp_path, capsys):
@@ -51,7 +51,7 @@ def test_means_errors_and_what_they_decide(records, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "2.0100 ± 0.0141" in printed
     assert "at the end (whole validation split) fsn is below" in printed
-    assert printed.startswith((tmp_path / "out.txt").read_text())
+    assert printed.startswith((tmp_path / "out.txt").read_text(encoding="utf-8"))
     assert (tmp_path / "out.png").stat().st_size > 10_000
 
 
@@ -64,7 +64,9 @@ def test_equal_time_is_when_the_faster_arm_has_ended(records, tmp_path):
     # Rows of the clock: 5 s a step for the first seed, 6 s for the second.
     for folder in records[2:]:
         timing = [{"step": i, "seconds": 2.0} for i in (1, 2, 3)]
-        (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timing))
+        (folder / "timing.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in timing), encoding="utf-8"
+        )
     time = compared(records, tmp_path)["equal_time"]
     assert time["seconds"] == 6.0
     assert time["transformer"]["mean"] == pytest.approx(2.23)
@@ -72,9 +74,9 @@ def test_equal_time_is_when_the_faster_arm_has_ended(records, tmp_path):
     assert time["fsn"]["bpc"] == pytest.approx([3.0 - 0.6 / 5, 3.2])
     assert time["verdict"] == "above"
 
-    provenance = json.loads((records[0] / "provenance.json").read_text())
+    provenance = json.loads((records[0] / "provenance.json").read_text(encoding="utf-8"))
     provenance[0]["device"] = "another machine"
-    (records[0] / "provenance.json").write_text(json.dumps(provenance))
+    (records[0] / "provenance.json").write_text(json.dumps(provenance), encoding="utf-8")
     assert compared(records, tmp_path)["equal_time"] is None
 
 
@@ -97,10 +99,10 @@ def test_other_runs_of_the_same_models_may_give_the_clock(records, tmp_path):
     for folder, changes in (("longer", {"context": 512}), ("larger", {"batch_size": 32})):
         clock = write_record(tmp_path / folder, "transformer", curve=(3.0,))
         for run, size in ((clock, changes), (records[2], {"batch_size": 16})):
-            config = json.loads((run / "config.json").read_text())
+            config = json.loads((run / "config.json").read_text(encoding="utf-8"))
             config["data"]["context"] = size.get("context", config["data"]["context"])
             config["training"] = {"batch_size": size.get("batch_size", 16)}
-            (run / "config.json").write_text(json.dumps(config))
+            (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
         with pytest.raises(UserError, match=message):
             compared(records, tmp_path, *options[:-1], str(clock))
 
@@ -117,7 +119,7 @@ def test_any_budget_compares_a_shorter_run_at_its_own_end(records, tmp_path):
         compared(folders, tmp_path)
     for folder, seconds in zip(folders, (3.0, 5.0, 2.0, 2.0), strict=True):
         row = {"step": 1, "seconds": seconds}
-        (folder / "timing.jsonl").write_text(json.dumps(row) + "\n")
+        (folder / "timing.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     found = compared(folders, tmp_path, "--any_budget")
     assert [p["characters"] for p in found["points"]] == [1_000_000, 2_000_000]
     # 2.25 against 2.33 at the end of each.

@@ -5,13 +5,15 @@ Skipped without them: ``pip install --no-deps -r benchmarks/requirements-compile
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from benchmarks import hlo
-from benchmarks.compiled import as_table
+from benchmarks.compiled import as_table, program
+from train.errors import UserError
 
 compilers = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("libtpu", "jax_cuda12_plugin"))),
@@ -23,7 +25,20 @@ def rows(folder, *flags):
     output = folder / "compiled.jsonl"
     command = [sys.executable, "-m", "benchmarks.compiled", f"--output={output}", *flags]
     subprocess.run(command, check=True, capture_output=True, text=True)
-    return [json.loads(line) for line in output.read_text().splitlines()]
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_table_of_no_rows_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match=r"none\.jsonl has no rows"):
+        program(["compiled", "--table", f"--output={tmp_path}/none.jsonl"])
+
+
+def test_no_accelerator_of_this_machine_is_asked():
+    code = "from benchmarks.machines import *; prepare(None); print(jax.config.jax_platforms)"
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda,cpu"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout == "cpu\n"
 
 
 @compilers

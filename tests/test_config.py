@@ -18,6 +18,7 @@ from fsn_jax import (
     TransformerConfig,
 )
 from fsn_jax.config import match_parameters
+from train.settings import OptimizerConfig
 
 BAD_FSN = [
     ("vocab_size", 0),
@@ -113,6 +114,15 @@ def test_one_head_is_told_of_both_settings_that_it_needs():
     FrustratedAttention(num_heads=1, heads_per_phase=1, similarity_heads=0)
     with pytest.raises(ConfigError, match=r"from 1 to num_heads \(2\); got 3$"):
         FrustratedAttention(num_heads=2, heads_per_phase=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(FSNConfig, "dropout"), (FrustratedAttention, "score_angle"), (OptimizerConfig, "beta1")],
+)
+def test_a_whole_number_for_a_float_is_one(kind, name):
+    """Or a flag of its type would take whole numbers alone."""
+    assert isinstance(getattr(kind(**{name: 0}), name), float)
 
 
 @pytest.mark.parametrize("config", [FSNConfig(), TransformerConfig()])

@@ -100,9 +100,10 @@ def test_a_config_may_import_what_lies_beside_it_from_anywhere(tmp_path):
     """In a process of its own, since here ``configs`` is imported."""
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "__init__.py").touch()
-    (tmp_path / "configs" / "base.py").write_text("NAME = 'beside'")
+    (tmp_path / "configs" / "base.py").write_text("NAME = 'beside'", encoding="utf-8")
     (tmp_path / "configs" / "own.py").write_text(
-        "from configs.base import NAME\n\ndef get_config():\n    raise ValueError(NAME)\n"
+        "from configs.base import NAME\n\ndef get_config():\n    raise ValueError(NAME)\n",
+        encoding="utf-8",
     )
     (tmp_path / "elsewhere").mkdir()
     done = subprocess.run(
@@ -393,8 +394,8 @@ RECORDED = sorted((FOLDER.parent / "results").glob("*/config.json"))
 
 @pytest.mark.parametrize("file", RECORDED, ids=lambda file: file.parent.name)
 def test_recorded_settings_still_load(file):
-    recorded = json.loads(file.read_text())
-    experiment = read_experiment(file.read_text())
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    experiment = read_experiment(file.read_text(encoding="utf-8"))
     evaluation, training = recorded["evaluation"], recorded["training"]
     slice_ = evaluation["num_bytes"] if "num_bytes" in evaluation else evaluation["num_tokens"]
     assert experiment.evaluation.num_tokens == slice_

@@ -152,7 +152,7 @@ def test_the_program_writes_table_json_and_figure(finished_arms, tmp_path, capsy
     runs = [str(folder) for folder in finished_arms.values()]
     options = ["--windows=10", "--resamples=100", f"--output={target}"]
     copy_depth.program(["copy_depth", *runs, *options])
-    result = json.loads(target.read_text())
+    result = json.loads(target.read_text(encoding="utf-8"))
     assert list(result["arms"]) == ["fsn", "transformer"]
     assert result["reference"] == "transformer"
     assert [run["seed"] for run in result["arms"]["fsn"]["runs"]] == [0, 1]
@@ -166,7 +166,7 @@ def test_the_program_writes_table_json_and_figure(finished_arms, tmp_path, capsy
     assert whole["mean"] == pytest.approx(evaluated, rel=0.1)
     # As many windows as there are, if no number is given and there are fewer than usual.
     copy_depth.program(["copy_depth", runs[0], "--resamples=100", f"--output={target}"])
-    assert json.loads(target.read_text())["windows"] == 18
+    assert json.loads(target.read_text(encoding="utf-8"))["windows"] == 18
 
 
 @pytest.mark.parametrize(

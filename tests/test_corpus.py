@@ -275,13 +275,16 @@ def damage(corpus: Corpus, how: str) -> str:
     elif how == "no manifest":
         manifest.unlink()
     elif how == "cut manifest":
-        manifest.write_text(manifest.read_text()[:-20])
+        manifest.write_text(manifest.read_text(encoding="utf-8")[:-20], encoding="utf-8")
     elif how == "other format":
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 0}))
+        manifest.write_text(
+            json.dumps(json.loads(manifest.read_text(encoding="utf-8")) | {"format": 0}),
+            encoding="utf-8",
+        )
     elif how == "no vocabulary":
-        fields = json.loads(manifest.read_text())
+        fields = json.loads(manifest.read_text(encoding="utf-8"))
         del fields["vocabulary"]
-        manifest.write_text(json.dumps(fields))
+        manifest.write_text(json.dumps(fields), encoding="utf-8")
     return str(manifest if "manifest" in how or how.startswith(("other", "no ")) else file)
 
 
@@ -478,7 +481,7 @@ def test_codeparrot_shards_follow_the_rules(tmp_path, cache):
         (tmp_path / f"file-{shard:03}.json.gz").write_bytes(
             gzip.compress("\n".join(lines).encode())
         )
-    (tmp_path / "README.md").write_text("not a shard")
+    (tmp_path / "README.md").write_text("not a shard", encoding="utf-8")
     corpus = opened("codeparrot", tmp_path, cache)
     assert read_splits(corpus) == expected_code(files, by_digest=False)
     assert visible(cache) == [corpus.folder.name]

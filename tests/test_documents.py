@@ -166,9 +166,9 @@ def test_documents_are_the_files_of_a_folder_or_the_lines_of_a_file(tmp_path, un
     texts = ["é" + "".join(rng.choice(list("abcdefgh"), 500)) for _ in range(100)]
     (tmp_path / "files").mkdir()
     for number, text in enumerate(texts):
-        (tmp_path / "files" / f"{number}.txt").write_text(text)
+        (tmp_path / "files" / f"{number}.txt").write_text(text, encoding="utf-8")
     lines = (json.dumps({"text": text}) for text in texts)
-    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines), encoding="utf-8")
     for name in ("files", "lines.jsonl"):
         corpus = open_corpus(
             name="text",

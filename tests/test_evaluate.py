@@ -79,9 +79,9 @@ def test_a_run_that_was_moved_is_sampled_without_its_data(finished, tmp_path, ca
     expected = capfdbinary.readouterr().out
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
-    config = json.loads((moved / "config.json").read_text())
+    config = json.loads((moved / "config.json").read_text(encoding="utf-8"))
     config["data"]["path"] = "gone"
-    (moved / "config.json").write_text(json.dumps(config))
+    (moved / "config.json").write_text(json.dumps(config), encoding="utf-8")
     sample.program(["sample", str(moved), *options])
     assert capfdbinary.readouterr().out == expected
 
@@ -90,7 +90,7 @@ def test_a_run_that_was_moved_is_sampled_without_its_data(finished, tmp_path, ca
     evaluate.program(["evaluate", str(moved), f"--data_path={corpus.folder}"])
     assert b"BPC on" in capfdbinary.readouterr().out
 
-    (moved / "vocabulary.json").write_text('{"unit": "bytes", "values": "6162"}')
+    (moved / "vocabulary.json").write_text('{"unit": "bytes", "values": "6162"}', encoding="utf-8")
     with pytest.raises(UserError, match=r"vocabulary\.json holds 2 tokens, .* has 12; restore it"):
         sample.program(["sample", str(moved), *options])
     (moved / "vocabulary.json").unlink()  # a run of an earlier version
@@ -162,7 +162,7 @@ def test_a_pipe_gets_the_very_bytes_at_once():
             assert os.read(ours, 100) == chunk
         raise KeyboardInterrupt  # what Ctrl-C does in the middle of a text
 
-    with os.fdopen(theirs, "w") as pipe:
+    with os.fdopen(theirs, "w", encoding="utf-8") as pipe:
         sample.write_as_it_comes(chunks(), pipe)
     assert os.read(ours, 100) == b"\n"
     os.close(ours)
@@ -171,6 +171,6 @@ def test_a_pipe_gets_the_very_bytes_at_once():
 def test_a_reader_may_go_away():
     ours, theirs = os.pipe()
     os.close(ours)
-    with os.fdopen(theirs, "w") as pipe:
+    with os.fdopen(theirs, "w", encoding="utf-8") as pipe:
         sample.write_as_it_comes(iter([b"a", b"b"]), pipe)
         pipe.write("what is left goes nowhere")

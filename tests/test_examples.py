@@ -51,7 +51,7 @@ def test_one_layer_learns_to_look_up_with_the_delay_and_not_without():
 
 def test_the_mixer_is_a_transformer_but_for_its_lines():
     """The transformer that it starts from has at most 60 lines, of which three change."""
-    source = (EXAMPLES / "mixer.py").read_text()
+    source = (EXAMPLES / "mixer.py").read_text(encoding="utf-8")
     model = source[source.index("class Block") : source.index("@functools.partial")]
     assert len(model.splitlines()) <= 60
     branch = source.split("        if self.mixer:\n")[1].split("        else:\n")[0]

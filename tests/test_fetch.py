@@ -309,7 +309,9 @@ def test_a_wheel_is_taken_as_it_is(index, cache):
 
 def test_a_python_without_pip_is_reported(cache, tmp_path, monkeypatch):
     (tmp_path / "pip").mkdir()
-    (tmp_path / "pip" / "__main__.py").write_text("import sys; sys.exit('No module named pip')")
+    (tmp_path / "pip" / "__main__.py").write_text(
+        "import sys; sys.exit('No module named pip')", encoding="utf-8"
+    )
     (tmp_path / "pip" / "__init__.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(UserError, match="No module named pip"):

@@ -30,6 +30,13 @@ def test_a_path_has_its_home_folder_and_need_not_be_there(tmp_path, monkeypatch)
     assert check_json_output(Path("~/found.json")) == tmp_path / "found.json"
 
 
+def test_a_file_is_utf_8_in_the_c_locale(tmp_path):
+    code = "from train.files import *; write_atomically(Path('x'), 'a \\xb1 b')"
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=plain, check=True)
+    assert (tmp_path / "x").read_bytes() == "a ± b".encode()
+
+
 @pytest.mark.parametrize("bucket", ["gs://bucket/a", "s3://bucket/a"])
 def test_a_bucket_is_no_folder_of_that_name_here(bucket, monkeypatch):
     monkeypatch.setenv("FSN_JAX_CACHE", bucket)

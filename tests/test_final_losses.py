@@ -15,7 +15,7 @@ def found(folders, tmp_path, *options):
     file = tmp_path / "out.json"
     final_losses.program(["final_losses", *map(str, folders), f"--output={file}", *options])
     assert (tmp_path / "out.png").stat().st_size > 10_000
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def variants(tmp_path):
@@ -46,7 +46,7 @@ def test_variants_show_their_difference_to_the_reference(tmp_path, capsys):
     # The middle difference is 0.30 of 0.08, 0.30 and 0.78.
     assert result["edge"] == pytest.approx(2.02 + final_losses.FAR_OFF * 0.30)
     assert [run["seed"] for run in result["runs"]["pre_no_delay"]] == [0, 1]
-    text = (tmp_path / "out.txt").read_text()
+    text = (tmp_path / "out.txt").read_text(encoding="utf-8")
     assert capsys.readouterr().out.startswith(text)
     assert "2.3200 ± 0.0283  +0.3000 ± 0.0283 (s.e.)" in text
     # Without a reference it is the first arm.

@@ -24,7 +24,9 @@ COMMAND = re.compile(r"python -m train ([^\n;&#\"|]*)")
 def commands():
     """The arguments of every `python -m train` in a shell block of the guides."""
     for page in GUIDES:
-        for block in re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        for block in re.findall(
+            r"```sh\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL
+        ):
             for arguments in COMMAND.findall(block.replace("\\\n", " ")):
                 yield pytest.param(arguments, id=f"{Path(page).stem}:{arguments.strip()[:60]}")
 
@@ -54,6 +56,6 @@ def test_there_are_commands_in_each_guide():
 
 
 def test_the_page_of_commands_lists_every_program():
-    page = (ROOT / "docs" / "commands.md").read_text()
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     listed, _ = page.split("## Other programs")
     assert {*re.findall(r"^\| `([a-z_]+)[ `]", listed, re.MULTILINE)} == {*front.PROGRAMS}

@@ -28,13 +28,15 @@ def test_refuses_to_train_without_a_folder():
 def test_ends_as_its_runs_do_and_takes_the_callers_folder(status, ends, tmp_path):
     """With a stand-in for Python: a run that saved and stopped (75) is no failure, others are."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexit {status}\n')
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexit {status}\n', encoding="utf-8"
+    )
     python.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(python), "ARMS": "projected_1m transformer_1m"}
     done = subprocess.run(
         [SCRIPT, "mine", "5"], cwd=tmp_path, env=environment, capture_output=True, timeout=60
     )
     assert done.returncode == ends
-    calls = (tmp_path / "calls").read_text().splitlines()
+    calls = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
     assert len(calls) == (1 if ends else 2)
     assert f"--config=configs/enwik8.py:projected_1m --config.run_dir={tmp_path}/mine/" in calls[0]

@@ -56,18 +56,21 @@ def test_the_parameters_come_back_bit_for_bit(exported):
 
 def test_the_card_has_the_metadata_that_the_hub_reads(exported):
     run, folder = exported
-    _, header, text = (folder / "README.md").read_text().split("---\n", 2)
+    _, header, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     metadata = {
         key: json.loads(value)
         for key, value in (line.split(": ", 1) for line in header.splitlines())
     }
     assert metadata["library_name"] == "fsn_jax"
     assert metadata["pipeline_tag"] == "text-generation"
-    (row,) = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    (row,) = [
+        json.loads(line)
+        for line in (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     (result,) = metadata["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == round(row["bpc"], 4) == 3.2199
     assert "3.2199 bits per character on 299 bytes" in text
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] in (["FSN"], ["Transformer"])
 
 
@@ -167,7 +170,9 @@ def changed(**changes):
 
     def spoil(folder):
         file = folder / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        file.write_text(
+            json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8"
+        )
 
     return spoil
 
@@ -180,7 +185,9 @@ DAMAGES = {
     "a parameter less": (without_a_parameter, "does not fit its config.json: .* is absent in"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is not that"),
     "another config": (
-        lambda folder: (folder / "config.json").write_text('{"format": 1, "model_type": "rnn"}'),
+        lambda folder: (folder / "config.json").write_text(
+            '{"format": 1, "model_type": "rnn"}', encoding="utf-8"
+        ),
         "config.json is not that of an exported model .*rnn",
     ),
     "a vocabulary less": (

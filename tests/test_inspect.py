@@ -30,7 +30,7 @@ def get_config(placement="resident"):
 def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspected")
     small_runs.write_corpus(folder / "corpus")
-    (folder / "config.py").write_text(CONFIG)
+    (folder / "config.py").write_text(CONFIG, encoding="utf-8")
     return folder
 
 

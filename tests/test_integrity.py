@@ -53,11 +53,13 @@ def remove_everything(folder: Path) -> None:
 
 
 def garble_loss(folder: Path) -> None:
-    (folder / "metrics" / "metrics").write_text('{"validation_loss": 0.001}')
+    (folder / "metrics" / "metrics").write_text('{"validation_loss": 0.001}', encoding="utf-8")
 
 
 def cut_hashes(folder: Path) -> None:
-    (folder / HASHES).write_text((folder / HASHES).read_text()[:40])
+    (folder / HASHES).write_text(
+        (folder / HASHES).read_text(encoding="utf-8")[:40], encoding="utf-8"
+    )
 
 
 def garble_metadata(folder: Path) -> None:

@@ -57,9 +57,12 @@ def test_measured_once_and_remembered_beside_the_compilation_cache(machine, tmp_
     assert (MODEL.num_heads, MODEL.num_harmonics, MODEL.heads_per_phase) == (2, 2, 2)
     assert timed == [Sizes(8, 2, 512, *sum_widths(MODEL), "float32", (2, 2, 1))]
     file = tmp_path / FILE
-    file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()), "xla")))
+    file.write_text(
+        json.dumps(dict.fromkeys(json.loads(file.read_text(encoding="utf-8")), "xla")),
+        encoding="utf-8",
+    )
     assert choose(mesh) == "xla"
-    (tmp_path / FILE).write_text("{")
+    (tmp_path / FILE).write_text("{", encoding="utf-8")
     assert choose(mesh) == "pallas"
 
 

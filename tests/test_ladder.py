@@ -43,7 +43,9 @@ def arms(tmp_path, monkeypatch):
     """A file of two tiny arms, in a folder where runs/ will be."""
     corpus = small_runs.write_corpus(tmp_path / "corpus")
     file = tmp_path / "arms.py"
-    file.write_text(FILE.format(tests=str(ROOT / "tests"), corpus=str(corpus.folder)))
+    file.write_text(
+        FILE.format(tests=str(ROOT / "tests"), corpus=str(corpus.folder)), encoding="utf-8"
+    )
     monkeypatch.chdir(tmp_path)
     return file
 
@@ -69,11 +71,11 @@ def test_a_failed_arm_is_reported_the_rest_run_on_and_a_finished_one_is_skipped(
     command = ["ladder", f"--config={arms}", "--output=out.json"]
     # Where the transformer's run folder should be there is a file.
     Path("runs").mkdir()
-    Path("runs/tiny_fsn").write_text("in the way")
+    Path("runs/tiny_fsn").write_text("in the way", encoding="utf-8")
     with pytest.raises(UserError, match=r"1 of 2 runs failed: tiny_fsn \(exit status 2\)"):
         ladder.program(command)
     assert in_process == ["tiny_fsn", "tiny_transformer"]
-    partial = json.loads(Path("out.json").read_text())
+    partial = json.loads(Path("out.json").read_text(encoding="utf-8"))
     assert [row["arm"] for row in partial["arms"]] == ["tiny_transformer"]
     assert partial["failed"] == {"tiny_fsn": "exit status 2"}
 
@@ -82,7 +84,7 @@ def test_a_failed_arm_is_reported_the_rest_run_on_and_a_finished_one_is_skipped(
     ladder.program(command)
     assert in_process == ["tiny_fsn"]
     assert "tiny_transformer: finished before" in capsys.readouterr().out
-    found = json.loads(Path("out.json").read_text())
+    found = json.loads(Path("out.json").read_text(encoding="utf-8"))
     assert [row["architecture"] for row in found["arms"]] == ["fsn", "transformer"]
     for row in found["arms"]:
         summary = read_run(f"runs/{row['arm']}").summary
@@ -177,15 +179,18 @@ def test_a_vocabulary_taken_from_the_corpus_is_finished_too(arms, in_process):
     for _ in range(2):
         ladder.program([*command, "--output=made/out.json"])
     assert in_process == ["tiny_fsn"]
-    assert [row["arm"] for row in json.loads(Path("made/out.json").read_text())["arms"]] == [
-        "tiny_fsn"
-    ]
+    assert [
+        row["arm"] for row in json.loads(Path("made/out.json").read_text(encoding="utf-8"))["arms"]
+    ] == ["tiny_fsn"]
 
 
 def test_a_file_without_arms_is_a_mistake(tmp_path):
     file = tmp_path / "none.py"
-    file.write_text("")
+    file.write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="has no ARMS"):
+        ladder.plan(str(file), [], [0], [])
+    file.write_text("import sys; sys.exit(3)", encoding="utf-8")
+    with pytest.raises(UserError, match="none.py: SystemExit: 3"):
         ladder.plan(str(file), [], [0], [])
 
 
@@ -206,22 +211,27 @@ print("trained", arm)
 def test_runs_side_by_side_have_cores_of_their_own(arms, monkeypatch):
     """Each of two stand-ins for a training ends only when it has seen the other begin."""
     program = Path("stand_in").absolute()
-    program.write_text(MEETS_ANOTHER.format(python=sys.executable))
+    program.write_text(MEETS_ANOTHER.format(python=sys.executable), encoding="utf-8")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     before = os.sched_getaffinity(0)
     assert ladder.run_all(ladder.plan(str(arms), [], [0], []), 2) == {}
     assert os.sched_getaffinity(0) == before
-    one, other = (set(Path(f"{arm}.cores").read_text().split()) for arm in ("fsn", "transformer"))
+    one, other = (
+        set(Path(f"{arm}.cores").read_text(encoding="utf-8").split())
+        for arm in ("fsn", "transformer")
+    )
     assert one and other and not one & other
     for arm in ("fsn", "transformer"):
-        assert Path(f"runs/tiny_{arm}.log").read_text() == f"trained {arm}\n"
+        assert Path(f"runs/tiny_{arm}.log").read_text(encoding="utf-8") == f"trained {arm}\n"
 
 
 @two_cores
 def test_the_reason_of_a_failure_is_in_its_line(arms, monkeypatch, capsys):
     program = Path("stand_in").absolute()
-    program.write_text("#!/bin/sh\necho 'some words\nerror: the folder is in use' >&2\nexit 2\n")
+    program.write_text(
+        "#!/bin/sh\necho 'some words\nerror: the folder is in use' >&2\nexit 2\n", encoding="utf-8"
+    )
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     why = "exit status 2: the folder is in use"
@@ -257,7 +267,9 @@ def test_a_run_ends_with_the_ladder_that_began_it():
 
 def test_the_ladder_tells_its_runs_to_end_with_it(arms, monkeypatch):
     program = Path("stand_in").absolute()
-    program.write_text('#!/bin/sh\ncase "$*" in *--end_with_stdin) read word;; esac\nexit 7\n')
+    program.write_text(
+        '#!/bin/sh\ncase "$*" in *--end_with_stdin) read word;; esac\nexit 7\n', encoding="utf-8"
+    )
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     (job, *_) = ladder.plan(str(arms), ["fsn"], [0], [])

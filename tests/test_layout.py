@@ -4,6 +4,7 @@ The arrows are read from the source, also those of imports inside functions.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def imported_by(source: str) -> Iterator[str]:
 
 
 ARROWS = {
-    module: {name for name in imported_by(file.read_text()) if name in FILES}
+    module: {name for name in imported_by(file.read_text(encoding="utf-8")) if name in FILES}
     for module, file in FILES.items()
 }
 
@@ -113,7 +114,7 @@ def test_the_library_reads_no_files_but_pretrained_models():
         if is_in(module, "fsn_jax") and module != "fsn_jax.hub":
             names = {
                 node.func.id if isinstance(node.func, ast.Name) else node.func.attr
-                for node in ast.walk(ast.parse(file.read_text()))
+                for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute)
             }
             assert not calls & names, module
@@ -125,7 +126,7 @@ def test_every_program_of_the_command_line_is_there_and_only_those():
         for module, file in FILES.items()
         if any(
             isinstance(node, ast.FunctionDef) and node.name == "program"
-            for node in ast.parse(file.read_text()).body
+            for node in ast.parse(file.read_text(encoding="utf-8")).body
         )
     }
     listed = {entry.module for entry in PROGRAMS.values()}
@@ -142,6 +143,29 @@ def test_the_list_of_programs_imports_none_of_them():
     assert all(f"  {name} " in done.stdout for name in PROGRAMS)
 
 
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call by its name reads or writes a file as text."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    given = [*call.args, *(keyword.value for keyword in call.keywords)]
+    modes = [str(a.value) for a in given if isinstance(a, ast.Constant)]
+    if name in ("open", "fdopen"):
+        return not given or any(re.fullmatch("[rwax][+t]*", mode) for mode in modes)
+    return name in ("read_text", "write_text")
+
+
+def test_text_files_are_utf_8_whatever_the_locale_is():
+    """Ruff's rule for it, PLW1514, does not know which names are paths."""
+    rooms = (*PACKAGES, "benchmarks", "examples", "tests", "tools")
+    assert [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for room in rooms
+        for file in (ROOT / room).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_bytes()))
+        if isinstance(node, ast.Call) and opens_text(node)
+        if "encoding" not in {keyword.arg for keyword in node.keywords}
+    ] == []
+
+
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
 
 # A single call of a kernel, with the layout of each of its operands.
@@ -152,7 +176,7 @@ def test_no_file_and_no_function_is_too_long():
     """A room holds one noun, and a reader holds a function in the head."""
     long = []
     for module, file in FILES.items():
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         if (count := len(text.splitlines())) > MOST_LINES:
             long.append(f"{module}: {count} lines")
         for node in ast.walk(ast.parse(text)):

@@ -3,6 +3,8 @@
 import logging
 import math
 import re
+import subprocess
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -27,17 +29,18 @@ from small_runs import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fsn_jax import FSN
-from train import plan
+from train import plan, provenance
 from train.data.corpus import Corpus
 from train.data.windows import WindowOrder
 from train.errors import UserError
 from train.evaluate import Evaluator
+from train.finish import finish
 from train.loop import DivergedError
 from train.mesh import replicated
 from train.metrics import RowLog, append_row, read_rows
 from train.plan import check_devices, cpu_devices, parts_of_batch
 from train.recorded import read_experiment
-from train.run import open_run
+from train.run import RunFolder, open_run
 from train.step import build_model, make_evaluate_rows
 
 
@@ -137,9 +140,9 @@ def test_rows_left_by_a_crash_are_cut_back(corpus, whole, tmp_path):
         crash_at_evaluation(patch, 1)
         run_to_the_end(experiment, corpus)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    kept = metrics.read_text()
+    kept = metrics.read_text(encoding="utf-8")
     assert [row["step"] for row in read_rows(metrics)] == [10, 10, 20]
-    with metrics.open("a") as file:
+    with metrics.open("a", encoding="utf-8") as file:
         file.write(kept.splitlines()[-1].replace('"step": 20', '"step": 25') + '\n{"kind": "tra')
     run_to_the_end(experiment, corpus)
     assert metrics.read_bytes() == (whole[0] / "metrics.jsonl").read_bytes()
@@ -217,7 +220,7 @@ def test_the_learning_rate_of_a_row_is_that_of_its_last_step(whole):
 
 def test_the_config_comes_back_from_its_file(corpus, whole):
     folder, _ = whole
-    text = (folder / "config.json").read_text()
+    text = (folder / "config.json").read_text(encoding="utf-8")
     assert read_experiment(text) == tiny_experiment(corpus.folder, folder)
 
 
@@ -231,8 +234,30 @@ def test_the_provenance_tells_what_ran_on_what(corpus, whole):
     assert start["command"] and start["python"] and start["time"]
 
 
+def test_the_state_of_git_has_bytes_of_any_kind_and_new_modules(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "train" / "provenance.py"))
+    for folder in ("train", "results"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "train" / "one.py").touch()
+    assert provenance.git_state() == {"commit": None, "modified": None, "diff_sha256": None}
+    by = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.hooksPath=none"]
+    for command in (["init", "-q"], ["add", "."], [*by, "commit", "-qm", "a"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "results" / "a.py").touch()
+    (tmp_path / "notes.txt").touch()
+    clean = provenance.git_state()
+    assert len(clean["commit"]) == 40 and clean["modified"] is False
+    assert clean["diff_sha256"] is None
+    states = []
+    for name, content in (("one.py", b"# \xe9"), ("two \xe9.py", b""), ("two \xe9.py", b"1")):
+        (tmp_path / "train" / name).write_bytes(content)
+        states.append(provenance.git_state())
+    assert all(state["modified"] for state in states)
+    assert len({state["diff_sha256"] for state in states}) == 3
+
+
 def test_the_parameter_table_adds_up(whole):
-    head, *lines = (whole[0] / "parameters.txt").read_text().splitlines()
+    head, *lines = (whole[0] / "parameters.txt").read_text(encoding="utf-8").splitlines()
     assert head.split() == ["parameter", "shape", "size"]
     sizes = [int(line.split()[-1].replace(",", "")) for line in lines]
     assert lines[-1].startswith("total")
@@ -252,7 +277,7 @@ def test_tensorboard_shows_what_the_rows_say(whole):
 
 def test_a_log_without_its_last_half_line_is_read(tmp_path):
     log = tmp_path / "rows.jsonl"
-    log.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    log.write_text('{"step": 1}\n{"step": 2}\n{"st', encoding="utf-8")
     assert read_rows(log) == [{"step": 1}, {"step": 2}]
     again = RowLog(log, resume_step=1)
     again.write({"step": 2, "again": True})
@@ -260,7 +285,7 @@ def test_a_log_without_its_last_half_line_is_read(tmp_path):
     assert read_rows(log) == [{"step": 1}, {"step": 2, "again": True}]
 
 
-@pytest.mark.parametrize("bad", [b'{"st', b"\xff", b"", b'{"st{"step": 3}'])
+@pytest.mark.parametrize("bad", [b'{"st', b"\xff", b"", b'{"st{"step": 3}', b"[]"])
 def test_a_damaged_line_is_named_and_no_row_after_it_is_lost(tmp_path, bad):
     """Only the last line can be one that a crash cut short."""
     log = tmp_path / "rows.jsonl"
@@ -275,6 +300,16 @@ def test_a_damaged_line_is_named_and_no_row_after_it_is_lost(tmp_path, bad):
         read_rows(log)
 
 
+def test_a_finished_run_without_its_log_is_a_users_mistake(corpus, tmp_path):
+    experiment = tiny_experiment(corpus.folder, tmp_path)
+    outcome = SimpleNamespace(state=SimpleNamespace(params={}), step=30)
+    with (
+        (tmp_path / "lock").open("w", encoding="utf-8") as lock,
+        pytest.raises(UserError, match=r"metrics\.jsonl has no evaluation .* step 30; restore"),
+    ):
+        finish(experiment, corpus, RunFolder(tmp_path, lock), outcome)
+
+
 @pytest.mark.parametrize(
     ("before", "kept"),
     [(None, []), ("", []), ('{"a": 1}\n', [1]), ('{"a": 1}', [1]), ('{"a": 1}\n{"a', [1])],
@@ -282,7 +317,7 @@ def test_a_damaged_line_is_named_and_no_row_after_it_is_lost(tmp_path, bad):
 def test_a_row_is_appended_to_whatever_a_crash_left(tmp_path, before, kept):
     log = tmp_path / "rows.jsonl"
     if before is not None:
-        log.write_text(before)
+        log.write_text(before, encoding="utf-8")
     append_row(log, {"a": 2})
     append_row(log, {"a": 3})
     assert [row["a"] for row in read_rows(log)] == [*kept, 2, 3]

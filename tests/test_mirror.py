@@ -204,8 +204,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_step(corpus, tmp_p
 
 def test_copies_do_not_overtake_each_other(tmp_path):
     (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "metrics.jsonl").write_text("1")
-    (tmp_path / "one" / "config.json").write_text("{}")
+    (tmp_path / "one" / "metrics.jsonl").write_text("1", encoding="utf-8")
+    (tmp_path / "one" / "config.json").write_text("{}", encoding="utf-8")
     made = Mirror(tmp_path / "one", str(tmp_path / "share"))
     copied, entered, go_on = bucket.copy_file, threading.Event(), threading.Event()
     calls = []
@@ -223,7 +223,7 @@ def test_copies_do_not_overtake_each_other(tmp_path):
         threading.Timer(0.1, go_on.set).start()
         made.push()  # waits for it
     assert calls == ["metrics.jsonl", "config.json"]
-    assert (tmp_path / "share" / "one" / "metrics.jsonl").read_text() == "1"
+    assert (tmp_path / "share" / "one" / "metrics.jsonl").read_text(encoding="utf-8") == "1"
 
 
 def test_no_checkpoint_of_a_copy_is_newer_than_its_logs(tmp_path):
@@ -231,13 +231,15 @@ def test_no_checkpoint_of_a_copy_is_newer_than_its_logs(tmp_path):
     here, there = tmp_path / "one", tmp_path / "share" / "one"
 
     def save(step):
-        with (here / "metrics.jsonl").open("a") as log:
+        with (here / "metrics.jsonl").open("a", encoding="utf-8") as log:
             log.write(f"{step}\n")
         (here / "checkpoints" / str(step)).mkdir(parents=True)
-        (here / "checkpoints" / str(step) / integrity.STEP_METADATA).write_text(str(step))
+        (here / "checkpoints" / str(step) / integrity.STEP_METADATA).write_text(
+            str(step), encoding="utf-8"
+        )
 
     here.mkdir()
-    (here / "config.json").write_text("{}")
+    (here / "config.json").write_text("{}", encoding="utf-8")
     save(10)
     made = Mirror(here, str(tmp_path / "share"))
     made.push()
@@ -249,14 +251,14 @@ def test_no_checkpoint_of_a_copy_is_newer_than_its_logs(tmp_path):
             save(20)
             shutil.rmtree(here / "checkpoints" / "10")
 
-    with (here / "metrics.jsonl").open("a") as log:
+    with (here / "metrics.jsonl").open("a", encoding="utf-8") as log:
         log.write("15\n")
     with mock.patch.object(mirror, "copy_file", train_on):
         made.push()
-    assert (there / "metrics.jsonl").read_text() == "10\n15\n"
+    assert (there / "metrics.jsonl").read_text(encoding="utf-8") == "10\n15\n"
     assert [folder.name for folder in (there / "checkpoints").iterdir()] == ["10"]
     made.push()
-    assert (there / "metrics.jsonl").read_text() == "10\n15\n20\n"
+    assert (there / "metrics.jsonl").read_text(encoding="utf-8") == "10\n15\n20\n"
     assert [folder.name for folder in (there / "checkpoints").iterdir()] == ["20"]
 
 
@@ -277,8 +279,13 @@ def test_a_copy_of_another_run_and_one_ahead_are_refused(corpus, tmp_path, stora
         start(**mirrored)
 
     starts = tmp_path / "one" / "provenance.json"
-    starts.write_text(starts.read_text().replace('"time": "2', '"time": "3', 1))
+    starts.write_text(
+        starts.read_text(encoding="utf-8").replace('"time": "2', '"time": "3', 1), encoding="utf-8"
+    )
     with pytest.raises(UserError, match="a copy of another run"):
+        start(**mirrored)
+    starts.write_text("[{}]", encoding="utf-8")
+    with pytest.raises(UserError, match=r"provenance\.json cannot be read \('time'\); restore"):
         start(**mirrored)
 
 

@@ -104,7 +104,7 @@ def test_an_ended_run_resumes_with_more_patience(unlike, tmp_path, capsys):
         mock.patch.object(finish, "_sample", return_value=b"abc"),
     ):
         finish.finish(experiment, unlike, run, again)
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary["ended_early"] and summary["steps"] == 15
     assert summary["validation"]["best_step"] == 5
 

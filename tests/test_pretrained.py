@@ -67,8 +67,13 @@ def test_it_samples_and_embeds(pretrained):
 def test_its_card_has_the_recorded_loss(pretrained):
     name, _ = pretrained
     folder = ROOT / "pretrained" / name
-    run = json.loads((folder / hub.CONFIG).read_text())["run"]
+    run = json.loads((folder / hub.CONFIG).read_text(encoding="utf-8"))["run"]
     record = ROOT / "results" / f"{run['name']}"
-    rows = [json.loads(row) for row in (record / "evaluations.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(row)
+        for row in (record / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert run["step"] == rows[-1]["step"] and run["data_sha256"] == rows[-1]["data_sha256"]
-    assert f"{rows[-1]['bpc']:.4f} bits per character" in (folder / "README.md").read_text()
+    assert f"{rows[-1]['bpc']:.4f} bits per character" in (folder / "README.md").read_text(
+        encoding="utf-8"
+    )

@@ -38,11 +38,15 @@ def test_the_flags_say_how_the_processes_join():
         ),
         (
             ["--coordinator=host", "--num_processes=2", "--process_id=0"],
-            "--coordinator takes HOST:PORT; got 'host'",
+            "--coordinator takes HOST:PORT, the port from 1 to 65535; got 'host'",
+        ),
+        (
+            ["--coordinator=a..b:1", "--num_processes=2", "--process_id=1"],
+            r"--coordinator takes HOST:PORT, .* got 'a\.\.b:1'",
         ),
         (["--num_processes=two"], "num_processes: invalid int value: 'two'"),
     ],
-    ids=["incomplete", "out_of_range", "no_port", "no_number"],
+    ids=["incomplete", "out_of_range", "no_port", "no_host", "no_number"],
 )
 def test_flags_that_cannot_join_are_refused(flags, says):
     with pytest.raises(UserError, match=says):

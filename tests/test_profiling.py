@@ -49,7 +49,7 @@ def test_a_trace_holds_the_chosen_steps_and_changes_nothing(tmp_path):
     assert sorted(marked, key=int) == ["10", "15"]
 
     small_runs.assert_equal_trees(outcomes["plain"].state, outcomes["traced"].state)
-    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in outcomes]
+    logs = [(tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8") for name in outcomes]
     assert logs[0] == logs[1]
 
 

@@ -202,7 +202,7 @@ def test_a_histogram_over_the_circle_shares_the_weight():
 def test_the_program_reads_every_coefficient_of_a_run(finished_arms, tmp_path, capsys):
     target = tmp_path / "reading.json"
     readings.program(["readings", str(finished_arms["fsn"]), f"--output={target}", "--windows=3"])
-    page = json.loads(target.read_text())
+    page = json.loads(target.read_text(encoding="utf-8"))
     (layer,) = page["layers"]
     named = [(c["delay"], c["harmonic"], c["head"]) for c in layer["coefficients"]]
     assert named == [(0, 1, 0), (0, 2, 0), (1, 1, 0), (1, 2, 0)]

@@ -11,8 +11,8 @@ from train.metrics import read_rows
 from train.run import open_run
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-RESULTS = (ROOT / "docs" / "results.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 PAGES = [
     str(page.relative_to(ROOT))
     for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md")
@@ -53,7 +53,11 @@ def prose(text):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_lines_of_prose_are_short(page):
-    long = [number for number, line in prose((ROOT / page).read_text()) if len(line) > 120]
+    long = [
+        number
+        for number, line in prose((ROOT / page).read_text(encoding="utf-8"))
+        if len(line) > 120
+    ]
     assert not long, f"{page}: lines {long} have more than 120 characters"
 
 
@@ -64,7 +68,7 @@ def anchor(heading):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_its_links_lead_somewhere(page):
-    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    text, folder = (ROOT / page).read_text(encoding="utf-8"), (ROOT / page).parent
     inline = re.findall(r"\]\(([^)\s]+)\)", text)
     for target in inline + re.findall(r"^\[[^\]]+\]: (\S+)", text, re.MULTILINE):
         if target.startswith("http"):
@@ -73,7 +77,9 @@ def test_its_links_lead_somewhere(page):
         path = folder / file if file else ROOT / page
         assert path.exists(), target
         if section:
-            headings = [line for _, line in prose(path.read_text()) if line.startswith("#")]
+            headings = [
+                line for _, line in prose(path.read_text(encoding="utf-8")) if line.startswith("#")
+            ]
             assert section in [anchor(heading.lstrip("#")) for heading in headings], target
     for label in re.findall(r"^!\[[^\]]*\]\[([^\]]+)\]", text, re.MULTILINE):
         assert f"\n[{label}]: " in text, label

@@ -23,15 +23,16 @@ def finished(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     for name in EVIDENCE:
-        (folder / name).write_text(name)
-    (folder / "config.json").write_text(json.dumps(experiment.to_dict()))
-    (folder / "loss.png").write_text("a picture")
+        (folder / name).write_text(name, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(experiment.to_dict()), encoding="utf-8")
+    (folder / "loss.png").write_text("a picture", encoding="utf-8")
     set_git(folder, commit="c0ffee", modified=False)
     return folder
 
 
 def set_git(folder, **git):
-    (folder / "provenance.json").write_text(json.dumps([{"git": git}]))
+    start = {"step": 0, "git": git, "data": {"sha256": "da7a"}}
+    (folder / "provenance.json").write_text(json.dumps([start]), encoding="utf-8")
 
 
 def test_copies_the_evidence_and_nothing_else(finished, tmp_path):
@@ -62,7 +63,7 @@ def test_a_record_is_whole_or_not_there(finished, tmp_path):
     with pytest.raises(UserError, match="has no sample.txt"):
         record(finished, tmp_path / "results")
     assert not (tmp_path / "results").exists()
-    (finished / "sample.txt").write_text("a sample")
+    (finished / "sample.txt").write_text("a sample", encoding="utf-8")
     target = record(finished, tmp_path / "results")
     assert list((tmp_path / "results").iterdir()) == [target]
 
@@ -76,10 +77,10 @@ def test_does_not_overwrite(finished, tmp_path):
 @pytest.mark.parametrize("below", [".", "results"])
 def test_a_file_in_the_way_of_the_folder(finished, tmp_path, below):
     file = tmp_path / "file"
-    file.write_text("kept")
+    file.write_text("kept", encoding="utf-8")
     with pytest.raises(UserError, match="--results=.*name another"):
         record(finished, file / below)
-    assert file.read_text() == "kept"
+    assert file.read_text(encoding="utf-8") == "kept"
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="without /proc")
@@ -89,7 +90,7 @@ def test_results_that_are_there_but_cannot_be_written(finished):
 
 
 def test_a_damaged_provenance_is_a_users_mistake(finished, tmp_path):
-    (finished / "provenance.json").write_text("{")
+    (finished / "provenance.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="provenance.json cannot be read"):
         record(finished, tmp_path / "results")
 
@@ -124,7 +125,7 @@ def test_a_figure_draws_a_curve_an_arm_and_a_band_where_there_are_seeds(tmp_path
 def test_a_training_loss_below_every_evaluation_is_in_the_figure(tmp_path, monkeypatch):
     run = small_runs.write_record(tmp_path, "fsn", curve=(3.0, 2.9))
     rows = [{"kind": "train", "step": 2, "characters": 2, "bpc": 1.0}]
-    with (run / "metrics.jsonl").open("a") as log:
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as log:
         log.writelines(json.dumps(row) + "\n" for row in rows)
     drawn = []
     monkeypatch.setattr(figures.plt, "close", lambda figure: drawn.append(figure))
@@ -144,7 +145,9 @@ def test_the_curve_of_copy_events_has_both_parts_of_the_loss(tmp_path, monkeypat
         {"kind": "validation", "step": 2, "characters": 20, "bpc": 1.5, "bytes": 100,
          "copy_bpc": 0.0, "copies": 25},
     ]  # fmt: skip
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     drawn = []
     monkeypatch.setattr(figures.plt, "close", lambda figure: drawn.append(figure))
     figures.copy_curve([run], tmp_path / "curve.png")
@@ -153,9 +156,13 @@ def test_the_curve_of_copy_events_has_both_parts_of_the_loss(tmp_path, monkeypat
     assert list(others.get_ydata()) == pytest.approx([(200 - 25) / 75, 150 / 75])
     assert list(copies.get_xdata()) == [1e-5, 2e-5]
     # Of Unicode characters, fewer were predicted than bytes.
-    (run / "metrics.jsonl").write_text(json.dumps({**rows[0], "predicted": 50}) + "\n")
+    (run / "metrics.jsonl").write_text(
+        json.dumps({**rows[0], "predicted": 50}) + "\n", encoding="utf-8"
+    )
     assert read_run(run).losses["others"] == {10: pytest.approx((100 - 25) / 25)}
-    (run / "metrics.jsonl").write_text(json.dumps({**rows[0], "predicted": 25}) + "\n")
+    (run / "metrics.jsonl").write_text(
+        json.dumps({**rows[0], "predicted": 25}) + "\n", encoding="utf-8"
+    )
     figures.copy_curve([run], tmp_path / "copies_alone.png")
     monkeypatch.undo()
     figures.plt.close(drawn[0])
@@ -166,8 +173,10 @@ def test_the_curve_of_copy_events_has_both_parts_of_the_loss(tmp_path, monkeypat
     [("arm", 0, "arm"), ("arm", 2, "arm_seed2"), ("arm_seed2", 2, "arm_seed2")],
 )
 def test_seeds_have_records_of_their_own(finished, tmp_path, name, seed, folder):
-    config = json.loads((finished / "config.json").read_text())
-    (finished / "config.json").write_text(json.dumps({**config, "name": name, "seed": seed}))
+    config = json.loads((finished / "config.json").read_text(encoding="utf-8"))
+    (finished / "config.json").write_text(
+        json.dumps({**config, "name": name, "seed": seed}), encoding="utf-8"
+    )
     assert record(finished, tmp_path / "results").name == folder
 
 

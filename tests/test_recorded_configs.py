@@ -23,7 +23,10 @@ RECORDS = sorted(file.parent for file in RESULTS.rglob("config.json"))
 
 def test_there_are_records():
     assert len(RECORDS) > 100
-    scores = {json.loads((r / "config.json").read_text())["model"].get("score") for r in RECORDS}
+    scores = {
+        json.loads((r / "config.json").read_text(encoding="utf-8"))["model"].get("score")
+        for r in RECORDS
+    }
     assert scores >= {"gated", "static", "projected", "none", None}
 
 
@@ -38,13 +41,15 @@ def leaves_of(config):
 @pytest.mark.parametrize("record", RECORDS, ids=lambda folder: folder.name)
 def test_a_recorded_model_is_built_with_its_parameters(record):
     """The number of all; path and shape of those of the first block, the embedding, the readout."""
-    config = read_experiment((record / "config.json").read_text()).model
+    config = read_experiment((record / "config.json").read_text(encoding="utf-8")).model
     if (record / "summary.json").is_file():
-        summary = json.loads((record / "summary.json").read_text())
+        summary = json.loads((record / "summary.json").read_text(encoding="utf-8"))
         assert config.num_params() == summary["parameters"]
     if (record / "parameters.txt").is_file():
         lines = [
-            x.split() for x in (record / "parameters.txt").read_text().splitlines() if "(" in x
+            x.split()
+            for x in (record / "parameters.txt").read_text(encoding="utf-8").splitlines()
+            if "(" in x
         ]
         recorded = {
             path: tuple(int(size) for size in " ".join(shape).strip("(),").split(","))
@@ -109,7 +114,7 @@ OF_OPTIONS = {"enwik8_projected_pocket_short", "enwik8_projected_one_head_pocket
 
 @pytest.mark.parametrize("record", RECORDED_RUNS, ids=lambda folder: folder.name)
 def test_a_record_is_called_as_the_arm_that_still_makes_it(record):
-    experiment = read_experiment((record / "config.json").read_text())
+    experiment = read_experiment((record / "config.json").read_text(encoding="utf-8"))
     run = re.sub(r"_seed\d+$", "", record.name)
     assert experiment.name in (run, record.name)
     family, _, arm = run.partition("_")

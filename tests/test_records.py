@@ -20,15 +20,17 @@ def write_run(folder, name, *, seed=0, bpc=(3.0, 2.0), sha256="da7a", **settings
     model = {"architecture": "fsn", "width": 8, **settings}
     data = {"name": "enwik8", "context": 8}
     config = {"name": name, "seed": seed, "run_dir": "", "model": model, "data": data}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     start = {"command": [], "git": {"commit": None, "modified": None}, "device": "an abacus"}
     start |= {"packages": {}, "data": {"name": "enwik8", "sha256": sha256}}
-    (folder / "provenance.json").write_text(json.dumps([start]))
+    (folder / "provenance.json").write_text(json.dumps([start]), encoding="utf-8")
     rows = [
         {"kind": "validation", "step": i + 1, "characters": 10 * (i + 1), "bpc": b}
         for i, b in enumerate(bpc)
     ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     return folder
 
 
@@ -86,7 +88,7 @@ def test_one_seed_twice_is_refused(tmp_path):
 def test_no_run_and_a_damaged_one(tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
         read_arms([tmp_path])
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"config.json cannot be read"):
         read_arms([tmp_path])
 
@@ -141,7 +143,9 @@ def test_the_clock_goes_at_the_median_speed(tmp_path):
     """One slow row, and rows of different lengths, as after a stop."""
     folder = write_record(tmp_path, "one", curve=(4.0, 3.0, 2.0, 1.0))
     rows = [{"step": s, "seconds": t} for s, t in ((1, 90.0), (2, 3.0), (4, 4.0))]
-    (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "timing.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     run = read_run(folder)
     assert [run.clock[seen] for seen in run.losses["validation"]] == [3.0, 6.0, 9.0, 12.0]
     (folder / "timing.jsonl").unlink()

@@ -4,6 +4,7 @@ The browser is Chromium; where there is none those tests are skipped (Debian: ap
 """
 
 import json
+import math
 import re
 
 import browser
@@ -70,7 +71,7 @@ def made(tmp_path_factory):
         "readings": readings_result(),
     }
     for name, result in results.items():
-        (folder / f"{name}.json").write_text(json.dumps(result))
+        (folder / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
     added = [str(folder / f"{name}.json") for name in results]
     page = folder / "report.html"
     title = "A <title> & more"
@@ -81,7 +82,7 @@ def made(tmp_path_factory):
 
 
 def test_it_names_no_address_and_leaves_no_blank(made):
-    text = made.read_text()
+    text = made.read_text(encoding="utf-8")
     assert "{{" not in text
     addresses = set(re.findall(r"\w+://[^\s\"'<)]+", text))
     assert addresses == {"http://www.w3.org/2000/svg"}  # a name of SVG, not a place
@@ -89,7 +90,9 @@ def test_it_names_no_address_and_leaves_no_blank(made):
 
 def test_its_data_are_those_of_the_records(made):
     (content,) = re.findall(
-        r'<script type="application/json" id="data">(.*?)</script>', made.read_text(), re.DOTALL
+        r'<script type="application/json" id="data">(.*?)</script>',
+        made.read_text(encoding="utf-8"),
+        re.DOTALL,
     )
     data = json.loads(content)
     fsn, transformer = data["arms"]
@@ -113,12 +116,21 @@ def test_a_long_curve_is_thinned_and_keeps_its_end(tmp_path):
     assert len(thinned) <= report.MOST_POINTS and thinned[-1][1] == pytest.approx(curve[-1])
 
 
+def test_what_is_no_number_does_not_blank_the_page(tmp_path):
+    diverged = write_record(tmp_path, "diverged", curve=(3.0, math.nan))
+    data = report.page_data([write_record(tmp_path, "one"), diverged], [])
+    assert data["range"] == [pytest.approx(1.95), pytest.approx(3.05)]
+    page = report.render(data | {"copy_depth": [{"loss": math.inf}]}, "title")
+    assert "NaN" not in page.split('id="data">')[1].split("</script>")[0]
+    assert '"copy_depth":[{"loss":null}]' in page
+
+
 def test_an_unfinished_run_has_a_page_too(tmp_path):
     folder = write_record(tmp_path, "early", curve=(3.0,))
     for name in ("summary.json", "sample.txt", "metrics.jsonl", "timing.jsonl"):
         (folder / name).unlink()
     report.program(["report", str(folder), f"--output={tmp_path / 'r.html'}"])
-    assert '"bpc":null' in (tmp_path / "r.html").read_text()
+    assert '"bpc":null' in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_mistakes_are_one_line(tmp_path):

@@ -2,7 +2,10 @@
 
 import importlib.util
 import random
+import sys
 from pathlib import Path
+
+import pytest
 
 SOAK = Path(__file__).resolve().parent.parent / "tools" / "soak.py"
 spec = importlib.util.spec_from_file_location("soak", SOAK)
@@ -26,6 +29,15 @@ def rows(leak: dict[str, float]) -> list[dict[str, float]]:
             {"seconds": second, **{n: v + leak.get(n, 0) * hours for n, v in quiet.items()}}
         )
     return made
+
+
+@pytest.mark.parametrize("time", [["--minutes=1"], ["--minutes=-1"], ["--every=0"]])
+def test_a_time_too_short_to_judge_is_refused_at_the_start(time, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["soak.py", *time])
+    monkeypatch.setattr(soak.subprocess, "Popen", None)
+    with pytest.raises(SystemExit, match="2"):
+        soak.main()
+    assert "error: --hours, --minutes: " in capsys.readouterr().err
 
 
 def test_breathing_is_flat():

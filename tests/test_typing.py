@@ -59,7 +59,7 @@ wrong = isinstance(ValueError(), ConfigError)
 def test_a_strict_user_program_has_nothing_unknown(tmp_path):
     """No error, and no type that comes out as Any."""
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    program.write_text(PROGRAM, encoding="utf-8")
     done = subprocess.run(
         # Silent about the library itself, as it is when found among the installed packages.
         [

@@ -16,7 +16,7 @@ from train import export
 from train.data.prepare import open_corpus
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "use_the_layer.md"
-TEXT = PAGE.read_text()
+TEXT = PAGE.read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE))
 
 

@@ -86,7 +86,7 @@ def text(tmp_path_factory):
     """A file of characters of one to four bytes, and what it holds."""
     file = tmp_path_factory.mktemp("text") / "mine.txt"
     written = text_of(40_000)
-    file.write_text(written, newline="")
+    file.write_text(written, newline="", encoding="utf-8")
     return file, written
 
 
@@ -105,7 +105,10 @@ def test_no_character_is_cut_and_none_is_lost(text, tmp_path):
     assert "".join(map(chr, corpus.vocabulary.values)) == "".join(sorted(set(LETTERS)))
     for name, split in zip(corpus.splits, splits, strict=True):
         assert corpus.vocabulary.decode(corpus.tokens(name, allow_test=True)) == split
-    assert json.loads((corpus.folder / "manifest.json").read_text())["unit"] == "characters"
+    assert (
+        json.loads((corpus.folder / "manifest.json").read_text(encoding="utf-8"))["unit"]
+        == "characters"
+    )
     assert read_corpus(corpus.folder).sha256 == corpus.sha256
 
     as_bytes = prepared(file, tmp_path, "bytes")
@@ -119,9 +122,9 @@ def test_folders_json_lines_and_gzip_hold_characters_too(tmp_path):
     folder.mkdir()
     for index in range(30):
         lines = [json.dumps({"text": text_of(300 + index)}) for _ in range(5)]
-        with gzip.open(folder / f"{index}.jsonl.gz", "wt") as out:
+        with gzip.open(folder / f"{index}.jsonl.gz", "wt", encoding="utf-8") as out:
             out.write("\n".join(lines))
-    (folder / "notes.txt").write_text(text_of(3000))
+    (folder / "notes.txt").write_text(text_of(3000), encoding="utf-8")
     corpus = prepared(folder, tmp_path)
     held = b"".join(bytes(corpus.split(name, allow_test=True)) for name in corpus.splits)
     assert set(held.decode()) == {*LETTERS, "\0"}
@@ -158,7 +161,7 @@ def test_the_same_commands_train_resume_evaluate_and_sample_characters(
     text, tmp_path, monkeypatch, capfdbinary
 ):
     file, _ = text
-    (tmp_path / "config.py").write_text(CONFIG)
+    (tmp_path / "config.py").write_text(CONFIG, encoding="utf-8")
     monkeypatch.setenv("FSN_JAX_CACHE", str(tmp_path / "cache"))
     settings = [
         "train",
@@ -173,17 +176,17 @@ def test_the_same_commands_train_resume_evaluate_and_sample_characters(
     (row,) = [r for r in read_rows(once / "metrics.jsonl") if r["kind"] == "validation"][:1]
     corpus = prepared(file, tmp_path / "cache")
     assert row["bytes"] == len(corpus.vocabulary.decode(corpus.tokens("validation")[1:500]))
-    assert json.loads((once / "config.json").read_text())["model"]["vocab_size"] == len(
-        set(LETTERS)
-    )
+    assert json.loads((once / "config.json").read_text(encoding="utf-8"))["model"][
+        "vocab_size"
+    ] == len(set(LETTERS))
     (once / "sample.txt").read_bytes().decode()  # whole characters
 
     # A run that has lost its second half ends as it did.
-    rows = (once / "metrics.jsonl").read_text()
+    rows = (once / "metrics.jsonl").read_text(encoding="utf-8")
     shutil.rmtree(once / "checkpoints" / "20")
     main.program([*settings, f"--config.run_dir={once}", "--config.data.placement=host"])
-    assert len(json.loads((once / "provenance.json").read_text())) == 2
-    assert (once / "metrics.jsonl").read_text() == rows
+    assert len(json.loads((once / "provenance.json").read_text(encoding="utf-8"))) == 2
+    assert (once / "metrics.jsonl").read_text(encoding="utf-8") == rows
 
     capfdbinary.readouterr()
     for program, split in ((evaluate, "validation"), (final_evaluation, "test")):

@@ -68,14 +68,16 @@ def test_a_wheel_installs_and_runs_from_an_empty_folder(tmp_path):
     # The locked packages, by a plain path: what is installed in editable form there stays unseen.
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(run(python, "-c", code, cwd=empty).strip())
-    (site / "locked.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "locked.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     run(python, "-c", FORWARD.replace("VERSION", repr(version)), cwd=empty)
     alone = (python, "-m", "fsn_jax")
     pointed = subprocess.run(alone, cwd=empty, capture_output=True, text=True, timeout=300)
     assert pointed.returncode == 1 and "run in a checkout" in pointed.stderr.splitlines()[0]
     own = tmp_path / "own"
     own.mkdir()
-    (own / "train.py").write_text("raise RuntimeError('the user has a train.py')\n")
+    (own / "train.py").write_text(
+        "raise RuntimeError('the user has a train.py')\n", encoding="utf-8"
+    )
     shutil.copytree(ROOT / "pretrained" / "enwik8_projected_pocket", own / "model")
     run(python, "-c", PRETRAINED, cwd=own)
     assert "--config=configs/quickstart.py" in run(python, "-m", "train", "--help", cwd=source)

@@ -45,7 +45,8 @@ SETTINGS = {
 def sample(pid: int) -> dict[str, float]:
     """Returns resident bytes, open file descriptors and threads of a process."""
     status = dict(
-        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        line.split(":", 1)
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     )
     return {
         "rss_bytes": int(status["VmRSS"].split()[0]) * 1024,
@@ -82,7 +83,7 @@ def judge(rows: list[dict[str, float]]) -> list[str]:
 def last_step(folder: Path) -> int:
     """Returns the step of the newest complete row of metrics."""
     try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return int(json.loads(lines[-1])["step"]) if lines else 0
     except (OSError, ValueError):
         return 0
@@ -98,6 +99,8 @@ def main() -> int:
     p.add_argument("settings", nargs="*", help="further settings: model.num_layers=2 ...")
     options = p.parse_args()
     seconds = 3600 * options.hours + 60 * options.minutes or 7200.0
+    if not 0 < 4 * options.every <= seconds:  # a line needs two samples in the second half
+        p.error(f"--hours, --minutes: {seconds:g} s must be above 0 and hold 4 times --every")
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
     folder = Path(options.run_dir or ROOT / "runs" / f"soak-{stamp}")
     given = dict(setting.partition("=")[::2] for setting in options.settings)
@@ -106,7 +109,7 @@ def main() -> int:
     command += [f"--config.run_dir={folder}", *(f"--config.{n}={v}" for n, v in settings.items())]
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, float]] = []
-    with (folder / "output.txt").open("w") as out:
+    with (folder / "output.txt").open("w", encoding="utf-8") as out:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
         try:
             while last_step(folder) < int(settings["training.log_every"]):  # compiled
@@ -115,7 +118,7 @@ def main() -> int:
                     return 1
                 time.sleep(0.5)
             began = time.monotonic()
-            with (folder / "soak.jsonl").open("w") as log:
+            with (folder / "soak.jsonl").open("w", encoding="utf-8") as log:
                 while (elapsed := time.monotonic() - began) < seconds:
                     if process.poll() is not None:
                         print(f"the run ended with status {process.returncode}, see {folder}")

@@ -47,7 +47,7 @@ def user_path(setting: str, text: str | Path) -> Path:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a small file atomically: a crash leaves the old file or the new one."""
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
 
 

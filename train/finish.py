@@ -7,6 +7,7 @@ from typing import Any
 from train.analysis.figures import loss_curve
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus
+from train.errors import UserError
 from train.files import write_atomically
 from train.load import pretrained
 from train.loop import Outcome
@@ -21,12 +22,20 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
     """Writes ``summary.json``, ``loss.png`` and ``sample.txt`` and prints their paths.
 
     Every process of the run calls this; only the one that writes the run writes the files.
+
+    Raises:
+      UserError: the log has no evaluation, or is damaged.
     """
     params = on_host(outcome.state.params)
     if not run.writes:
         return
     rows = [row for row in read_rows(run.metrics) if row["step"] <= outcome.step]
     validation = [row for row in rows if row["kind"] == "validation"]
+    if not validation:
+        raise UserError(
+            f"{run.metrics} has no evaluation of a run that has come to step {outcome.step}; "
+            f"restore it from a copy"
+        )
     last = validation[-1]
     best = min(validation, key=lambda row: row["loss"])
     timing = read_rows(run.path / "timing.jsonl")

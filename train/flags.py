@@ -103,15 +103,15 @@ def parse_options(argv: Sequence[str]) -> tuple[Joining, str, list[str]]:
 
 
 @contextlib.contextmanager
-def config_file(file: str) -> Iterator[dict[str, Any]]:
-    """Yields the names that a config file defines.
+def config_file(argument: str) -> Iterator[dict[str, Any]]:
+    """Yields the names that the file of ``FILE[:ARGUMENT]`` defines.
 
     In the file ``from configs import ...`` finds the files beside it, from any working folder.
 
     Raises:
-      UserError: there is no such file.
-      Exception: it fails.
+      UserError: there is no such file, or it fails, or what is done with its names.
     """
+    file = argument.partition(":")[0]
     path = user_path("--config", file)
     if not path.is_file():
         raise UserError(f"--config={file}: there is no file {file}; see configs/ for some")
@@ -119,6 +119,11 @@ def config_file(file: str) -> Iterator[dict[str, Any]]:
     sys.path.insert(0, str(path.resolve().parent.parent))
     try:
         yield runpy.run_path(str(path))
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever it is, the file's author can mend it
+        reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"--config={argument}: {reason}") from error
     finally:
         sys.path[:] = before
 
@@ -129,18 +134,12 @@ def load_config(argument: str) -> ConfigDict:
     Raises:
       UserError: the file does not exist or fails.
     """
-    file, colon, rest = argument.partition(":")
-    try:
-        with config_file(file) as names:
-            get_config = names.get("get_config")
-            if get_config is None:
-                raise UserError(f"--config={argument}: the file has no function get_config()")
-            config = get_config(rest) if colon else get_config()
-    except UserError:
-        raise
-    except Exception as error:  # whatever it is, the file's author can mend it
-        reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"--config={argument}: {reason}") from error
+    _, colon, rest = argument.partition(":")
+    with config_file(argument) as names:
+        get_config = names.get("get_config")
+        if get_config is None:
+            raise UserError(f"--config={argument}: the file has no function get_config()")
+        config = get_config(rest) if colon else get_config()
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"--config={argument}: get_config() must return what train.config.experiment(...) "

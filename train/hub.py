@@ -57,8 +57,8 @@ def write_model(trained: TrainedModel, folder: Path) -> None:
             "data_sha256": trained.corpus.sha256,
         },
     }
-    (folder / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    (folder / CARD).write_text(model_card(trained))
+    (folder / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(model_card(trained), encoding="utf-8")
 
 
 def model_card(trained: TrainedModel) -> str:

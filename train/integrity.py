@@ -27,7 +27,7 @@ def seal(folder: Path) -> None:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.relative_to(folder).as_posix() not in _WRITTEN_LATER
     }
-    (folder / HASHES).write_text(json.dumps(sealed, indent=1) + "\n")
+    (folder / HASHES).write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
 
 
 def damage(folder: Path) -> str | None:
@@ -36,10 +36,10 @@ def damage(folder: Path) -> str | None:
     A folder without a list (from an older version) counts as intact.
     """
     try:
-        json.loads((folder / STEP_METADATA).read_text())
+        json.loads((folder / STEP_METADATA).read_text(encoding="utf-8"))
         if not (folder / HASHES).exists():
             return None
-        sealed = json.loads((folder / HASHES).read_text())
+        sealed = json.loads((folder / HASHES).read_text(encoding="utf-8"))
         for name, expected in sealed.items():
             file = folder / name
             if not file.is_file():

@@ -81,7 +81,7 @@ def _remembered(sizes: Sizes) -> Implementation:
     key = " ".join(map(str, (*machine, *sizes)))
     choices: dict[str, Implementation] = {}
     with contextlib.suppress(OSError, ValueError):  # nothing yet, or nothing that can be read
-        choices = json.loads(path.read_text())
+        choices = json.loads(path.read_text(encoding="utf-8"))
     if choices.get(key) not in ("pallas", "xla"):
         choices[key] = fastest(sizes)
         with contextlib.suppress(OSError):  # a folder that cannot be written remembers nothing

@@ -168,8 +168,8 @@ def shares_of_cores(at_once: int) -> list[str]:
 def reason_of(status: int, log: Path | None) -> str:
     """Returns why a run failed: its status, and an error in the last line of its log."""
     why = f"signal {-status}" if status < 0 else f"exit status {status}"
-    lines = log.read_text(errors="replace").split("\n") if log and log.is_file() else []
-    said = [line for line in lines if line.strip()][-1:]
+    text = log.read_text(errors="replace", encoding="utf-8") if log and log.is_file() else ""
+    said = [line for line in text.split("\n") if line.strip()][-1:]
     if status == EXIT_USER_ERROR and said and said[0].startswith("error: "):
         why += f": {said[0].removeprefix('error: ')}"
     return why

@@ -48,7 +48,7 @@ def _train(experiment: ExperimentConfig, profile: TracedSteps | None) -> None:
             shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
             devices = f"{jax.device_count()} device(s){shared}"
             print(f"run folder {default_folder(experiment)} · {devices}")
-        outcome = train(experiment, corpus, run, show_progress=run.writes, profile=profile)
+        outcome = train(experiment, corpus, run, profile=profile)
         if run.writes and (line := ending(experiment, outcome)):
             print(line)
         finish(experiment, corpus, run, outcome)

@@ -52,7 +52,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Reads the rows of a JSONL file; skips a last line that a crash cut short.
 
     Raises:
-      UserError: another line is damaged.
+      UserError: another line is damaged or no JSON object.
     """
     if not path.exists():
         return []
@@ -60,15 +60,22 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line.decode()))
+            rows.append(_row(line))
         except ValueError as error:
             raise UserError(
                 f"{path} cannot be read (line {number}: {error}); restore the file from a copy, or "
                 f"correct or remove that line"
             ) from None
     with contextlib.suppress(ValueError):
-        rows.append(json.loads(unfinished.decode()))
+        rows.append(_row(unfinished))
     return rows
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    row = json.loads(line.decode())
+    if not isinstance(row, dict):
+        raise ValueError("no JSON object")
+    return row
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -96,9 +103,9 @@ class RowLog:
         kept = [row for row in read_rows(path) if row["step"] <= resume_step]
         # Written beside and moved into place: a crash here must not lose the rows already kept.
         beside = path.with_suffix(".tmp")
-        beside.write_text("".join(_line(row) for row in kept))
+        beside.write_text("".join(_line(row) for row in kept), encoding="utf-8")
         os.replace(beside, path)
-        self._file: IO[str] = path.open("a")
+        self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row and hands it to the operating system."""

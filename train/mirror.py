@@ -186,4 +186,9 @@ def _copy_run(
 def _first_start(run: epath.Path) -> str | None:
     """Returns the time at which a run began; None if it is not written yet."""
     file = run / STARTS
-    return str(json.loads(file.read_text())[0]["time"]) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))[0]["time"])
+    except (TypeError, LookupError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); restore it from a copy") from None

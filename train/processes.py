@@ -72,8 +72,15 @@ class Joining:
             )
         if self.coordinator:
             host, _, port = self.coordinator.rpartition(":")
-            if not host or not port.isdecimal():
-                raise UserError(f"--coordinator takes HOST:PORT; got {self.coordinator!r}")
+            try:
+                host.encode("idna")  # as a look-up of the name does
+            except UnicodeError:
+                host = ""
+            if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+                raise UserError(
+                    f"--coordinator takes HOST:PORT, the port from 1 to 65535; got "
+                    f"{self.coordinator!r}"
+                )
 
 
 def join(joining: Joining) -> None:

@@ -64,7 +64,7 @@ def device_description() -> str:
 
 def _processor() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
@@ -73,21 +73,28 @@ def _processor() -> str:
 
 
 def git_state() -> dict[str, Any]:
-    """Returns the commit and whether the tree differs from it outside of ``results/``."""
+    """Returns the commit and whether the tree differs from it outside of ``results/``.
+
+    Of files that git does not know, modules (``*.py``) count, unless git ignores them.
+    """
     here = Path(__file__).resolve().parent
 
-    def git(*arguments: str) -> str | None:
+    def git(*arguments: str | bytes) -> bytes | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=20
+                ["git", "-C", str(here), *arguments], capture_output=True, timeout=20
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    diff = git("diff", "HEAD", "--", ":(top)", ":(top,exclude)results")
+    commit, outside = git("rev-parse", "HEAD"), ":(top,exclude)results"
+    diff = git("diff", "HEAD", "--", ":(top)", outside)
+    new = git("ls-files", "--others", "--exclude-standard", "-z", "--", ":(top)*.py", outside)
+    if new and diff is not None:
+        diff += new + (git("hash-object", "--", *new.strip(b"\0").split(b"\0")) or b"")
     return {
-        "commit": git("rev-parse", "HEAD"),
+        "commit": commit.decode() if commit else None,
         "modified": bool(diff) if diff is not None else None,
-        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
     }

@@ -49,6 +49,9 @@ def read_experiment(text: str) -> ExperimentConfig:
 
     Raises:
       UserError: a setting has a value that cannot work.
-      ValueError: the text is no JSON.
+      ValueError: the text is no JSON object.
     """
-    return ExperimentConfig.from_config_dict(ConfigDict(in_todays_names(json.loads(text))))
+    fields = json.loads(text)
+    if not isinstance(fields, dict):
+        raise ValueError("no JSON object")
+    return ExperimentConfig.from_config_dict(ConfigDict(in_todays_names(fields)))

@@ -121,12 +121,22 @@ class RunFolder:
         Raises:
           UserError: the file is damaged.
         """
-        return self._read("provenance.json", json.loads)
+
+        def parse(text: str) -> list[dict[str, Any]]:
+            starts = json.loads(text)
+            if not isinstance(starts, list) or not starts:
+                raise ValueError("no list of starts")
+            for start in starts:
+                _ = start["step"], start["git"]["commit"], start["data"]["sha256"]
+            return starts
+
+        starts: list[dict[str, Any]] = self._read("provenance.json", parse)
+        return starts
 
     def _read(self, name: str, parse: Callable[[str], Any]) -> Any:
         file = self.path / name
         try:
-            return parse(file.read_text())
+            return parse(file.read_text(encoding="utf-8"))
         except (OSError, TypeError, LookupError, ValueError) as error:
             raise UserError(
                 f"{file} cannot be read ({error}); restore it or train in another folder"
@@ -176,7 +186,7 @@ def _open_to_write(path: Path, experiment: ExperimentConfig, corpus: Corpus) -> 
     mirror = Mirror(path, experiment.mirror_dir) if experiment.mirror_dir else None
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / "lock").open("a+")
+        lock = (path / "lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise _unwritable(path, error) from None
     _take_lock(lock, path)

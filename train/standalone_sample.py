@@ -70,7 +70,7 @@ def main() -> None:
 
 def _texts(options: argparse.Namespace, folder: Path) -> Iterator[bytes]:
     """Yields the prompt, then what follows it, a window at a time."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     context, vocabulary = config["context"], config["vocabulary"]
     prompt, values = _split(options.prompt, vocabulary)
     if unknown := set(prompt) - set(values):

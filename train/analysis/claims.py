@@ -116,7 +116,7 @@ def _test(
 def _table(file: Path, arms: Sequence[Arm]) -> Mapping[str, Any]:
     """Reads the table of an analysis; checks that it is of the recorded runs of these arms."""
     try:
-        table = json.loads(file.read_text())
+        table = json.loads(file.read_text(encoding="utf-8"))
         made_of = {
             arm.name: {
                 (run["seed"], run["commit"], run["step"])
@@ -296,8 +296,8 @@ def page_of(root: Path) -> str:
     """
     source = root / "docs" / "claims.toml"
     try:
-        ledger = tomllib.loads(source.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        ledger = tomllib.loads(source.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{source} cannot be read ({error}); run in the repository") from None
     results = root / "results"
     recorded = recorded_arms(results)
@@ -317,7 +317,7 @@ def program(argv: Sequence[str]) -> None:
     options = p.parse_args(argv[1:])
     root = user_path("--root", options.root)
     page, text = root / "docs" / "evidence.md", page_of(root)
-    if page.is_file() and page.read_text() == text:
+    if page.is_file() and page.read_text(encoding="utf-8") == text:
         print(f"{page} agrees with results/")
         return
     if options.check:

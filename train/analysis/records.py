@@ -178,7 +178,7 @@ class RunRecord:
             if file.suffix == ".jsonl":
                 rows = read_rows(file)
             else:
-                content = json.loads(file.read_text())
+                content = json.loads(file.read_text(encoding="utf-8"))
                 rows = content if name == "provenance.json" else [content]
                 if not isinstance(rows, list) or not rows:
                     raise ValueError("no list of starts")

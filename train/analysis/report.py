@@ -8,6 +8,7 @@ one arm. ``--add`` includes what ``train copy_depth``, ``train final_losses`` (a
 import html
 import importlib.resources
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def arm_data(arm: Arm) -> dict[str, Any]:
             for k, v in flatten_dict(arm.config, sep=".").items()
             if k not in ("name", "run_dir", "mirror_dir")
         },
-        "sample": sample.read_text(errors="replace") if sample.is_file() else "",
+        "sample": sample.read_text(errors="replace", encoding="utf-8") if sample.is_file() else "",
     }
 
 
@@ -109,7 +110,7 @@ def page_data(folders: Sequence[str | Path], added: Sequence[str | Path]) -> dic
     """
     arms = list(read_arms(folders).values())
     shown = [arm_data(arm) for arm in arms]
-    losses = [p[1] for arm in shown for p in arm["validation"]]
+    losses = [p[1] for arm in shown for p in arm["validation"] if math.isfinite(p[1])]
     analyses: dict[str, list[Any]] = {kind: [] for kind in KINDS}
     for file in added:
         content = read_analysis(file)
@@ -136,22 +137,31 @@ def read_analysis(file: str | Path) -> dict[str, Any]:
       UserError: the file cannot be read or is of an unknown kind.
     """
     try:
-        content = json.loads(user_path("--add", file).read_text())
+        content = json.loads(user_path("--add", file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--add={file} cannot be read ({error})") from None
     if not isinstance(content, dict) or content.get("kind") not in KINDS:
-        raise UserError(f"--add={file} was not written by train.{', train.'.join(KINDS)}")
+        raise UserError(f"--add={file} was not written by python -m train {' or '.join(KINDS)}")
     return content
 
 
 def render(data: dict[str, Any], title: str) -> str:
     """Renders the page as HTML."""
-    template = importlib.resources.files("train.analysis").joinpath("report.html").read_text()
+    page = importlib.resources.files("train.analysis").joinpath("report.html")
+    template = page.read_text(encoding="utf-8")
     # Within a script element only "</" could end it, and in JSON a slash may be escaped.
-    content = (
-        json.dumps(data, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\u0021--")
-    )
+    content = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
+    content = content.replace("</", "<\\/").replace("<!--", "<\\u0021--")
     return template.replace("{{TITLE}}", html.escape(title)).replace("{{DATA}}", content)
+
+
+def _finite(value: Any) -> Any:
+    """Puts None for each number that JSON does not have: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def program(argv: Sequence[str]) -> None:

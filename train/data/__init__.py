@@ -5,6 +5,6 @@
 * python_files: rules for corpora of Python source
 * recipes: how the files of each corpus become its splits
 * builder, prepare: the tensorflow-datasets dataset of a corpus, and its flat files
-* corpus, vocabulary: a prepared corpus and its tokens
+* corpus: a prepared corpus and its tokens
 * windows, suffix_match: which windows a step reads and from where; repetitions in a window
 """

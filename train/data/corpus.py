@@ -147,7 +147,7 @@ def read_corpus(folder: Path) -> Corpus:
     """
     manifest = folder / MANIFEST
     try:
-        fields = json.loads(manifest.read_text())
+        fields = json.loads(manifest.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise _damaged(manifest, "is missing", folder) from None
     except (OSError, ValueError) as error:
@@ -199,7 +199,7 @@ def write_manifest(corpus: Corpus, source_sha256: str, rule: str) -> None:
         "source": {"description": corpus.source, "sha256": source_sha256},
         "rule": rule,
     }
-    (corpus.folder / MANIFEST).write_text(json.dumps(fields, indent=2) + "\n")
+    (corpus.folder / MANIFEST).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_hash(corpus: Corpus, split: str) -> None:

@@ -107,7 +107,9 @@ class PackageFile:
         """Downloads the file: the wheel, or, to read a member, the source distribution."""
         progress(f"downloading {self.name}=={self.version} with pip (nothing is installed)")
         requirements, package = folder / "requirements.txt", folder / "package"
-        requirements.write_text(f"{self.name}=={self.version} --hash=sha256:{self.sha256}\n")
+        requirements.write_text(
+            f"{self.name}=={self.version} --hash=sha256:{self.sha256}\n", encoding="utf-8"
+        )
         kind = f"--no-binary={self.name}" if self.member else "--only-binary=:all:"
         command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
         command += ["--no-input", "--quiet", "--progress-bar=off", "--no-deps", "--require-hashes"]

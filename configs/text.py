@@ -2,7 +2,8 @@
 
 The quickstart's models and budget on another corpus; the vocabulary is the byte values of the text,
 or its Unicode characters with ``--config.data.vocabulary=characters``. Whatever its size, the
-transformer has as many parameters as the FSN: ``config.match`` is the FSN that it is matched to.
+transformer has as many parameters as the FSN: ``config.match`` is the FSN that it is matched to by
+its feed-forward. With ``--config.model.feedforward_width=F`` it has that width instead.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ def get_config(arm: str = "fsn") -> ConfigDict:
     config.data.name = "text"
     config.model.vocab_size = 0
     if arm == "transformer":
+        config.model.feedforward_width = 0
         with config.unlocked():
             config.match = {"architecture": "fsn", **dataclasses.asdict(POCKET["fsn"])}
     return config

@@ -373,6 +373,12 @@ CASES = [
         "config.evaluation.stride must be at most config.data.context (16); got 17",
     ),
     Case(
+        "copy events in windows that are too long for them",
+        f"{FRESH} --config.data.context=40000 --config.evaluation.copy_depth=4",
+        "config.evaluation.copy_depth must be 0 for config.data.context above 32767; got 4 and "
+        "40000",
+    ),
+    Case(
         "a negative seed",
         f"{FRESH} --config.seed=-1",
         "config.seed must be from 0 to 2**31 - 1; got -1",

@@ -88,6 +88,10 @@ def test_what_an_arm_is_matched_to_can_be_set_and_must_fit():
     wider = parse_config(["train", *flags, "--config.match.feedforward_width=400"])
     narrow = parse_config(["train", *flags]).with_vocabulary(100)
     assert wider.with_vocabulary(100).model.num_params() > narrow.model.num_params() + 50_000
+    own = parse_config(["train", *flags, "--config.model.feedforward_width=500"])
+    assert own.with_vocabulary(100).model.feedforward_width == 500
+    with pytest.raises(UserError, match=r"config\.match\.architecture must be one of .*'rnn'"):
+        parse_config(["train", *flags, "--config.match.architecture=rnn"])
     tiny = parse_config(["train", *flags, "--config.model.num_layers=40"])
     with pytest.raises(UserError, match=r"config\.match cannot be matched: .* fewer than"):
         tiny.with_vocabulary(100)

@@ -185,6 +185,15 @@ def test_mistakes_are_one_line(finished_arms, option, message):
         copy_depth.program(["copy_depth", *runs, option])
 
 
+def test_no_window_is_longer_than_copy_events_are_found_in(finished_arms, tmp_path, monkeypatch):
+    monkeypatch.setattr(copy_depth, "LONGEST", 8)
+    runs, output = [str(finished_arms["fsn"])], f"--output={tmp_path / 'x.json'}"
+    with pytest.raises(UserError, match="from 1 to what copy events are found in, 8; got 9"):
+        copy_depth.program(["copy_depth", *runs, "--length=9", output])
+    copy_depth.program(["copy_depth", *runs, "--resamples=100", output])
+    assert json.loads((tmp_path / "x.json").read_text())["length"] == 8
+
+
 def test_bits_are_those_of_the_logits():
     model_bits = np.array([[0.5, 0.5], [0.25, 0.75]])
 

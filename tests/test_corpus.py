@@ -310,6 +310,17 @@ def test_damage_to_test_is_found_when_it_is_read(corpus, tmp_path, cache):
         again.split("test", allow_test=True)
 
 
+def test_a_file_that_cannot_be_read_is_damage(corpus, tmp_path, cache, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "No")
+
+    monkeypatch.setattr("train.data.corpus.file_sha256", denied)
+    with pytest.raises(UserError, match=r"damaged: .*train\.bin cannot be read \(No\); delete"):
+        open_corpus(name="text", path=str(corpus.folder), cache_dir=str(cache))
+    with pytest.raises(UserError, match=r"damaged: .*test\.bin cannot be read \(No\); delete"):
+        corpus.split("test", allow_test=True)
+
+
 def test_a_manifest_cannot_pass_for_a_pinned_corpus(small_enwik8, cache, monkeypatch):
     opened("enwik8", small_enwik8, cache)
     monkeypatch.undo()  # the real pins

@@ -67,6 +67,19 @@ def test_a_path_that_may_not_be_looked_at_is_named(monkeypatch):
         user_path("--x", "a")
 
 
+def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path, monkeypatch):
+    stat = os.stat
+
+    def denied(path, **options):
+        if os.fspath(path).startswith(f"{tmp_path}/"):
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    with pytest.raises(UserError, match=r"--x=.* cannot be reached \(Permission denied\)"):
+        user_path("--x", tmp_path)
+
+
 def test_a_run_folder_whose_path_is_not_utf_8_is_refused(corpus, tmp_path):
     experiment = tiny_experiment(corpus.folder, tmp_path / "caf\udce9")
     with pytest.raises(UserError, match=r"is not UTF-8; choose another with --config\.run_dir"):

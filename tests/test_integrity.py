@@ -101,6 +101,16 @@ def test_any_damage_is_noticed(whole, tmp_path, harm):
     assert DAMAGES[harm] in damage(tmp_path / "30")
 
 
+def test_a_disk_that_fails_in_reading_is_damage(whole, monkeypatch):
+    """Such an error has no file name."""
+
+    def failing(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(integrity, "file_sha256", failing)
+    assert damage(whole[0] / "checkpoints" / "30") == "30 cannot be read: Input/output error"
+
+
 @pytest.mark.parametrize("harm", [truncate, garble_metadata], ids=lambda harm: harm.__name__)
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(
     corpus, whole, copied, capsys, harm: Callable[[Path], None]

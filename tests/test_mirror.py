@@ -1,5 +1,7 @@
 """A run's copy in a bucket: what it holds, resuming from it, refusing what does not fit."""
 
+import concurrent.futures
+import functools
 import shutil
 import threading
 from pathlib import Path
@@ -7,6 +9,7 @@ from unittest import mock
 
 import fsspec
 import jax
+import numpy as np
 import pytest
 from etils import epath
 from etils.epath import backend
@@ -16,7 +19,9 @@ from small_runs import (
     assert_equal_trees,
     rows_of,
     run_to_the_end,
+    text_of,
     tiny_experiment,
+    write_corpus,
 )
 
 from train import bucket, evaluate, integrity, loop, mirror, preemption
@@ -114,6 +119,34 @@ def test_a_copy_that_was_cut_short_is_gone_on_from(corpus, whole, tmp_path, stor
     assert "30 is damaged" in capsys.readouterr().err
     assert_equal_trees(jax.device_get(outcome.state), whole[1])
     assert tree(newest) == tree(tmp_path / "one" / "checkpoints" / "30")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(corpus, whole, tmp_path, storage):
+    experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
+    failing = mock.patch.object(loop.Checkpoints, "save", side_effect=RuntimeError("struck"))
+    with failing, pytest.raises(RuntimeError, match="struck"):
+        run_to_the_end(experiment, corpus)
+    assert rows_of(tmp_path / "one", "train")
+    shutil.rmtree(tmp_path / "one")
+    outcome = run_to_the_end(experiment, corpus)
+    assert_equal_trees(jax.device_get(outcome.state), whole[1])
+
+
+@pytest.mark.parametrize("copy_is_whole", [True, False])
+def test_a_damaged_checkpoint_is_replaced_by_its_copy(
+    corpus, tmp_path, storage, capsys, copy_is_whole
+):
+    experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
+    run_to_the_end(experiment, corpus)
+    before = tree(tmp_path / "one")
+    copy = storage.folder / "bucket" / "runs" / "one"
+    for folder in (tmp_path / "one", copy)[: 1 if copy_is_whole else 2]:
+        (folder / "checkpoints" / "30" / "state" / "manifest.ocdbt").unlink()
+    assert run_to_the_end(experiment, corpus).resumed_from == (30 if copy_is_whole else 20)
+    assert ("is replaced by its copy gs://" in capsys.readouterr().err) == copy_is_whole
+    assert not (tmp_path / "one" / "fetched_checkpoints").exists()
+    if copy_is_whole:
+        assert tree(tmp_path / "one") == tree(copy) == before
 
 
 def test_a_checkpoint_made_again_takes_the_place_of_its_copy(corpus, tmp_path, storage):
@@ -321,6 +354,54 @@ def test_a_corpus_in_a_bucket_is_copied_into_the_cache_once(corpus, tmp_path, st
         open_corpus(name="text", path="gs://bucket/nothing", cache_dir=str(tmp_path / "cache"))
 
 
+def test_a_corpus_that_changes_in_its_bucket_leaves_open_files_alone(corpus, tmp_path, storage):
+    there = storage.folder / "bucket" / "text"
+    shutil.copytree(corpus.folder, there)
+    options = {"name": "text", "path": "gs://bucket/text", "cache_dir": str(tmp_path / "cache")}
+    tokens = open_corpus(**options).split("train")
+    before = tokens.copy()
+    shutil.rmtree(there)
+    write_corpus(there, train=text_of(4000, 9))
+    assert open_corpus(**options).sha256 != corpus.sha256
+    np.testing.assert_array_equal(tokens, before)
+
+
+def test_two_processes_do_not_copy_into_the_cache_at_once(corpus, tmp_path, storage, monkeypatch):
+    """Two threads: their locks are of files that each has opened."""
+    shutil.copytree(corpus.folder, storage.folder / "bucket" / "text")
+    copied, entered, go_on = bucket.copy_file, threading.Event(), threading.Event()
+    names = []
+
+    def slowly(source, target):
+        names.append(source.name)
+        entered.set()
+        assert go_on.wait(10)
+        copied(source, target)
+
+    monkeypatch.setattr(bucket, "copy_file", slowly)
+    arguments = ("gs://bucket/text", tmp_path / "cache")
+    fetch = functools.partial(bucket.fetched, *arguments, setting="x", marker="manifest.json")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(fetch)
+        assert entered.wait(10)
+        second = pool.submit(fetch)
+        threading.Timer(0.2, go_on.set).start()
+        assert first.result() == second.result()
+    assert sorted(names) == sorted(file.name for file in corpus.folder.iterdir())
+
+
+def test_a_log_that_is_being_read_is_not_written_over(finished_arms, tmp_path, storage):
+    there = storage.folder / "bucket" / "fsn"
+    shutil.copytree(finished_arms["fsn"], there)
+    here = mirror.fetched_run("gs://bucket/fsn", tmp_path)
+    before = (here / "metrics.jsonl").read_text()
+    with (here / "metrics.jsonl").open() as log:
+        (there / "metrics.jsonl").write_text("")
+        assert mirror.fetched_run("gs://bucket/fsn", tmp_path) == here
+        assert log.read() == before
+    assert (here / "metrics.jsonl").read_text() == ""
+
+
 def test_a_run_in_a_bucket_is_read(finished_arms, tmp_path, storage, monkeypatch):
     monkeypatch.setenv("FSN_JAX_CACHE", str(tmp_path / "cache"))
     folder = finished_arms["fsn"]
@@ -349,7 +430,7 @@ def test_an_evaluation_of_a_run_in_a_bucket_is_added_to_the_run_there(
 
     # Of a bucket that can be read alone, the result is printed.
     monkeypatch.setattr(mirror, "copy_file", mock.Mock(side_effect=PermissionError("read only")))
-    monkeypatch.setattr(mirror, "_copy_run", lambda source, target: None)
+    monkeypatch.setattr(mirror, "_copy_run", lambda source, target, copy_log: None)
     with pytest.raises(UserError, match="the run=gs://bucket/fsn cannot be .*read only"):
         evaluate.program(["evaluate", "gs://bucket/fsn"])
     assert "validation 2.0000 BPC" in capsys.readouterr().out

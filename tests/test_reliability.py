@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -28,7 +29,7 @@ from small_runs import (
 )
 
 from fsn_jax import FSN
-from train import metrics, plan
+from train import finish, main, metrics, plan
 from train import run as run_module
 from train.analysis.records import read_run
 from train.data import windows
@@ -79,6 +80,24 @@ def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(
         assert run.writes
     said = capsys.readouterr().err
     assert f"has no locks ({os.strerror(number)}): nothing keeps a second process" in said
+
+
+def test_a_full_disk_under_the_lock_is_reported_and_frees_the_folder(corpus, tmp_path):
+    experiment = tiny_experiment(corpus.folder, tmp_path / "run")
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    with mock.patch.object(os, "write", full), pytest.raises(UserError, match="No space") as caught:
+        create_or_resume(experiment, corpus)
+    assert str(caught.value).startswith(f"cannot write to the run folder {tmp_path / 'run'} (")
+    create_or_resume(experiment, corpus).close()
+
+
+def test_a_full_disk_when_the_run_ends_is_reported(corpus, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole[0], tmp_path / "run")
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(finish, "loss_curve", full)
+    monkeypatch.setattr(main, "open_experiment_corpus", lambda _: corpus)
+    with pytest.raises(UserError, match="cannot write .*; the checkpoint of step 30 is kept"):
+        main._train(tiny_experiment(corpus.folder, tmp_path / "run"), None)
 
 
 def test_a_full_disk_is_reported_and_the_run_resumes_later(corpus, whole, tmp_path):

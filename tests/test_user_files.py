@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from train.data import user_files
 from train.data.prepare import open_corpus
 from train.data.user_files import find_files, not_text
 from train.errors import UserError
@@ -102,6 +103,17 @@ def test_a_folder_that_cannot_be_read_is_refused_by_name(own, monkeypatch):
     assert found(own)[0] == ["a.txt", "locked/b.txt"]
     monkeypatch.setattr(os, "scandir", denied(own / "locked"))
     with pytest.raises(UserError, match=r"cannot read .*/own/locked \(Permission denied\)"):
+        find_files(str(own))
+
+
+def test_a_disk_that_fails_in_reading_is_reported_with_the_path(own, monkeypatch):
+    """Such an error has no file name."""
+
+    def failing(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(user_files, "file_sha256", failing)
+    with pytest.raises(UserError, match=r"cannot read .*/own \(Input/output error\)"):
         find_files(str(own))
 
 

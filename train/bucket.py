@@ -5,6 +5,7 @@ of this package. A plain folder does as well: a share, or the place of a bucket 
 """
 
 import contextlib
+import fcntl
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,6 +66,13 @@ def copy_file(source: epath.Path, target: epath.Path) -> None:
     source.copy(target, overwrite=True)
 
 
+def replace_file(source: epath.Path, target: epath.Path) -> None:
+    """Copies one file at once, so that nobody reads a part of it."""
+    beside = target.with_name(f"{target.name}.tmp")
+    copy_file(source, beside)
+    beside.replace(target)
+
+
 def copy_folder(source: epath.Path, target: epath.Path, *, marker: str) -> None:
     """Copies a folder in place of an older copy of it; not if its copy is there already.
 
@@ -78,11 +86,9 @@ def copy_folder(source: epath.Path, target: epath.Path, *, marker: str) -> None:
         if (target / marker).read_bytes() == version:
             return
         (target / marker).unlink()
-    names = list(files_below(source))
     if target.exists():
-        for name in set(files_below(target)) - set(names):
-            (target / name).unlink()
-    for name in names:
+        target.rmtree()  # not overwritten: another process may have mapped its files
+    for name in files_below(source):
         if name != marker:
             copy_file(source / name, target / name)
     copy_file(source / marker, target / marker)
@@ -106,8 +112,20 @@ def fetched(remote: str, cache: Path, *, setting: str, marker: str) -> Path:
         if not (source / marker).exists():
             raise UserError(f"{setting}={remote} holds no {marker}")
         target = place_in_cache(remote, cache)
-        copy_folder(source, epath.Path(target), marker=marker)
+        with locked(target):
+            copy_folder(source, epath.Path(target), marker=marker)
     return target
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes that copy into the same folder of the cache waiting."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # of a cache to be read only, or without locks
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(folder.with_name(f"{folder.name}.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def place_in_cache(remote: str, cache: Path) -> Path:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from fsn_jax import FSNConfig, TransformerConfig
 from fsn_jax.config import ARCHITECTURES, ConfigError, check_fields, match_parameters
 from train.bucket import is_remote
+from train.data.suffix_match import LONGEST
 from train.errors import UserError
 from train.settings import (
     PARTS,
@@ -37,6 +38,7 @@ __all__ = [
 
 ModelConfig = FSNConfig | TransformerConfig
 LARGEST_BYTE_VOCABULARY = 256
+WIDTHS = ("feedforward_width", "num_modes")
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -70,7 +72,8 @@ class ExperimentConfig:
       mirror_dir: bucket (``gs://BUCKET/runs``) or folder that keeps a copy of the run's folder
         under the same name; empty for no copy.
       match: model whose number of parameters ``with_vocabulary`` gives to ``model``, by the width
-        of its feed-forward; None to leave that as it is.
+        of its feed-forward, if that (one of WIDTHS) was 0 in the ConfigDict. Another width stands,
+        and this is None.
     """
 
     name: str
@@ -97,19 +100,18 @@ class ExperimentConfig:
         fields = config.to_dict()
         try:
             model_fields = dict(fields.pop("model"))
-            architecture = model_fields.pop("architecture")
-            if architecture not in ARCHITECTURES:
-                raise UserError(
-                    f"config.model.architecture must be one of {', '.join(ARCHITECTURES)}; "
-                    f"got {architecture!r}"
-                )
-            if match := fields.pop("match", None):
-                fields["match"] = _build(ARCHITECTURES[match.pop("architecture")], match, "match")
+            if match_fields := fields.pop("match", None):
+                _, match = _build_model(match_fields, "match")
+                open_widths = [name for name in WIDTHS if model_fields.get(name) == 0]
+                for name in open_widths:
+                    del model_fields[name]
+                fields["match"] = match if open_widths else None
             if from_corpus := model_fields.get("vocab_size") == 0:
                 model_fields["vocab_size"] = LARGEST_BYTE_VOCABULARY
+            architecture, model = _build_model(model_fields, "model")
             experiment = cls(
                 architecture=architecture,
-                model=_build(ARCHITECTURES[architecture], model_fields, "model"),
+                model=model,
                 vocabulary_from_corpus=from_corpus,
                 **{name: _build(part, fields.pop(name), name) for name, part in PARTS.items()},
                 **fields,
@@ -156,6 +158,11 @@ class ExperimentConfig:
                 f"config.evaluation.stride must be at most config.data.context "
                 f"({self.data.context}); got {self.evaluation.stride}"
             )
+        if self.evaluation.copy_depth and self.data.context > LONGEST:
+            raise UserError(
+                f"config.evaluation.copy_depth must be 0 for config.data.context above {LONGEST}; "
+                f"got {self.evaluation.copy_depth} and {self.data.context}"
+            )
 
     def with_vocabulary(self, vocab_size: int) -> "ExperimentConfig":
         """Returns the settings with the vocabulary size of the corpus.
@@ -194,6 +201,18 @@ class ExperimentConfig:
         del fields["vocabulary_from_corpus"], fields["match"]
         fields["model"] = {"architecture": fields.pop("architecture"), **fields["model"]}
         return fields
+
+
+def _build_model(fields: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
+    """Returns the name of the architecture and the config of a model."""
+    fields = dict(fields)
+    architecture = fields.pop("architecture", None)
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"config.{where}.architecture must be one of {', '.join(ARCHITECTURES)}; "
+            f"got {architecture!r}"
+        )
+    return architecture, _build(ARCHITECTURES[architecture], fields, where)
 
 
 def _build(kind: type[Any], fields: dict[str, Any], where: str) -> Any:

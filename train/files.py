@@ -21,8 +21,8 @@ def user_path(setting: str, text: str | Path) -> Path:
       text: the path.
 
     Raises:
-      UserError: it is in a bucket, it cannot be a path or may not be looked at, or the home folder
-        is not known.
+      UserError: it is in a bucket, it cannot be a path, it may not be looked at or into, or the
+        home folder is not known.
     """
     shown = str(text) if len(str(text)) <= 80 else f"{str(text)[:80]}..."
     if is_remote(text):
@@ -35,7 +35,7 @@ def user_path(setting: str, text: str | Path) -> Path:
             f"path out, or set HOME"
         ) from None
     try:
-        os.stat(path)
+        os.stat(os.path.join(path, "."))  # of a folder, what is in it
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:

@@ -51,8 +51,8 @@ def damage(folder: Path) -> str | None:
                 return f"{name} has other bytes than were saved"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except OSError as error:
-        return f"{Path(error.filename).name} cannot be read: {error.strerror}"
+    except OSError as error:  # without a file name if it comes from reading an open file
+        return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{HASHES} or {STEP_METADATA} is not what was saved"
     return None

@@ -29,7 +29,7 @@ from train.preemption import Preemption
 from train.processes import first_does
 from train.profiling import Profiler, TracedSteps
 from train.provenance import write_provenance
-from train.run import RunFolder, cannot_write, refuse_lost_checkpoints
+from train.run import RunFolder, refuse_lost_checkpoints
 from train.step import (
     DispatchMetrics,
     TrainState,
@@ -84,20 +84,14 @@ def train(
 
     Raises:
       UserError: the settings do not fit the corpus or the devices, the checkpoint is of another
-        model, no checkpoint is intact, or the run's folder cannot be written any more.
+        model, or no checkpoint is intact.
       DivergedError: the loss or gradient stopped being finite.
       TryAgain: SIGTERM or Ctrl-C came; the last step is saved.
     """
-    try:
-        with Preemption() as preemption:
-            return _train(
-                experiment, corpus, run, preemption, mesh or data_mesh(), show_progress, profile
-            )
-    except Exception as error:
-        refused = cannot_write(run, error)
-        if refused is None:
-            raise
-        raise refused from error
+    with Preemption() as preemption:
+        return _train(
+            experiment, corpus, run, preemption, mesh or data_mesh(), show_progress, profile
+        )
 
 
 def _train(

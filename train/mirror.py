@@ -23,15 +23,18 @@ from train.bucket import (
     copy_folder,
     files_below,
     is_remote,
+    locked,
     place_in_cache,
     reaching,
+    replace_file,
 )
 from train.errors import UserError, no_run
 from train.files import saved_steps, user_path
-from train.integrity import STEP_METADATA
+from train.integrity import STEP_METADATA, damage
 
 CONFIG, STARTS, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
-_OF_THIS_MACHINE = ("lock", "damaged_checkpoints")
+_FETCHED = "fetched_checkpoints"
+_OF_THIS_MACHINE = ("lock", "damaged_checkpoints", _FETCHED)
 
 
 class Mirror:
@@ -61,6 +64,8 @@ class Mirror:
     def fetch(self) -> bool:
         """Fetches the copy if there is no local run; returns whether it did.
 
+        Of a local run, damaged checkpoints are replaced by their copies, if those are intact.
+
         Raises:
           UserError: the copy is of another run, or ahead of the local one, or cannot be reached.
         """
@@ -69,8 +74,10 @@ class Mirror:
                 return False
             if (self.folder / CONFIG).exists():
                 self._refuse_another_run()
+                self._replace_damaged()
                 return False
             _copy_run(self.place, self.folder)
+            (self.folder / CHECKPOINTS).mkdir(exist_ok=True)  # an empty one was not copied
         return True
 
     def push(self, *, or_warn: bool = False) -> None:
@@ -121,6 +128,25 @@ class Mirror:
             copy_file(source, target)
             self._sent[str(source)] = state
 
+    def _replace_damaged(self) -> None:
+        here, there = self.folder / CHECKPOINTS, self.place / CHECKPOINTS
+        for step in map(str, sorted({*saved_steps(here)} & {*saved_steps(there)})):
+            if (what := damage(Path(here / step))) is None:
+                continue
+            fetched = self.folder / _FETCHED / step
+            with contextlib.suppress(FileNotFoundError):  # the copy is not whole
+                copy_folder(there / step, fetched, marker=STEP_METADATA)
+            if damage(Path(fetched)) is None:
+                (here / step).rmtree()
+                fetched.rename(here / step)
+                print(
+                    f"warning: the checkpoint {here / step} was damaged ({what}); it is replaced "
+                    f"by its copy {there / step}",
+                    file=sys.stderr,
+                )
+            if fetched.parent.exists():
+                fetched.parent.rmtree()
+
     def _refuse_another_run(self) -> None:
         here, there = (_first_start(folder) for folder in (self.folder, self.place))
         if here != there and there is not None:
@@ -153,7 +179,8 @@ def fetched_run(remote: str, cache: Path) -> Path:
         source, target = epath.Path(remote), place_in_cache(remote, cache)
         if not (source / CONFIG).exists():
             raise no_run(remote)
-        _copy_run(source, epath.Path(target))
+        with locked(target):
+            _copy_run(source, epath.Path(target), replace_file)
     return target
 
 

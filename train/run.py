@@ -51,13 +51,19 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Updates the run's copy and releases the lock."""
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        """Updates the run's copy and releases the lock.
+
+        Raises:
+          UserError: the folder cannot be written any more.
+        """
         try:
             if self._mirror:
-                self._mirror.push(or_warn=kind is not None)
+                self._mirror.push(or_warn=error is not None)
         finally:
             self.close()
+        if error and (refused := cannot_write(self, error)):
+            raise refused from error
 
     def saved(self) -> None:
         """Starts to update the run's copy; call it after each save."""
@@ -189,10 +195,10 @@ def _open_to_write(path: Path, experiment: ExperimentConfig, corpus: Corpus) -> 
         lock = (path / "lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise _unwritable(path, error) from None
-    _take_lock(lock, path)
     run = RunFolder(path, lock, mirror)
     config_file = path / "config.json"
     try:
+        _take_lock(lock, path)
         if mirror and mirror.fetch():
             print(f"the run is fetched from {mirror.place}")
         if config_file.exists():
@@ -245,7 +251,6 @@ def _take_lock(lock: IO[str], path: Path) -> None:
     except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "an unknown process"
-        lock.close()
         raise UserError(
             f"the run folder {path} is in use by {holder}; wait for it, or choose another with "
             f"--config.run_dir=FOLDER"
@@ -257,8 +262,8 @@ def _take_lock(lock: IO[str], path: Path) -> None:
             file=sys.stderr,
         )
     lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    # Not by lock.write, which would try again when the lock is closed.
+    os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def _refuse_other_settings(run: RunFolder, experiment: ExperimentConfig) -> None:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from train.analysis.figures import legend_above, panels
 from train.analysis.records import mean_and_deviation, read_arms, reference_arm
-from train.data.suffix_match import SuffixMatch, match_suffixes
+from train.data.suffix_match import LONGEST, SuffixMatch, match_suffixes
 from train.errors import UserError
 from train.files import check_json_output, default_output, write_result
 from train.load import TrainedModel, load
@@ -232,9 +232,11 @@ def measure(
     _check_alike(every)
     corpus = every[0].corpus
     shortest = min(trained.experiment.data.context for trained in every)
-    length = length or shortest
-    if not 1 <= length <= shortest:
-        raise UserError(f"--length must be from 1 to the shortest context, {shortest}")
+    most = min(shortest, LONGEST)
+    length = length or most
+    if not 1 <= length <= most:
+        of = "the shortest context" if most == shortest else "what copy events are found in"
+        raise UserError(f"--length must be from 1 to {of}, {most}; got {length}")
     tokens = corpus.tokens("validation")
     num_windows = num_windows or min(MOST_WINDOWS, (len(tokens) - 1) // length)
     starts = spread_windows(len(tokens), length, num_windows)
@@ -343,7 +345,9 @@ def program(argv: Sequence[str]) -> None:
         default=0,
         help=f"of the validation split; 0: {MOST_WINDOWS}, or as many as it holds",
     )
-    p.add_argument("--length", type=int, default=0, help="characters each; 0: shortest context")
+    p.add_argument(
+        "--length", type=int, default=0, help=f"characters each; 0: shortest context, or {LONGEST}"
+    )
     p.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     options = p.parse_args(argv[1:])
     output = check_json_output(options.output or default_output(options.runs, "copy_depth.json"))

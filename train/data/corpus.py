@@ -203,9 +203,13 @@ def write_manifest(corpus: Corpus, source_sha256: str, rule: str) -> None:
 
 
 def _check_hash(corpus: Corpus, split: str) -> None:
-    digest = file_sha256(corpus.path(split))
+    file = corpus.path(split)
+    try:
+        digest = file_sha256(file)
+    except OSError as error:
+        raise _damaged(file, f"cannot be read ({error.strerror})", corpus.folder) from error
     if digest != corpus.splits[split].sha256:
-        raise _damaged(corpus.path(split), f"has SHA-256 {digest}", corpus.folder)
+        raise _damaged(file, f"has SHA-256 {digest}", corpus.folder)
 
 
 def _damaged(file: Path, what: str, folder: Path) -> UserError:

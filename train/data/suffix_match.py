@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+LONGEST = 2**15 - 1
+"""Largest number of predictions in a window."""
 CHUNK = 64  # windows worked on together: their rows of 512 stay in the second-level cache
 
 
@@ -34,16 +36,16 @@ def match_suffixes(
     """Finds the longest repeated suffix of every prefix of every window.
 
     Args:
-      windows: unsigned[W, L + 1], inputs and the last target; L below 2**15.
+      windows: unsigned[W, L + 1], inputs and the last target; L at most LONGEST.
       separator: if given, windows are cut before each of these tokens, and repetitions count
         within a part alone.
 
     Raises:
-      ValueError: a window has fewer than two characters, or 2**15 or more.
+      ValueError: a window has fewer than two characters, or more than LONGEST + 1.
     """
     count, length = windows.shape[0], windows.shape[1] - 1
-    if not 1 <= length < 2**15:
-        raise ValueError(f"windows must have 2 to {2**15} characters; got {length + 1}")
+    if not 1 <= length <= LONGEST:
+        raise ValueError(f"windows must have 2 to {LONGEST + 1} characters; got {length + 1}")
     if separator is not None:  # the same characters in two parts are two characters
         part_number = np.cumsum(windows == separator, axis=1, dtype=np.uint64)
         windows = windows.astype(np.uint64) | part_number << np.uint64(32)

@@ -101,7 +101,7 @@ def find_files(
         return [UserFile(file, name, file_sha256(file)) for name, file in sorted(found)]
     except OSError as error:
         raise UserError(
-            f"config.data.path={path}: cannot read {error.filename} ({error.strerror})"
+            f"config.data.path={path}: cannot read {error.filename or path} ({error.strerror})"
         ) from error
 
 

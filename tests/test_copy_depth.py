@@ -191,7 +191,7 @@ def test_no_window_is_longer_than_copy_events_are_found_in(finished_arms, tmp_pa
     with pytest.raises(UserError, match="from 1 to what copy events are found in, 8; got 9"):
         copy_depth.program(["copy_depth", *runs, "--length=9", output])
     copy_depth.program(["copy_depth", *runs, "--resamples=100", output])
-    assert json.loads((tmp_path / "x.json").read_text())["length"] == 8
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["length"] == 8
 
 
 def test_bits_are_those_of_the_logits():

@@ -394,12 +394,12 @@ def test_a_log_that_is_being_read_is_not_written_over(finished_arms, tmp_path, s
     there = storage.folder / "bucket" / "fsn"
     shutil.copytree(finished_arms["fsn"], there)
     here = mirror.fetched_run("gs://bucket/fsn", tmp_path)
-    before = (here / "metrics.jsonl").read_text()
-    with (here / "metrics.jsonl").open() as log:
-        (there / "metrics.jsonl").write_text("")
+    before = (here / "metrics.jsonl").read_text(encoding="utf-8")
+    with (here / "metrics.jsonl").open(encoding="utf-8") as log:
+        (there / "metrics.jsonl").write_text("", encoding="utf-8")
         assert mirror.fetched_run("gs://bucket/fsn", tmp_path) == here
         assert log.read() == before
-    assert (here / "metrics.jsonl").read_text() == ""
+    assert (here / "metrics.jsonl").read_text(encoding="utf-8") == ""
 
 
 def test_a_run_in_a_bucket_is_read(finished_arms, tmp_path, storage, monkeypatch):

@@ -123,7 +123,9 @@ def locked(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):  # of a cache to be read only, or without locks
             folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context(folder.with_name(f"{folder.name}.lock").open("w"))
+            lock = held.enter_context(
+                folder.with_name(f"{folder.name}.lock").open("w", encoding="utf-8")
+            )
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -276,13 +276,17 @@ def _drawn(
                 return
 
 
+def _check_stop(stop: Sequence[Any]) -> None:
+    for sequence in stop:
+        if np.ndim(sequence) != 1 or not len(sequence):
+            raise ConfigError("stop must hold sequences of one token or more")
+
+
 class _Ending:
     """Finds the ends of rows that are drawn chunk by chunk."""
 
     def __init__(self, stop: Sequence[Tokens], batch: int) -> None:
-        for sequence in stop:
-            if np.ndim(sequence) != 1 or not len(sequence):
-                raise ConfigError("stop must hold sequences of one token or more")
+        _check_stop(stop)
         self._stop = [np.asarray(sequence) for sequence in stop]
         longest = max(map(len, self._stop), default=1)
         self._tail = np.full((batch, longest - 1), NO_TOKEN)

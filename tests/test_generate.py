@@ -373,7 +373,6 @@ def test_a_stop_sequence_in_the_prompt_does_not_end_the_text():
         ("prompt", [1, 2]),
         ("prompt", [[0.5, 1.0]]),
         ("stop", [[1], []]),
-        ("stop", [3]),
     ],
 )
 def test_refuses_a_bad_argument_in_one_line_that_names_it(argument, value):
@@ -398,3 +397,10 @@ def test_refuses_what_is_no_number(value):
         generation._check_real(top_p=np.float32(0.5), temperature=value)
     assert repr(value) in str(caught.value)
     generation._check_real(temperature=1, top_p=jnp.float32(0.9))
+
+
+@pytest.mark.parametrize("stop", [[3], [[[1, 2]]]])
+def test_refuses_stops_that_are_no_sequences_of_tokens(stop):
+    """Past the run-time type checks too."""
+    with pytest.raises(ConfigError, match="stop must hold sequences of one token or more"):
+        generation._check_stop(stop)

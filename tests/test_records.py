@@ -106,7 +106,7 @@ def test_no_run_and_a_damaged_one(tmp_path):
         ("metrics.jsonl", '{"kind": "train"}\n', "losses", "no step in"),
         ("metrics.jsonl", b"\xff\n", "losses", "can't decode"),
         ("timing.jsonl", '{"step": 1}\n', "clock", "no seconds in"),
-        ("evaluations.jsonl", "3\n", "whole_validation", "no step in 3"),
+        ("evaluations.jsonl", "3\n", "whole_validation", "no JSON object"),
         ("test_reads.jsonl", '{"step": 2}\n', "test", "no bpc in"),
     ],
 )

@@ -378,6 +378,7 @@ def make_evaluate_rows(
     return jax.jit(
         rows,
         in_shardings=(None, by_row, by_row),  # the parameters as they lie
-        out_shardings=replicated(mesh),
+        # Where one process sees all rows, devices have nothing to send each other.
+        out_shardings=by_row if jax.process_count() == 1 else replicated(mesh),
         compiler_options=compiler_options(mesh),
     )

@@ -120,7 +120,7 @@ def test_a_record_is_called_as_the_arm_that_still_makes_it(record):
     family, _, arm = run.partition("_")
     if run in OF_OPTIONS or family == "quickstart":
         return
-    if run.endswith("_long"):
+    if run.endswith(("_long", "_half")):
         settings = long.get_config(run.removesuffix("_long"))
     else:
         settings = FILES[family].get_config(arm)

@@ -92,9 +92,6 @@ def copy_curve(runs: Sequence[str | Path], target: Path) -> None:
                 draw_curve(axes, arm, kind, arm.name, f"C{index}", marker="o", ms=3, lw=1.5)
             axes.set_xlabel(SEEN)
             axes.set_ylabel(f"bits per character, {what}")
-            curves = filter(None, (arm.curve(kind) for arm in arms.values()))
-            if last := [statistics.fmean(curve[-1][1]) for curve in curves]:
-                axes.set_ylim(min(last) - 0.1, max(last) + 0.6)
         legend_above(both[0])
 
 

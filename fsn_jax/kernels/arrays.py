@@ -88,6 +88,6 @@ def varying_alike(
 
     Inside ``jax.shard_map`` a kernel's operands and results must all vary over the same axes.
     """
-    arrays = match_varying_axes([jnp.asarray(x) for x in arrays])
-    axes = jax.typeof(arrays[0]).manual_axis_type
-    return arrays, [jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=axes) for s in shapes]
+    operands = match_varying_axes([jnp.asarray(x) for x in arrays])
+    axes = jax.typeof(operands[0]).manual_axis_type
+    return operands, [jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=axes) for s in shapes]

@@ -266,23 +266,23 @@ def call(
     if segments is not None:
         of_segments, spec = _with_block(segments, heads)
         arrays, in_specs = (*arrays, of_segments), (*in_specs, spec)
-    arrays, shapes = varying_alike(arrays, shapes)
+    operands, written = varying_alike(arrays, shapes)
 
     def body(*refs: Ref) -> None:
         of_segments = refs[len(inputs)] if segments is not None else None
         at = At(pl.program_id(1), length, tile, of_segments)
-        kernel(at, refs[: len(inputs)], refs[len(arrays) :])
+        kernel(at, refs[: len(inputs)], refs[len(operands) :])
 
     results = pl.pallas_call(
         body,
-        out_shape=shapes,
+        out_shape=written,
         grid=(batch * heads, pl.cdiv(length, tile.block), num_parts),
         in_specs=in_specs,
         out_specs=out_specs,
         compiler_params=triton.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
         interpret=interpret,
         name=name,
-    )(*arrays)
+    )(*operands)
     wanted = (x[0] if isinstance(x, tuple) else x for x in outputs)
     return [x[..., : like.shape[-1]] for x, like in zip(results, wanted, strict=True)]
 

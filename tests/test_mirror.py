@@ -235,27 +235,33 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_step(corpus, tmp_p
         create_or_resume(experiment, corpus)
 
 
+class SlowCopy:
+    """Copies files, and waits within each until it is told to go on."""
+
+    def __init__(self):
+        self.names, self.copy = [], bucket.copy_file
+        self.entered, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, source, target):
+        self.names.append(source.name)
+        self.entered.set()
+        assert self.go_on.wait(10)
+        self.copy(source, target)
+
+
 def test_copies_do_not_overtake_each_other(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "metrics.jsonl").write_text("1", encoding="utf-8")
     (tmp_path / "one" / "config.json").write_text("{}", encoding="utf-8")
     made = Mirror(tmp_path / "one", str(tmp_path / "share"))
-    copied, entered, go_on = bucket.copy_file, threading.Event(), threading.Event()
-    calls = []
-
-    def slowly(source, target):
-        calls.append(source.name)
-        entered.set()
-        assert go_on.wait(10)
-        copied(source, target)
-
+    slowly = SlowCopy()
     with mock.patch.object(mirror, "copy_file", slowly):
         made.push_behind()
-        assert entered.wait(10)
+        assert slowly.entered.wait(10)
         made.push_behind()  # left out: one is under way
-        threading.Timer(0.1, go_on.set).start()
+        threading.Timer(0.1, slowly.go_on.set).start()
         made.push()  # waits for it
-    assert calls == ["metrics.jsonl", "config.json"]
+    assert slowly.names == ["metrics.jsonl", "config.json"]
     assert (tmp_path / "share" / "one" / "metrics.jsonl").read_text(encoding="utf-8") == "1"
 
 
@@ -369,25 +375,17 @@ def test_a_corpus_that_changes_in_its_bucket_leaves_open_files_alone(corpus, tmp
 def test_two_processes_do_not_copy_into_the_cache_at_once(corpus, tmp_path, storage, monkeypatch):
     """Two threads: their locks are of files that each has opened."""
     shutil.copytree(corpus.folder, storage.folder / "bucket" / "text")
-    copied, entered, go_on = bucket.copy_file, threading.Event(), threading.Event()
-    names = []
-
-    def slowly(source, target):
-        names.append(source.name)
-        entered.set()
-        assert go_on.wait(10)
-        copied(source, target)
-
+    slowly = SlowCopy()
     monkeypatch.setattr(bucket, "copy_file", slowly)
     arguments = ("gs://bucket/text", tmp_path / "cache")
     fetch = functools.partial(bucket.fetched, *arguments, setting="x", marker="manifest.json")
     with concurrent.futures.ThreadPoolExecutor() as pool:
         first = pool.submit(fetch)
-        assert entered.wait(10)
+        assert slowly.entered.wait(10)
         second = pool.submit(fetch)
-        threading.Timer(0.2, go_on.set).start()
+        threading.Timer(0.2, slowly.go_on.set).start()
         assert first.result() == second.result()
-    assert sorted(names) == sorted(file.name for file in corpus.folder.iterdir())
+    assert sorted(slowly.names) == sorted(file.name for file in corpus.folder.iterdir())
 
 
 def test_a_log_that_is_being_read_is_not_written_over(finished_arms, tmp_path, storage):

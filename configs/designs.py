@@ -18,6 +18,7 @@ STEPS, EVERY = 1800, 450
 REFERENCE = "projected"
 CHANGES: dict[str, dict[str, Any]] = {
     "four_heads": {"num_heads": 4, "heads_per_phase": 2},
+    "two_harmonics": {"num_harmonics": 2},
     "eight_layers": {"num_layers": 8},
     "fast_drift": {"rotary_base": 100.0},
 }

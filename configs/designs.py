@@ -2,8 +2,8 @@
 
 ``projected`` is the reference, ``configs/ladder.py:projected_1m`` with a shorter schedule; each
 other arm changes what its name says and has as many parameters. The schedule has 7.4 million
-characters (a trial), or, in arms whose names end in ``_half``, 50.0 million: the budget of the arms
-``enwik8_KIND_1m_half`` of ``configs/long.py``.
+characters (a trial), or, in the few arms whose names end in ``_half``, 50.0 million: the budget of
+the arms ``enwik8_KIND_1m_half`` of ``configs/long.py``.
 """
 
 import dataclasses
@@ -25,8 +25,10 @@ CHANGES: dict[str, dict[str, Any]] = {
 """Of the model."""
 RATES: dict[str, float] = {"high_rate": 1.75, "low_rate": 0.6}
 """Factors of the peak learning rate."""
+RUNS = ("four_heads", "two_harmonics")
+"""Changes that have a run of half the budget, too."""
 TRIALS = (REFERENCE, *CHANGES, *RATES)
-ARMS = (*TRIALS, *(f"{trial}_half" for trial in TRIALS if trial != REFERENCE))
+ARMS = (*TRIALS, *(f"{trial}_half" for trial in RUNS))
 
 
 def get_config(arm: str = REFERENCE) -> ConfigDict:

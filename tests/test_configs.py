@@ -17,7 +17,7 @@ import pytest
 from ml_collections import ConfigDict
 from small_runs import mesh_of
 
-from configs import ablations, enwik8, ladder, long
+from configs import ablations, designs, enwik8, ladder, long
 from train.config import ExperimentConfig
 from train.errors import UserError
 from train.flags import load_config, parse_config
@@ -122,7 +122,7 @@ def test_a_config_may_import_what_lies_beside_it_from_anywhere(tmp_path):
 
 def test_there_are_configs():
     assert {file.stem for file in FILES} >= {
-        "quickstart", "enwik8", "pycode", "text", "ablations", "ladder", "long",
+        "quickstart", "enwik8", "pycode", "text", "ablations", "designs", "ladder", "long",
     }  # fmt: skip
 
 
@@ -314,6 +314,22 @@ def test_an_ablation_changes_what_it_is_called_and_nothing_else(arm):
     for config in (there, beside):
         del config["name"], config["model"]
     assert there == beside
+
+
+@pytest.mark.parametrize("arm", [arm for arm in designs.ARMS if arm != designs.REFERENCE])
+def test_a_design_changes_what_it_is_called_and_nothing_else(arm):
+    """A trial differs from the reference, a run of half the budget from the long run."""
+    trial = arm.removesuffix("_half")
+    beside = "designs.py:projected" if trial == arm else "long.py:enwik8_projected_1m_half"
+    there, reference = (experiment_of(f"{FOLDER}/{name}") for name in (f"designs.py:{arm}", beside))
+    rate = designs.RATES.get(trial, 1.0) * reference.optimizer.peak_learning_rate
+    assert there.optimizer.peak_learning_rate == pytest.approx(rate)
+    assert there.model.num_params() == pytest.approx(reference.model.num_params(), rel=0.002)
+    width = {"feedforward_width"} if trial in designs.CHANGES else set()
+    assert changed(reference.model, there.model) <= {*designs.CHANGES.get(trial, ()), *width}
+    assert (there.model, there.optimizer) != (reference.model, reference.optimizer)
+    for part in ("data", "training", "evaluation", "checkpoints", "seed"):
+        assert getattr(there, part) == getattr(reference, part)
 
 
 @pytest.mark.parametrize("arm", ablations.KINDS)

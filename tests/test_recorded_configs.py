@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import ablations, enwik8, ladder, long, pycode
+from configs import ablations, designs, enwik8, ladder, long, pycode
 from fsn_jax import FSN, FSNConfig, Transformer
 from fsn_jax.config import recorded_fields
 from train.config import ExperimentConfig
@@ -108,7 +108,13 @@ def test_the_fsn_before_the_published_form_is_called_projected(before, now):
 
 
 RECORDED_RUNS = sorted(file.parent for file in RESULTS.glob("*/config.json"))
-FILES = {"enwik8": enwik8, "pycode": pycode, "ladder": ladder, "ablation": ablations}
+FILES = {
+    "enwik8": enwik8,
+    "pycode": pycode,
+    "ladder": ladder,
+    "ablation": ablations,
+    "design": designs,
+}
 OF_OPTIONS = {"enwik8_projected_pocket_short", "enwik8_projected_one_head_pocket"}
 
 
@@ -120,7 +126,7 @@ def test_a_record_is_called_as_the_arm_that_still_makes_it(record):
     family, _, arm = run.partition("_")
     if run in OF_OPTIONS or family == "quickstart":
         return
-    if run.endswith(("_long", "_half")):
+    if family != "design" and run.endswith(("_long", "_half")):
         settings = long.get_config(run.removesuffix("_long"))
     else:
         settings = FILES[family].get_config(arm)

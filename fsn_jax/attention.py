@@ -201,6 +201,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         heard = range(self.heads_per_phase)
         by_rank = jnp.stack([jnp.roll(attention, -j, axis=1) for j in heard])
         of_rank = jax.vmap(local_field, in_axes=(None, 0, 2, None))
+        theta = theta.astype(jnp.float32)
         field = of_rank(theta, by_rank, jax.lax.complex(*kappa), segment_ids).sum(axis=0)
         return Complex(field.real, field.imag)
 

@@ -70,7 +70,8 @@ class PhaseAttention(ScoreFields, nn.Module):
         ``im`` is the torque, the update of the phases in radians; ``re`` is the coherence of a
         phase with its field. Arguments as for ``__call__``.
         """
-        z, query, key = self._score(theta, theta.shape[1], None, segment_ids, positions)
+        z = token_phasor(theta)
+        query, key = self._score(z, z.re.shape[1], None, segment_ids, positions)
         if self.is_mutable_collection("diagnostics") and not self.is_initializing():
             entropy = attention_entropy(attention_weights(query, key, segment_ids))
             self.sow("diagnostics", "attention_entropy", entropy)
@@ -101,8 +102,9 @@ class PhaseAttention(ScoreFields, nn.Module):
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Complex, LayerCache]:
         """Applies ``field`` to S tokens at ``position`` and on, after those in the cache."""
-        cache.check_room(theta.shape[1])
-        z, query, key = self._score(theta, cache.capacity, position, segment_ids, positions)
+        z = token_phasor(theta)
+        cache.check_room(*theta.shape[:2], self.num_heads)
+        query, key = self._score(z, cache.capacity, position, segment_ids, positions)
         values, cache = self._values(z), cache.with_segments(position, segment_ids)
         seen = extend_weights(query, key, values, cache, position, segment_ids)
         field = self._field_of_weights(z, seen.weights, seen.cache.value, seen.visible)
@@ -116,7 +118,8 @@ class PhaseAttention(ScoreFields, nn.Module):
         positions: Int[Array, "*B L"] | None = None,
     ) -> Float[Array, "B H L L"]:
         """Returns the attention weights ``A``, for inspection: ``__call__`` does not form them."""
-        _, query, key = self._score(theta, theta.shape[1], None, segment_ids, positions)
+        z = token_phasor(theta)
+        query, key = self._score(z, z.re.shape[1], None, segment_ids, positions)
         return attention_weights(query, key, segment_ids)
 
     def empty_cache(
@@ -137,21 +140,19 @@ class PhaseAttention(ScoreFields, nn.Module):
 
     def _score(
         self,
-        theta: Array,
+        z: Complex,
         capacity: int,
         position: Array | None,
         segment_ids: Array | None,
         positions: Array | None,
-    ) -> tuple[Complex, Array, Array]:
-        """Returns phasors, queries and keys of tokens at ``position`` (None: 0) and on."""
-        z = token_phasor(theta)
-        check_rows(theta.shape[:2], segment_ids, positions)
-        num_phases = theta.shape[2]
+    ) -> tuple[Array, Array]:
+        """Returns queries and keys of tokens at ``position`` (None: 0) and on."""
+        *rows, num_phases = z.re.shape
+        check_rows(tuple(rows), segment_ids, positions)
         self.check_width(num_phases)
         frequencies = drift_frequencies(self, num_phases)
-        drift = token_rotary(frequencies, theta.shape[1], capacity, position, positions)
-        query, key = self.scores(z, drift)
-        return z, query, key
+        drift = token_rotary(frequencies, rows[1], capacity, position, positions)
+        return self.scores(z, drift)
 
     def _heads(self, z: Complex) -> Complex:
         return Complex(split_heads(z.re, self.num_heads), split_heads(z.im, self.num_heads))
@@ -174,12 +175,13 @@ class PhaseAttention(ScoreFields, nn.Module):
 
 
 SOFTPLUS_FLOOR = 0.01
-"""Least initial value of a positive coefficient: no parameter gives a softplus of zero."""
+"""What a positive coefficient is in place of zero: no parameter gives a softplus of zero."""
 
 
 def softplus_inverse(x: np.ndarray) -> np.ndarray:
-    """Inverts the softplus elementwise, for coefficients of at least ``SOFTPLUS_FLOOR``."""
-    return np.log(np.expm1(np.maximum(x, SOFTPLUS_FLOOR)))
+    """Inverts the softplus elementwise, float64; of zero it makes ``SOFTPLUS_FLOOR``."""
+    x = np.where(x > 0, x, SOFTPLUS_FLOOR).astype(np.float64)
+    return x + np.log(-np.expm1(-x))
 
 
 class _SummedAttention(PhaseAttention):

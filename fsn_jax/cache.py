@@ -39,12 +39,15 @@ class LayerCache:
         """C, number of tokens that fit."""
         return self.value.shape[1]
 
-    def check_room(self, num_tokens: int) -> None:
-        """Checks that tokens fit into an empty cache.
+    def check_room(self, batch: int, num_tokens: int, num_heads: int) -> None:
+        """Checks that tokens ``[B, S]`` of a layer with H heads fit into an empty cache.
 
         Raises:
           ValueError: they do not.
         """
+        sequences = self.value.shape[0] // num_heads
+        if batch != sequences:
+            raise ValueError(f"the cache is for {sequences} sequences; got {batch}")
         if num_tokens > self.capacity:
             raise ValueError(f"{num_tokens} tokens do not fit into a cache for {self.capacity}")
 

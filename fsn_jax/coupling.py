@@ -55,7 +55,7 @@ def coupling_update(
       The update of the phases, in radians.
 
     Raises:
-      ValueError: H does not divide N, or T is neither 1 nor 2.
+      ValueError: kappa is not ``[T, M, N]``, H does not divide N, or T is neither 1 nor 2.
     """
     return jnp.imag(local_field(theta, attention, kappa, segment_ids))
 
@@ -73,10 +73,15 @@ def local_field(
     ``coupling_update``.
 
     Raises:
-      ValueError: H does not divide N, or T is neither 1 nor 2.
+      ValueError: kappa is not ``[T, M, N]``, H does not divide N, or T is neither 1 nor 2.
     """
     batch, length, num_phases = theta.shape
     num_heads = attention.shape[1]
+    if kappa.ndim != 3:
+        raise ValueError(
+            f"kappa must be [T, M, N], of FrustratedAttention.kappa() the part [:, :, j]; got "
+            f"shape {kappa.shape}"
+        )
     num_delays, num_harmonics, _ = kappa.shape
     if num_phases % num_heads:
         raise ValueError(f"{num_heads} heads do not divide {num_phases} phases")

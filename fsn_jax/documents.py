@@ -17,8 +17,25 @@ def document_ids(tokens: Int[Array, "B L"], separator: int) -> Int[Array, "B L"]
     return jnp.cumsum(tokens == separator, axis=1, dtype=jnp.int32)
 
 
+def check_integers(name: str, values: Array) -> None:
+    """Checks that an argument is an array of whole numbers.
+
+    Args:
+      name: of the argument.
+      values: of it.
+
+    Raises:
+      ValueError: it is not.
+    """
+    dtype = getattr(values, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"{name} must be an array of whole numbers; got {dtype or type(values).__name__}"
+        )
+
+
 def check_rows(shape: tuple[int, ...], segment_ids: Array | None, positions: Array | None) -> None:
-    """Checks the shapes of rows of tokens: where they do not fit, JAX may broadcast silently.
+    """Checks what comes with rows of tokens: where shapes do not fit, JAX may broadcast silently.
 
     Args:
       shape: of the tokens.
@@ -27,8 +44,11 @@ def check_rows(shape: tuple[int, ...], segment_ids: Array | None, positions: Arr
 
     Raises:
       ValueError: the tokens are not ``[B, L]``, ``segment_ids`` is not of their shape, or
-        ``positions`` is neither that nor ``[L]``.
+        ``positions`` is neither that nor ``[L]``; or they are no whole numbers.
     """
+    for name, values in (("segment_ids", segment_ids), ("positions", positions)):
+        if values is not None:
+            check_integers(name, values)
     if len(shape) != 2:
         raise ValueError(f"tokens must be [B, L]; got shape {shape}")
     if segment_ids is not None and jnp.shape(segment_ids) != shape:

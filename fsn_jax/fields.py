@@ -123,6 +123,12 @@ class Fields:
     """Base of all groups of settings: checks them at construction."""
 
     def __post_init__(self) -> None:
+        parent = getattr(self, "parent", None)  # of a Flax module, its first argument
+        if isinstance(parent, Frozen):
+            raise ConfigError(
+                f"{type(self).__name__} takes settings by their names, num_heads=2, not a "
+                f"{type(parent).__name__}"
+            )
         for field in _settings(type(self)):
             value = getattr(self, field.name)
             if isinstance(value, np.generic):

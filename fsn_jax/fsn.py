@@ -21,7 +21,7 @@ from fsn_jax.config import FSNConfig
 from fsn_jax.dense import sum_in_float32
 from fsn_jax.feedforward import CollectiveModes, PhasorSwiGLU
 from fsn_jax.fields import shared_settings
-from fsn_jax.language_model import DETERMINISTIC_ARGUMENT, LanguageModel
+from fsn_jax.language_model import DETERMINISTIC_ARGUMENT, LanguageModel, check_kind
 from fsn_jax.lookup import lookup
 from fsn_jax.torus import Complex, features, order_parameter, phasor
 
@@ -135,6 +135,7 @@ class FSN(LanguageModel):
 
     def setup(self) -> None:
         c = self.config
+        check_kind(self, c, FSNConfig)
         self.embedding = PhaseEmbedding(c)
         block = nn.remat(Block, static_argnums=DETERMINISTIC_ARGUMENT) if c.remat else Block
         self.blocks = [block(c, name=f"block_{i}") for i in range(c.num_layers)]

@@ -214,13 +214,16 @@ def stream(
         "top_k": jnp.int32(top_k),
         "top_p": jnp.float32(top_p),
     }
-    ending = _Ending(stop, text.shape[0]) if stop else None
+    ending = _Ending(stop, text.shape[0]) if len(stop) else None
     return _drawn(model, variables, text, num_tokens, key, context, settings, ending, separator)
 
 
 def _checked_prompt(prompt: npt.ArrayLike, vocab_size: int) -> npt.NDArray[Any]:
     """Returns the prompt ``[B, S]``; raises ConfigError if it is none."""
-    text = np.asarray(prompt)
+    try:
+        text = np.asarray(prompt)
+    except ValueError:
+        raise ConfigError("prompt must be [B, S], rows of one length; got several") from None
     if text.ndim != 2 or not np.issubdtype(text.dtype, np.integer):
         raise ConfigError(
             f"prompt must be whole numbers [B, S], one row a text; got {text.dtype} of shape "

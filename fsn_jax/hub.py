@@ -80,7 +80,7 @@ class Pretrained:
         temperature: float = 0.8,
         top_k: int = 0,
         top_p: float = 1.0,
-        stop: Sequence[str | bytes] = (),
+        stop: str | bytes | Sequence[str | bytes] = (),
         seed: int = 0,
     ) -> Iterator[bytes]:
         """Yields the bytes that follow a prompt, a few at a time.
@@ -91,13 +91,14 @@ class Pretrained:
           temperature: divides the logits; 0 takes the likeliest token.
           top_k: draw from the k likeliest tokens; 0 means all.
           top_p: draw from the likeliest tokens that hold this probability; 1 means all.
-          stop: the text ends with the first of these that it holds.
+          stop: the text ends with this, or with the first of these that it holds.
           seed: same seed, same text.
 
         Raises:
           ConfigError: a setting is out of range.
           TextError: the vocabulary has no token for a part of a text.
         """
+        stops = [stop] if isinstance(stop, (str, bytes)) else stop
         chunks = stream(
             self.model,
             {"params": self.params},
@@ -108,7 +109,7 @@ class Pretrained:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            stop=[self.encode(text).tolist() for text in stop],
+            stop=[self.encode(text).tolist() for text in stops],
             separator=self.separator,
         )
         for chunk in chunks:

@@ -5,10 +5,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fsn_jax.cache import Cache
-from fsn_jax.documents import check_rows
+from fsn_jax.documents import check_integers, check_rows
+from fsn_jax.fields import ConfigError
 
 DETERMINISTIC_ARGUMENT = 4
 """Index of ``deterministic`` in a block's ``__call__``, which ``nn.remat`` must know as static."""
+
+
+def check_kind(model: nn.Module, config: object, kind: type) -> None:
+    """Checks that a model was given a config of its own kind.
+
+    Raises:
+      ConfigError: it was not.
+    """
+    if not isinstance(config, kind):
+        raise ConfigError(
+            f"{type(model).__name__}.config must be of class {kind.__name__}; got "
+            f"{type(config).__name__}"
+        )
 
 
 class LanguageModel(nn.Module):
@@ -37,7 +51,7 @@ class LanguageModel(nn.Module):
           deterministic: False in training with dropout, which needs ``rngs={"dropout": key}``.
 
         Raises:
-          ValueError: tokens, segments or positions are of another shape.
+          ValueError: tokens, segments or positions are of another shape, or no whole numbers.
         """
         states = self.states(
             tokens, segment_ids=segment_ids, positions=positions, deterministic=deterministic
@@ -56,7 +70,8 @@ class LanguageModel(nn.Module):
 
         Arguments and errors as for ``__call__``.
         """
-        check_rows(jnp.shape(tokens), segment_ids, positions)
+        check_integers("tokens", tokens)
+        check_rows(tokens.shape, segment_ids, positions)
         state = self._embed(tokens, deterministic)
         for block in self.blocks:
             state = block(state, segment_ids, positions, deterministic)
@@ -77,7 +92,8 @@ class LanguageModel(nn.Module):
         Raises:
           ValueError: there are more tokens than the whole cache has room for.
         """
-        check_rows(jnp.shape(tokens), segment_ids, positions)
+        check_integers("tokens", tokens)
+        check_rows(tokens.shape, segment_ids, positions)
         state = self._embed(tokens, True)
         layers = []
         for block, layer in zip(self.blocks, cache.layers, strict=True):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from fsn_jax.lookup import lookup
 
@@ -195,7 +195,7 @@ MAX_POSITIONS = _DIGIT**2
 
 
 def rotary_phasor_at(
-    positions: Int[Array, "*shape"], frequencies: npt.NDArray[np.float64]
+    positions: Integer[Array, "*shape"], frequencies: npt.NDArray[np.float64]
 ) -> Complex:
     """Computes ``exp(i t omega_p)`` for given positions t, from a table for each digit of t.
 
@@ -209,6 +209,10 @@ def rotary_phasor_at(
       float32 arrays ``[*shape, R]``.
     """
     high, low = (rotary_phasor(_DIGIT, frequencies, step) for step in (_DIGIT, 1))
+    positions = jnp.asarray(positions)
+    if positions.dtype.itemsize < 4 or jnp.issubdtype(positions.dtype, jnp.unsignedinteger):
+        # A digit does not fit into 8 bits.
+        positions = positions.astype(jnp.int32)
 
     def rows(table: Complex, index: Array) -> Complex:
         return Complex(*(lookup(part, index) for part in table))

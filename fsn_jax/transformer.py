@@ -24,7 +24,7 @@ from fsn_jax.causal import causal_sum, merge_heads, split_heads
 from fsn_jax.config import TransformerConfig
 from fsn_jax.dense import sum_in_float32
 from fsn_jax.feedforward import SwiGLU
-from fsn_jax.language_model import DETERMINISTIC_ARGUMENT, LanguageModel
+from fsn_jax.language_model import DETERMINISTIC_ARGUMENT, LanguageModel, check_kind
 from fsn_jax.lookup import lookup
 from fsn_jax.torus import Complex, multiply, rotary_frequencies, token_rotary
 
@@ -79,7 +79,7 @@ class RotaryAttention(nn.Module):
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
-        cache.check_room(x.shape[1])
+        cache.check_room(*x.shape[:2], self.config.num_heads)
         rotary = self._rotary(x.shape[1], cache.capacity, position, positions)
         cache = cache.with_segments(position, segment_ids)
         states = None
@@ -219,6 +219,7 @@ class Transformer(LanguageModel):
 
     def setup(self) -> None:
         c = self.config
+        check_kind(self, c, TransformerConfig)
         self.embedding = TokenEmbedding(c)
         self.dropout = nn.Dropout(c.dropout)
         block = TransformerBlock

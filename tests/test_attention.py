@@ -230,6 +230,26 @@ def test_the_kernel_begins_with_normal_angles_and_a_given_part_in_phase(signed):
     assert abs(angles.mean()) < 0.02 and abs(angles.std() - 0.2) < 0.02
 
 
+@pytest.mark.parametrize("scale", [0.002, 0.5, 100.0])
+def test_a_positive_kernel_begins_as_large_as_it_is_told(scale):
+    theta = cases.angles(1, 2, 8)
+    gain = KuramotoAttention(kernel_scale=scale).init(jax.random.key(0), theta)["params"]["gain"]
+    layer = FrustratedAttention(kernel_scale=scale, signed_harmonics=False)
+    first = layer.init(jax.random.key(0), theta)["params"]["kernel_real"][:, 0, 0]
+    for parameter in (gain, first):
+        np.testing.assert_allclose(np.logaddexp(0, np.asarray(parameter, np.float64)), scale, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
+def test_phases_of_double_precision_are_read_in_single(implementation):
+    layer = FrustratedAttention(implementation=implementation)
+    with jax.enable_x64(True):
+        theta = jax.ShapeDtypeStruct((1, 3, 8), jnp.float64)
+        update, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), theta)
+    leaves = jax.tree.leaves((update, variables))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+
+
 @pytest.mark.parametrize("layer_class", [KuramotoAttention, FrustratedAttention])
 def test_exactly_causal(layer_class):
     """d dtheta[t] / d theta[u] is exactly zero for u > t and for another window of the batch.

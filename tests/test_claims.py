@@ -123,7 +123,8 @@ def test_arms_of_different_data_are_not_compared(tmp_path):
 
 
 def test_a_table_must_be_there_readable_and_of_the_recorded_runs(tmp_path):
-    write_record(tmp_path, "one")
+    for seed in (0, 3):
+        write_record(tmp_path, "one", seed=seed)
     evidence = {"test": "readings", "arms": ["one"], "table": "read.json", "commands": []}
     row = judge(evidence, tmp_path)
     assert (row.status, row.reason) == ("not yet run", "no record of read.json")
@@ -138,7 +139,10 @@ def test_a_table_must_be_there_readable_and_of_the_recorded_runs(tmp_path):
     ):
         full = {**page, **run, **other}
         (tmp_path / "read.json").write_text(json.dumps(full), encoding="utf-8")
-        assert judge(evidence, tmp_path).status == status
+        row = judge(evidence, tmp_path)
+        assert row.status == status
+        if status == "holds":  # the page shows the run that was read alone
+            assert [record.seed for record in row.arms[0].runs] == [0]
     (tmp_path / "read.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"read.json cannot be read"):
         judge(evidence, tmp_path)

@@ -106,6 +106,11 @@ def test_refuses_what_does_not_belong_to_a_score(kind, score, field, value):
         kind(**{"score": score, field: value})
 
 
+def test_a_config_of_another_kind_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"^FrustratedAttention takes settings by their names"):
+        FrustratedAttention(FSNConfig())
+
+
 def test_one_head_is_told_of_both_settings_that_it_needs():
     """With ``heads_per_phase=1`` alone the one head would be one without positions."""
     said = r"heads_per_phase must be from 1 to num_heads \(1\), and similarity_heads 0 .*; got 2$"

@@ -87,6 +87,8 @@ def test_what_the_cache_has_no_room_for_is_nan(name):
     assert jnp.isnan(logits).all()
     with pytest.raises(ValueError, match="5 tokens do not fit into a cache for 4"):
         extend(variables, cases.tokens(1, 5), cache)
+    with pytest.raises(ValueError, match="the cache is for 1 sequences; got 2"):
+        extend(variables, cases.tokens(2, 3), cache)
 
 
 def test_the_base_layer_extends_as_it_is_called():
@@ -372,6 +374,7 @@ def test_a_stop_sequence_in_the_prompt_does_not_end_the_text():
         ("prompt", jnp.zeros((0, 2), jnp.int32)),
         ("prompt", [1, 2]),
         ("prompt", [[0.5, 1.0]]),
+        ("prompt", [[1, 2], [3]]),
         ("stop", [[1], []]),
     ],
 )

@@ -54,6 +54,16 @@ def test_the_parameters_come_back_bit_for_bit(exported):
     assert all(array.dtype == np.float32 for array in arrays.values())
 
 
+def test_one_stop_is_a_text_and_not_its_letters(exported):
+    model = hub.load(exported[1])
+    text = model.sample("abcd", num_tokens=30, seed=1)
+    stop = text[4:6]
+    cut = model.sample("abcd", num_tokens=30, seed=1, stop=[stop])
+    assert cut == text[: text.index(stop) + 2]
+    for one in (stop, stop.encode()):
+        assert model.sample("abcd", num_tokens=30, seed=1, stop=one) == cut
+
+
 def test_the_card_has_the_metadata_that_the_hub_reads(exported):
     run, folder = exported
     _, header, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
@@ -70,6 +80,11 @@ def test_the_card_has_the_metadata_that_the_hub_reads(exported):
     (result,) = metadata["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == round(row["bpc"], 4) == 3.2199
     assert "3.2199 bits per character on 299 bytes" in text
+    kinds = (
+        "Frustrated Synchronization Network (score: gated, heads: 2, harmonics: 2)",
+        "RoPE-SwiGLU transformer",
+    )
+    assert sum(f"\nA {kind}, " in text for kind in kinds) == 1
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] in (["FSN"], ["Transformer"])
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fsn_jax import FSN, FrustratedAttention, KuramotoAttention, Transformer
-from fsn_jax.torus import MAX_POSITIONS
+from fsn_jax.torus import MAX_POSITIONS, rotary_frequencies, rotary_phasor_at
 
 MODELS = {
     **{
@@ -238,8 +238,15 @@ for model in (fsn, Transformer(TransformerConfig(vocab_size=11, num_layers=1, wi
     refused(model, (variables, tokens), positions=tokens[:2])
     cache = model.apply({}, 3, 4, method="empty_cache")
     refused(model, (variables, tokens[:, :1], cache), positions=line[:3], method="extend")
+    for wrong in (tokens.astype(float), tokens.astype(bool)):
+        refused(model, (variables, wrong))
+    refused(model, (variables, tokens), positions=line.astype(float))
+    refused(model, (variables, tokens), segment_ids=[[0] * 4] * 3)
 layer, theta = FrustratedAttention(num_heads=2), jnp.zeros((3, 4, 8))
 variables = jax.eval_shape(layer.init, jax.random.key(0), theta)
+refused(layer, (variables, theta[0, 0]))
+refused(FSN(TransformerConfig()), ({}, tokens))
+refused(Transformer(FSNConfig()), ({}, tokens))
 for method in ("__call__", "weights"):
     refused(layer, (variables, theta), segment_ids=tokens[:, :1], method=method)
     refused(layer, (variables, theta), positions=line[:1], method=method)
@@ -262,6 +269,26 @@ def test_what_comes_with_tokens_has_their_shape():
         f"{segments} (4,)",
         f"{positions} (2, 4)",
         "positions must be [L] or [B, L], here (1,) or (3, 1); got shape (3,)",
+        "tokens must be an array of whole numbers; got float32",
+        "tokens must be an array of whole numbers; got bool",
+        "positions must be an array of whole numbers; got float32",
+        "segment_ids must be an array of whole numbers; got list",
     ]
     of_a_layer = [f"{segments} (3, 1)", f"{positions} (1,)"]
-    assert printed.splitlines() == 2 * of_a_model + 2 * of_a_layer + [f"{positions} (3,)"]
+    assert printed.splitlines() == [
+        *2 * of_a_model,
+        "theta must be [B, L, N]; got (8,)",
+        "FSN.config must be of class FSNConfig; got TransformerConfig",
+        "Transformer.config must be of class TransformerConfig; got FSNConfig",
+        *2 * of_a_layer,
+        f"{positions} (3,)",
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint32"])
+def test_positions_may_be_whole_numbers_of_any_size(dtype):
+    frequencies = rotary_frequencies(4, 10_000.0)
+    expected = rotary_phasor_at(jnp.arange(100), frequencies)
+    given = rotary_phasor_at(jnp.arange(100, dtype=dtype), frequencies)
+    for part, other in zip(given, expected, strict=True):
+        np.testing.assert_array_equal(part, other)

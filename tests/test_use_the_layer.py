@@ -108,7 +108,8 @@ def test_a_trained_model(tmp_path, monkeypatch, capsys):
     small_runs.run_to_the_end(
         small_runs.tiny_experiment(Path("text.txt"), Path("runs/quickstart"), model=model), corpus
     )
-    export.program(["export", "runs/quickstart", "shared/quickstart", "--no_sampler"])
+    folder = "pretrained/enwik8_projected_1m"
+    export.program(["export", "runs/quickstart", folder, "--no_sampler"])
     capsys.readouterr()
     (names,) = run("A trained model")
     assert names["logits"].shape == (1, 4, len(corpus.vocabulary))

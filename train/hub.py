@@ -19,7 +19,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 import fsn_jax
-from fsn_jax import hub
+from fsn_jax import FSNConfig, hub
 from train.load import TrainedModel
 from train.metrics import read_rows
 
@@ -83,15 +83,18 @@ def model_card(trained: TrainedModel) -> str:
         )
     # JSON is YAML: one key a line, each value in JSON.
     header = "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items())
-    kinds = {"fsn": "Frustrated Synchronization Network", "transformer": "RoPE-SwiGLU transformer"}
-    kind = kinds[experiment.architecture]
+    model = experiment.model
+    kind = "RoPE-SwiGLU transformer"
+    if isinstance(model, FSNConfig):
+        kind = f"Frustrated Synchronization Network (score: {model.score}, heads: "
+        kind += f"{model.num_heads}, harmonics: {model.num_harmonics})"
     unit = "byte values" if corpus.vocabulary.unit == "bytes" else "Unicode characters"
     return f"""---
 {header}---
 
 # {experiment.name}
 
-A {kind}, {experiment.model.num_params():,} parameters, trained by fsn_jax \
+A {kind}, {model.num_params():,} parameters, trained by fsn_jax \
 {fsn_jax.__version__} on the corpus `{corpus.name}` for {trained.step:,} steps of \
 {experiment.training.batch_size} windows of {experiment.data.context} characters, seed \
 {experiment.seed}. Its {len(corpus.vocabulary)} tokens are {unit} of the corpus (SHA-256 \

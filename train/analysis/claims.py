@@ -103,18 +103,19 @@ def _test(
     arms = tuple(verdicts.wanted(recorded, names))
     if test == "copy_depth":
         verdicts.check_comparable(arms)
-        table = _table(results / evidence["table"], arms)
+        table, arms = _table(results / evidence["table"], arms)
         return arms, verdicts.copy_depth(table, full=names[0], base=names[1])
     if test == "readings":
-        return arms, verdicts.readings(_table(results / evidence["table"], arms))
+        table, arms = _table(results / evidence["table"], arms)
+        return arms, verdicts.readings(table)
     verdicts.check_comparable(arms, same_budget=evidence.get("same_budget", True))
     if test in BOUNDED:
         return arms, BOUNDED[test](arms, within=evidence["within"])
     return arms, PAIRS[test](arms)
 
 
-def _table(file: Path, arms: Sequence[Arm]) -> Mapping[str, Any]:
-    """Reads the table of an analysis; checks that it is of the recorded runs of these arms."""
+def _table(file: Path, arms: Sequence[Arm]) -> tuple[Mapping[str, Any], tuple[Arm, ...]]:
+    """Reads the table of an analysis; returns it and the arms with the recorded runs it is of."""
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
         made_of = {
@@ -128,13 +129,17 @@ def _table(file: Path, arms: Sequence[Arm]) -> Mapping[str, Any]:
         raise NotRunError(file.name) from None
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error!r}); make it again") from None
+    of_table = []
     for arm in arms:
         recorded = {
-            (run.seed, run.provenance[0]["git"]["commit"], run.summary["steps"]) for run in arm.runs
+            (run.seed, run.provenance[0]["git"]["commit"], run.summary["steps"]): run
+            for run in arm.runs
         }
-        if not made_of[arm.name] <= recorded:
+        if not made_of[arm.name] <= recorded.keys():
             raise NotComparableError(f"{file.name} is of other runs of {arm.name} than the records")
-    return table
+        runs = tuple(run for key, run in recorded.items() if key in made_of[arm.name])
+        of_table.append(dataclasses.replace(arm, runs=runs))
+    return table, tuple(of_table)
 
 
 def _below_scale(claim: Mapping[str, Any], arms: Sequence[Arm]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import check_arm, enwik8, ladder, long
+from fsn_jax import FSNConfig
 
 STEPS, EVERY = 1800, 450
 """Of a trial, and between its evaluations, on half a million bytes."""
@@ -43,8 +44,8 @@ def get_config(arm: str = REFERENCE) -> ConfigDict:
     else:
         config = long.get_config("enwik8_projected_1m_half")
     config.name = f"design_{arm}"
-    if trial in CHANGES:
-        model = enwik8.variant(ladder.model_of("projected_1m"), CHANGES[trial])
-        config.model.update(dataclasses.asdict(model))
+    reference = ladder.model_of("projected_1m")
+    if trial in CHANGES and isinstance(reference, FSNConfig):
+        config.model.update(dataclasses.asdict(enwik8.variant(reference, CHANGES[trial])))
     config.optimizer.peak_learning_rate *= RATES.get(trial, 1.0)
     return config

@@ -1,8 +1,8 @@
 """Long runs: does the lead outlive the transformer's own induction heads?
 
-The plan is in docs/history/protocol.md, "Long runs". Each run is evaluated twenty times on a
-million bytes, copy events apart, and has a checkpoint at each evaluation. The rows of the plan, in
-its order, the projected FSN being the better one of the first row::
+The plan is in docs/history/protocol.md, "Long runs". Each run is evaluated twenty times
+(``_half``: ten) on a million bytes, copy events apart, and has a checkpoint at each evaluation. The
+rows of the plan, in its order, the projected FSN being the better one of the first row::
 
     python -m train ladder --config=configs/long.py --seeds=1,2 \
       --arms=enwik8_fsn_pocket,enwik8_projected_pocket,enwik8_transformer_pocket,enwik8_shifted_pocket
@@ -24,7 +24,7 @@ its order, the projected FSN being the better one of the first row::
 
 Arms here: ``enwik8_KIND_pocket``, the pocket rung with five times its budget (100M characters, 1.1
 epochs); ``enwik8_KIND_1m_half``, the 1m rung of the ladder with half its budget (50M characters);
-and ``pycode_KIND_1m``, the 1m rung on Python source (100M characters, 2.7 epochs). The kinds are
+and ``pycode_KIND_1m``, the 1m rung on Python source (100M characters, 2.9 epochs). The kinds are
 explained in configs/enwik8.py.
 """
 

@@ -103,7 +103,7 @@ class PhaseAttention(ScoreFields, nn.Module):
     ) -> tuple[Complex, LayerCache]:
         """Applies ``field`` to S tokens at ``position`` and on, after those in the cache."""
         z = token_phasor(theta)
-        cache.check_room(*theta.shape[:2], self.num_heads)
+        cache.check_room(theta.shape[0], theta.shape[1], self.num_heads)
         query, key = self._score(z, cache.capacity, position, segment_ids, positions)
         values, cache = self._values(z), cache.with_segments(position, segment_ids)
         seen = extend_weights(query, key, values, cache, position, segment_ids)

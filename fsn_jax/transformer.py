@@ -79,7 +79,7 @@ class RotaryAttention(nn.Module):
         positions: Int[Array, "*B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """Applies ``__call__`` to S tokens at ``position`` and on, after those in the cache."""
-        cache.check_room(*x.shape[:2], self.config.num_heads)
+        cache.check_room(x.shape[0], x.shape[1], self.config.num_heads)
         rotary = self._rotary(x.shape[1], cache.capacity, position, positions)
         cache = cache.with_segments(position, segment_ids)
         states = None

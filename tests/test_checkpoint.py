@@ -43,7 +43,7 @@ def opened(folder: Path, *, keep: int = 2, read_only: bool = False) -> Checkpoin
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path):
-    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 4.0, 50: None, 60: 5.0}
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: float("nan"), 50: None, 60: 5.0}
     with opened(tmp_path / "c") as checkpoints:
         for step, loss in losses.items():
             checkpoints.save(state_of(step), step, loss)

@@ -129,10 +129,15 @@ def test_a_table_must_be_there_readable_and_of_the_recorded_runs(tmp_path):
     row = judge(evidence, tmp_path)
     assert (row.status, row.reason) == ("not yet run", "no record of read.json")
     coefficient = {"strength": [0.5], "angle": [0.0]}
-    page = {"kernel_coefficients": 1, "layers": [{"coefficients": [coefficient]}]}
+    page = {
+        "name": "one_seed0",
+        "kernel_coefficients": 1,
+        "layers": [{"coefficients": [coefficient]}],
+    }
     run = {"seed": 0, "commit": "c0ffee", "step": 2}
     for other, status in (
         ({}, "holds"),
+        ({"name": "other_seed0"}, "not comparable"),
         ({"seed": 1}, "not comparable"),
         ({"commit": "decaf"}, "not comparable"),
         ({"step": 1}, "not comparable"),

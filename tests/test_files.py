@@ -118,6 +118,12 @@ def test_a_user_that_is_not_known_gets_help(arguments):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("run", ["~no_such_user/run", "r" * 300])
+def test_a_run_that_can_be_no_path_is_named_where_a_result_would_go(run):
+    with pytest.raises(UserError, match="the run=[~r]"):
+        default_output([run], "comparison.json")
+
+
 def test_a_result_goes_to_the_runs_it_is_of(tmp_path):
     for name in ("one", "other"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)

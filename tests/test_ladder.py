@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,7 +80,14 @@ def test_a_failed_arm_is_reported_the_rest_run_on_and_a_finished_one_is_skipped(
     assert [row["arm"] for row in partial["arms"]] == ["tiny_transformer"]
     assert partial["failed"] == {"tiny_fsn": "exit status 2"}
 
+    # Or a folder of which it cannot be said whether the run has finished.
     Path("runs/tiny_fsn").unlink()
+    Path("runs/tiny_fsn").mkdir()
+    for name in ("config.json", "summary.json"):
+        Path("runs/tiny_fsn", name).write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"1 of 2 runs failed: tiny_fsn \(.*config\.json"):
+        ladder.program(command)
+    shutil.rmtree("runs/tiny_fsn")
     in_process.clear()
     ladder.program(command)
     assert in_process == ["tiny_fsn"]
@@ -117,6 +125,17 @@ def test_the_plan_states_sizes_and_budgets_and_trains_nothing(arms, in_process, 
     assert characters == f"{seen:,}"
     assert float(flops) == pytest.approx(seen * model.flops_per_token(small_runs.CONTEXT), rel=0.01)
     assert in_process == [] and not Path("runs").exists()
+
+
+def test_the_plan_has_sizes_that_are_matched_where_the_corpus_decides_them(capsys):
+    config = f"--config={ROOT / 'configs' / 'text.py'}"
+    ladder.program(["ladder", config, "--plan", "--config.data.path=a.txt"])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    sizes = {
+        line.split()[0].rpartition("_")[2]: int(line.split()[1].replace(",", "")) for line in lines
+    }
+    assert len(sizes) >= 2
+    assert max(sizes.values()) == pytest.approx(min(sizes.values()), rel=0.006)
 
 
 def test_seeds_and_settings_reach_every_arm(arms):

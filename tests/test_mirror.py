@@ -328,11 +328,60 @@ def test_a_copy_of_another_run_and_one_ahead_are_refused(corpus, tmp_path, stora
         start(**mirrored)
 
 
+def test_checkpoints_of_something_else_are_not_touched(corpus, tmp_path, storage):
+    """A folder with checkpoints and no config.json is no copy, and no place for one."""
+    foreign = storage.folder / "bucket" / "runs" / "one" / "checkpoints" / "1000" / "state"
+    foreign.mkdir(parents=True)
+    (foreign / "weights").write_bytes(b"mine")
+    experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
+    with pytest.raises(UserError, match="runs/one holds checkpoints that are not a copy of .*one"):
+        run_to_the_end(experiment, corpus)
+    assert (foreign / "weights").read_bytes() == b"mine"
+
+
+def test_the_copy_of_a_run_that_trains_on_has_no_summary(tmp_path):
+    """A run with a summary has ended."""
+    folder, there = tmp_path / "one", tmp_path / "copies" / "one"
+    folder.mkdir()
+    for name in ("config.json", "summary.json"):
+        (folder / name).write_text("{}", encoding="utf-8")
+    copy = Mirror(folder, str(tmp_path / "copies"))
+    copy.push()
+    assert (there / "summary.json").is_file()
+    (folder / "summary.json").unlink()
+    copy.push()
+    assert not (there / "summary.json").exists()
+
+
+def test_a_run_begun_anew_in_its_bucket_replaces_the_one_that_was_fetched(
+    finished_arms, tmp_path, storage
+):
+    there = storage.folder / "bucket" / "fsn"
+    shutil.copytree(finished_arms["fsn"], there)
+    here = mirror.fetched_run("gs://bucket/fsn", tmp_path)
+    starts = there / "provenance.json"
+    starts.write_text(
+        starts.read_text(encoding="utf-8").replace('"time": "2', '"time": "3', 1), encoding="utf-8"
+    )
+    for gone in ("summary.json", "sample.txt"):
+        (there / gone).unlink()
+    shutil.rmtree(there / "checkpoints" / "30")
+    assert mirror.fetched_run("gs://bucket/fsn", tmp_path) == here
+    assert tree(here) == tree(there)
+
+
 @pytest.mark.parametrize("inside", ["one", "one/copies"])
 def test_a_run_is_not_copied_into_itself(tmp_path, inside):
     parent = tmp_path / inside if inside != "one" else tmp_path
     with pytest.raises(UserError, match="into itself"):
         Mirror(tmp_path / "one", str(parent))
+
+
+def test_a_run_is_not_copied_into_a_folder_around_it(tmp_path):
+    folder = tmp_path / "one" / "runs" / "one"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match="into a folder around it; name another place"):
+        Mirror(folder, str(tmp_path))
 
 
 def test_without_the_package_of_a_storage_the_line_names_it(tmp_path):

@@ -109,6 +109,10 @@ def test_an_ended_run_resumes_with_more_patience(unlike, tmp_path, capsys):
     assert summary["validation"]["best_step"] == 5
 
     unending = experiment_of(unlike, folder, patience=0)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        crash_at_evaluation(patch, 0)
+        run_to_the_end(unending, unlike)
+    assert not (folder / "summary.json").exists()  # a run with a summary has ended
     outcome = run_to_the_end(unending, unlike)
     assert (outcome.resumed_from, outcome.step, outcome.ended_early) == (15, 30, False)
     assert open_run(folder).read_config() == unending

@@ -48,6 +48,13 @@ def test_a_folder_gives_its_texts_and_tells_what_it_passes_over(own):
     )
 
 
+@pytest.mark.parametrize("manifest", ['{"manifest_version": 3}', "[]"])
+def test_a_folder_of_texts_may_have_a_manifest_of_its_own(own, tmp_path, manifest):
+    (own / "manifest.json").write_text(manifest, encoding="utf-8")
+    corpus = open_corpus(name="text", path=str(own), cache_dir=str(tmp_path / "cache"))
+    assert corpus.folder.parent == tmp_path / "cache"
+
+
 def test_a_folder_of_nothing_else_is_refused(own):
     (own / "a.txt").write_bytes(PICTURE)
     with pytest.raises(UserError, match="own is a folder with no file of text in it"):

@@ -9,6 +9,7 @@ shapes that the config gives; nothing is unpickled.
 import contextlib
 import glob
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -112,7 +113,8 @@ class Checkpoints:
         Raises:
           UserError: what was read back is not what was saved.
         """
-        metrics = None if validation_loss is None else {METRIC: validation_loss}
+        measured = validation_loss is not None and math.isfinite(validation_loss)
+        metrics = {METRIC: validation_loss} if measured else None
         self._manager.save(
             step, args=ocp.args.Composite(**{_ITEM: ocp.args.StandardSave(state)}), metrics=metrics
         )

@@ -113,7 +113,9 @@ def default_output(runs: Sequence[str], name: str) -> Path:
     A result of one run goes into its folder, of several runs beside them, and of records or runs in
     a bucket to ``runs/``, which git ignores.
     """
-    folders = [Path(run).expanduser() for run in runs]
+    if any(map(is_remote, runs)):
+        return Path("runs") / name
+    folders = [user_path("the run", run) for run in runs]
     if not all((folder / "checkpoints").is_dir() for folder in folders):
         return Path("runs") / name
     return (folders[0] if len(folders) == 1 else folders[0].absolute().parent) / name

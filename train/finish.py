@@ -1,6 +1,7 @@
 """Writes what a finished run leaves: a summary, the loss curve, a sample of text."""
 
 import json
+import math
 import shlex
 from typing import Any
 
@@ -37,7 +38,7 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
             f"restore it from a copy"
         )
     last = validation[-1]
-    best = min(validation, key=lambda row: row["loss"])
+    best = min(validation, key=lambda row: row["loss"] if math.isfinite(row["loss"]) else math.inf)
     timing = read_rows(run.path / "timing.jsonl")
     seconds = sum(row["seconds"] for row in timing)
     trained_characters = outcome.step * experiment.characters_per_step

@@ -98,12 +98,18 @@ def refuse_different_data(jobs: Sequence[Job]) -> None:
 
 
 def plan_text(jobs: Sequence[Job]) -> str:
-    """Formats a table of the runs with sizes and budgets."""
+    """Formats a table of the runs with sizes and budgets.
+
+    Where the corpus decides the vocabulary, sizes are those at the config's.
+    """
     rows: list[Sequence[str]] = [("run", "parameters", "steps", "characters", "training FLOPs")]
     for job in jobs:
-        model, data = job.experiment.model, job.experiment.data
-        steps = job.experiment.training.num_steps
-        characters = steps * job.experiment.characters_per_step
+        experiment = job.experiment
+        if experiment.vocabulary_from_corpus:
+            experiment = experiment.with_vocabulary(experiment.model.vocab_size)
+        model, data = experiment.model, experiment.data
+        steps = experiment.training.num_steps
+        characters = steps * experiment.characters_per_step
         flops = characters * model.flops_per_token(data.context)
         counts = (f"{count:,}" for count in (model.num_params(), steps, characters))
         rows.append((job.name, *counts, f"{flops:.2e}"))
@@ -192,9 +198,19 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
     stopped: list[BaseException] = []
 
     def train(number: int, job: Job) -> None:
-        head = f"[{number} of {len(jobs)}] {job.name}"
         if stopped:
             return
+        head = f"[{number} of {len(jobs)}] {job.name}"
+        try:
+            train_or_skip(head, job)
+        except (UserError, OSError) as error:  # of its folder or log
+            fail(head, job, str(error))
+
+    def fail(head: str, job: Job, reason: str) -> None:
+        failed[job.name] = reason
+        print(f"{head}: failed ({reason}); going on", flush=True)
+
+    def train_or_skip(head: str, job: Job) -> None:
         if is_finished(job):
             print(f"{head}: finished before", flush=True)
             return
@@ -203,16 +219,17 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
         output = f" > {log}" if log else ""
         print(f"{head}: python -m train {' '.join(job.arguments)}{output}", flush=True)
         cores = shares.pop()
-        status = train_one(job, cores, log)
-        shares.append(cores)
+        try:
+            status = train_one(job, cores, log)
+        finally:
+            shares.append(cores)
         if status in (EXIT_INTERRUPTED, -signal.SIGINT):
             stopped.append(KeyboardInterrupt())
         elif status == EXIT_TRY_AGAIN:
             line = f"{job.name} was stopped; the same command resumes it"
             stopped.append(TryAgain(line, everywhere=False))
         elif status:
-            failed[job.name] = reason_of(status, log)
-            print(f"{head}: failed ({failed[job.name]}); going on", flush=True)
+            fail(head, job, reason_of(status, log))
 
     with ThreadPoolExecutor(at_once) as pool:
         try:
@@ -246,7 +263,11 @@ def program(argv: Sequence[str]) -> None:
     output = check_json_output(options.output)
     interruptions.kept = lambda: "the same command trains what is left"
     failed = run_all(jobs, options.at_once)
-    folders = [default_folder(job.experiment) for job in jobs if is_finished(job)]
+    folders = [
+        default_folder(job.experiment)
+        for job in jobs
+        if job.name not in failed and is_finished(job)
+    ]
     if folders:
         print()
         found = final_losses.result(folders)

@@ -125,6 +125,8 @@ def _train(
         if start < num_steps and not patience.is_over:
             begun_before = run.has_begun
             write_provenance(run, corpus, resume_step=start)
+            if run.writes:  # of an early end, after which it now trains on
+                (run.path / "summary.json").unlink(missing_ok=True)
             loop = _Loop(
                 experiment, corpus, run, checkpoints, patience, model, mesh, start, show_progress
             )

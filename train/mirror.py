@@ -33,6 +33,7 @@ from train.files import saved_steps, user_path
 from train.integrity import STEP_METADATA, damage
 
 CONFIG, STARTS, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
+SUMMARY = "summary.json"
 _FETCHED = "fetched_checkpoints"
 _OF_THIS_MACHINE = ("lock", "damaged_checkpoints", _FETCHED)
 
@@ -55,11 +56,15 @@ class Mirror:
         self._sent: dict[str, tuple[float, int]] = {}  # time of change and length when copied
         self._thread: threading.Thread | None = None
         here, there = folder.resolve(), Path(self.place).resolve()
-        if here == there or here in there.parents:
-            raise UserError(
-                f"config.mirror_dir={parent} would copy the run folder {folder} into itself; name "
-                f"another place"
-            )
+        for inside, what in (
+            (here == there or here in there.parents, "itself"),
+            (there in here.parents, "a folder around it"),
+        ):
+            if inside:
+                raise UserError(
+                    f"config.mirror_dir={parent} would copy the run folder {folder} into {what}; "
+                    f"name another place"
+                )
 
     def fetch(self) -> bool:
         """Fetches the copy if there is no local run; returns whether it did.
@@ -67,10 +72,12 @@ class Mirror:
         Of a local run, damaged checkpoints are replaced by their copies, if those are intact.
 
         Raises:
-          UserError: the copy is of another run, or ahead of the local one, or cannot be reached.
+          UserError: the copy is of another run, or ahead of the local one, or holds checkpoints of
+            something else, or cannot be reached.
         """
         with self._reaching():
             if not (self.place / CONFIG).exists():
+                self._refuse_other_checkpoints()
                 return False
             if (self.folder / CONFIG).exists():
                 self._refuse_another_run()
@@ -120,6 +127,8 @@ class Mirror:
             for step in there - here:
                 if here and not newest_of_both < step < newest:
                     (self.place / CHECKPOINTS / str(step)).rmtree()
+            if not (self.folder / SUMMARY).exists():  # the run trains on after an early end
+                (self.place / SUMMARY).unlink(missing_ok=True)
 
     def _copy_if_changed(self, source: epath.Path, target: epath.Path) -> None:
         stat = source.stat()
@@ -146,6 +155,16 @@ class Mirror:
                 )
             if fetched.parent.exists():
                 fetched.parent.rmtree()
+
+    def _refuse_other_checkpoints(self) -> None:
+        """Refuses a place with checkpoints but no config, unless a first copy was cut short."""
+        if saved_steps(self.place / CHECKPOINTS):
+            there = _first_start(self.place)
+            if there is None or there != _first_start(self.folder):
+                raise UserError(
+                    f"config.mirror_dir: {self.place} holds checkpoints that are not a copy of "
+                    f"{self.folder}; name another place, or remove them"
+                )
 
     def _refuse_another_run(self) -> None:
         here, there = (_first_start(folder) for folder in (self.folder, self.place))
@@ -180,7 +199,12 @@ def fetched_run(remote: str, cache: Path) -> Path:
         if not (source / CONFIG).exists():
             raise no_run(remote)
         with locked(target):
-            _copy_run(source, epath.Path(target), replace_file)
+            copy = epath.Path(target)
+            if copy.exists() and _first_start(copy) != _first_start(source):
+                copy.rmtree()  # of a run that was there before
+            _copy_run(source, copy, replace_file)
+            if not (source / SUMMARY).exists():
+                (copy / SUMMARY).unlink(missing_ok=True)
     return target
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from train.analysis import verdicts
-from train.analysis.records import Arm, recorded_arms
+from train.analysis.records import Arm, arm_of, recorded_arms
 from train.analysis.verdicts import NotComparableError, NotRunError, Status, Verdict
 from train.errors import UserError
 from train.files import user_path, write_atomically, writing
@@ -122,6 +122,7 @@ def _table(file: Path, arms: Sequence[Arm]) -> tuple[Mapping[str, Any], tuple[Ar
             arm.name: {
                 (run["seed"], run["commit"], run["step"])
                 for run in (table["arms"][arm.name]["runs"] if "arms" in table else [table])
+                if "arms" in table or arm_of(str(table["name"])) == arm.name
             }
             for arm in arms
         }
@@ -135,7 +136,7 @@ def _table(file: Path, arms: Sequence[Arm]) -> tuple[Mapping[str, Any], tuple[Ar
             (run.seed, run.provenance[0]["git"]["commit"], run.summary["steps"]): run
             for run in arm.runs
         }
-        if not made_of[arm.name] <= recorded.keys():
+        if not made_of[arm.name] or not made_of[arm.name] <= recorded.keys():
             raise NotComparableError(f"{file.name} is of other runs of {arm.name} than the records")
         runs = tuple(run for key, run in recorded.items() if key in made_of[arm.name])
         of_table.append(dataclasses.replace(arm, runs=runs))

@@ -149,7 +149,7 @@ class RunRecord:
     @property
     def arm(self) -> str:
         """The run's name without its seed."""
-        return _SEED.sub("", self.config["name"])
+        return arm_of(self.config["name"])
 
     @functools.cached_property
     def _log(self) -> list[dict[str, Any]]:
@@ -201,6 +201,11 @@ def _check(row: Any, fields: Sequence[str]) -> None:
             if not isinstance(value, dict) or key not in value:
                 raise ValueError(f"no {name} in {str(row)[:60]}")
             value = value[key]
+
+
+def arm_of(name: str) -> str:
+    """Returns the name of a run without its seed."""
+    return _SEED.sub("", name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
     <cache>/<name>[-<8 hex digits of the source's fingerprint>]/
         manifest.json  train.bin  validation.bin  test.bin
 
-The folder stands for itself: it can be carried to a machine without tensorflow-datasets or Grain,
+The folder stands for itself: it can be carried to a machine without tensorflow-datasets,
 into that machine's cache or anywhere else (`data.path` may name it). The manifest:
 
     format        FORMAT, an int
@@ -181,6 +181,23 @@ def read_corpus(folder: Path) -> Corpus:
         if split != "test":
             _check_hash(corpus, split)
     return corpus
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder holds a prepared corpus, damaged or not.
+
+    A folder of texts may have a file of the manifest's name, as web applications do.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return False
+    if any((folder / f"{split}.bin").is_file() for split in SPLITS):
+        return True
+    try:
+        fields = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return isinstance(fields, dict) and "splits" in fields
 
 
 def write_manifest(corpus: Corpus, source_sha256: str, rule: str) -> None:

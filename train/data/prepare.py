@@ -23,6 +23,7 @@ from train.data.corpus import (
     Corpus,
     SplitInfo,
     default_cache,
+    is_prepared,
     read_corpus,
     write_manifest,
 )
@@ -66,7 +67,7 @@ def open_corpus(
     cache = user_path("config.data.cache_dir", cache_dir) if cache_dir else default_cache()
     if is_remote(path):
         folder = fetched(path, cache, setting="config.data.path", marker=MANIFEST)
-    elif path and (user_path("config.data.path", path) / MANIFEST).is_file():
+    elif path and is_prepared(user_path("config.data.path", path)):
         folder = user_path("config.data.path", path)
     else:
         folder = corpus_folder(name, path, cache, unit)

@@ -40,6 +40,7 @@ _FSN: dict[str, Any] = {
     "kernel_angle": 0.0,
     "score": "projected",
     "similarity_heads": 0,
+    "feature_scale": 1.0,
     "feedforward_width": 32,
 }
 ARMS: dict[str, FSN | Transformer] = {

@@ -10,6 +10,7 @@ import nbformat
 import numpy as np
 import pytest
 
+import fsn_jax
 from examples import induction
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -99,6 +100,15 @@ def test_the_notebook_is_small_and_was_run_in_order():
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 7
+
+
+def test_the_models_of_the_notebook_are_those_of_its_outputs(capsys):
+    """Defaults may change; the pictures that are kept stay those of the models in the cell."""
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    (cell,) = [c for c in cells if c.cell_type == "code" and "FSNConfig(" in c.source]
+    names = {"V": 96, "FSN_BLUE": "", "TRANSFORMER_ORANGE": ""}
+    exec(cell.source, {**vars(fsn_jax), **names})
+    assert capsys.readouterr().out == cell.outputs[0].text
 
 
 @pytest.mark.slow

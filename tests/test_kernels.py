@@ -216,10 +216,10 @@ def test_the_measured_kernels_are_right_in_bfloat16(monkeypatch, coupling, segme
 @pytest.mark.parametrize(
     ("length", "score_width", "value_width", "dtype"),
     [
-        (192, 128, 64, "float32"),  # configs/enwik8.py:fsn_pocket
-        (200, 224, 112, "bfloat16"),  # configs/enwik8.py:fsn_1m, odd length
-        (192, 16, 128, "float32"),  # configs/enwik8.py:projected_pocket
-        (200, 28, 224, "bfloat16"),  # configs/enwik8.py:projected_1m, odd length
+        (192, 16, 16, "float32"),  # configs/enwik8.py:transformer_pocket
+        (200, 28, 28, "bfloat16"),  # configs/enwik8.py:transformer_1m, odd length
+        (192, 128, 64, "float32"),  # scores wider than values
+        (200, 28, 224, "bfloat16"),  # values wider than scores
         (64, 0, 16, "float32"),
     ],
 )

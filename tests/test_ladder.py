@@ -176,6 +176,7 @@ def test_each_run_side_by_side_has_its_own_log(arms, monkeypatch):
         ("--at_once=0", "--at_once must be from 1 to the"),
         ("--at_once=1000", "--at_once must be from 1 to the"),
         ("--config=nobody.py", "there is no file nobody.py"),
+        ("--config=a.py:fsn", "names an arm; write --config=a.py --arms=fsn"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_trained(arms, in_process, option, message):

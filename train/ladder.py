@@ -55,6 +55,9 @@ def plan(file: str, arms: Sequence[str], seeds: Sequence[int], changes: Sequence
     Raises:
       UserError: the file has no such arm, a setting is wrong, or two runs share a folder.
     """
+    path, _, arm = file.rpartition(":")
+    if path.endswith(".py"):
+        raise UserError(f"--config={file} names an arm; write --config={path} --arms={arm}")
     with config_file(file) as names:
         known = names.get("ARMS", ())
     if not known:

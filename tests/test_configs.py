@@ -316,11 +316,12 @@ def test_an_ablation_changes_what_it_is_called_and_nothing_else(arm):
     assert there == beside
 
 
-@pytest.mark.parametrize("arm", [arm for arm in designs.ARMS if arm != designs.REFERENCE])
+@pytest.mark.parametrize("arm", [arm for arm in designs.ARMS if arm not in designs.REFERENCES])
 def test_a_design_changes_what_it_is_called_and_nothing_else(arm):
     """A trial differs from the reference, a run of half the budget from the long run."""
     trial = arm.removesuffix("_half")
-    beside = "designs.py:projected" if trial == arm else "long.py:enwik8_projected_1m_half"
+    kind = designs.reference_of(trial)
+    beside = f"designs.py:{kind}" if trial == arm else f"long.py:enwik8_{kind}_1m_half"
     there, reference = (experiment_of(f"{FOLDER}/{name}") for name in (f"designs.py:{arm}", beside))
     rate = designs.RATES.get(trial, 1.0) * reference.optimizer.peak_learning_rate
     assert there.optimizer.peak_learning_rate == pytest.approx(rate)

@@ -22,7 +22,7 @@ def check_integers(name: str, values: Array) -> None:
 
     Args:
       name: of the argument.
-      values: of it.
+      values: of it, any shape.
 
     Raises:
       ValueError: it is not.

@@ -56,15 +56,12 @@ class Mirror:
         self._sent: dict[str, tuple[float, int]] = {}  # time of change and length when copied
         self._thread: threading.Thread | None = None
         here, there = folder.resolve(), Path(self.place).resolve()
-        for inside, what in (
-            (here == there or here in there.parents, "itself"),
-            (there in here.parents, "a folder around it"),
-        ):
-            if inside:
-                raise UserError(
-                    f"config.mirror_dir={parent} would copy the run folder {folder} into {what}; "
-                    f"name another place"
-                )
+        inside = here == there or here in there.parents
+        if inside or there in here.parents:
+            raise UserError(
+                f"config.mirror_dir={parent} would copy the run folder {folder} into "
+                f"{'itself' if inside else 'a folder around it'}; name another place"
+            )
 
     def fetch(self) -> bool:
         """Fetches the copy if there is no local run; returns whether it did.
@@ -127,8 +124,6 @@ class Mirror:
             for step in there - here:
                 if here and not newest_of_both < step < newest:
                     (self.place / CHECKPOINTS / str(step)).rmtree()
-            if not (self.folder / SUMMARY).exists():  # the run trains on after an early end
-                (self.place / SUMMARY).unlink(missing_ok=True)
 
     def _copy_if_changed(self, source: epath.Path, target: epath.Path) -> None:
         stat = source.stat()
@@ -203,8 +198,6 @@ def fetched_run(remote: str, cache: Path) -> Path:
             if copy.exists() and _first_start(copy) != _first_start(source):
                 copy.rmtree()  # of a run that was there before
             _copy_run(source, copy, replace_file)
-            if not (source / SUMMARY).exists():
-                (copy / SUMMARY).unlink(missing_ok=True)
     return target
 
 
@@ -232,6 +225,8 @@ def _copy_run(
         with contextlib.suppress(FileNotFoundError):  # an old one, just removed
             copy_folder(*folders, marker=STEP_METADATA)
     copy_log(source / CONFIG, target / CONFIG)
+    if not (source / SUMMARY).exists():  # the run trains on after an early end
+        (target / SUMMARY).unlink(missing_ok=True)
 
 
 def _first_start(run: epath.Path) -> str | None:

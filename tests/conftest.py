@@ -3,8 +3,11 @@
 Warnings are errors and shapes are checked at run time, both set in pyproject.toml.
 """
 
+import functools
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,17 +59,31 @@ def pytest_configure(config: pytest.Config) -> None:
 def quick_compiles(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Compiles each program of the session once, and on a CPU with less effort on the same HLO.
 
-    Nearly all the time of the tests is compilation.
+    Most of the time of the tests is tracing and compilation.
     """
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     settings = {
         "jax_disable_most_optimizations": jax.default_backend() == "cpu",
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_compilation_cache_dir": str(shared / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_traces() -> Iterator[None]:
+    """Traces the programs of a run once for all runs of one model, optimizer and mesh."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "small_runs" in sys.modules:  # tests that train have imported it
+            import small_runs
+
+            for module, name in small_runs.MAKERS:
+                patch.setattr(module, name, functools.cache(getattr(module, name)))
+        yield
 
 
 @pytest.fixture(scope="session")

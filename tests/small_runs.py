@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
 from fsn_jax.vocabulary import Vocabulary
-from train import finish, loop
+from train import finish, loop, plan
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -36,6 +36,14 @@ CONTEXT, BATCH = 16, 16
 
 # Relative: float32 sums of some 10**4 terms in another order, over some steps of a small run.
 SAME_LOSS = 2e-6
+
+MAKERS = (
+    (loop, "make_optimizer"),
+    (loop, "abstract_state"),
+    (loop, "make_evaluate_rows"),
+    (plan, "make_train_steps"),
+)
+"""What makes the programs of a run, and the module where the run finds it."""
 
 ACCELERATOR: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))
 """What the optimizer sees of a mesh with an accelerator."""

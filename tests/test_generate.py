@@ -18,21 +18,17 @@ from fsn_jax.generate import NO_TOKEN, generate, likeliest, sample_token, stream
 
 MODELS = {
     **{
-        name: lambda switches=switches: FSN(cases.fsn_config(**{"num_layers": 1, **switches}))
-        for name, switches in cases.FSN_VARIANTS.items()
+        name: lambda name=name: FSN(
+            cases.fsn_config(**{"num_layers": 1, **cases.FSN_VARIANTS[name]})
+        )
+        for name in cases.TOKENS_MEET
     },
     "two_layers": lambda: FSN(cases.fsn_config(num_layers=2)),
-    "all_heads_and_modes": lambda: FSN(
-        cases.fsn_config(
-            num_layers=2, heads_per_phase=3, score="content_gated", feedforward="collective_modes"
-        )
-    ),
     "bfloat16": lambda: FSN(cases.fsn_config(heads_per_phase=3, dtype="bfloat16")),
     "transformer": lambda: Transformer(cases.transformer_config()),
     "transformer_shifted": lambda: Transformer(
         cases.transformer_config(token_shift="queries_and_keys")
     ),
-    "transformer_tied": lambda: Transformer(cases.transformer_config(tied_embedding=True)),
     "transformer_bfloat16": lambda: Transformer(cases.transformer_config(dtype="bfloat16")),
 }
 

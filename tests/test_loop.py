@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_runs
 from small_runs import (
     ALPHABET,
     BATCH,
@@ -326,9 +327,11 @@ def test_a_row_is_appended_to_whatever_a_crash_left(tmp_path, before, kept):
 # Evaluation
 
 
+forward = jax.jit(build_model(TINY_FSN).apply)
+
+
 def log_probabilities(params: Any, tokens: np.ndarray) -> np.ndarray:
     """float64 [L, V] of one window, from the model's logits."""
-    forward = jax.jit(build_model(TINY_FSN).apply)
     logits = forward({"params": params}, jnp.asarray(tokens, jnp.int32)[None])
     logits = np.asarray(logits[0], np.float64)
     highest = logits.max(-1, keepdims=True)
@@ -403,7 +406,9 @@ def _common_suffix(x, y):
 
 
 @pytest.mark.parametrize("placement", ["resident", "host"])
-def test_the_step_is_compiled_once_in_a_run(corpus, tmp_path, caplog, placement):
+def test_the_step_is_compiled_once_in_a_run(corpus, tmp_path, monkeypatch, caplog, placement):
+    for module, name in small_runs.MAKERS:  # as in a process of its own
+        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     experiment = tiny_experiment(
         corpus.folder, tmp_path / "run", data__placement=placement, training__num_steps=20
     )

@@ -1,6 +1,7 @@
 """Groups of parameters by path, what decays, what a factor scales, the schedule, clipping."""
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -18,7 +19,7 @@ from cases import (
 from flax.traverse_util import flatten_dict, unflatten_dict
 from small_runs import ACCELERATOR, mesh_of
 
-from configs import ablations, enwik8, ladder
+from configs import ablations, enwik8
 from train.config import ExperimentConfig, ModelConfig, OptimizerConfig
 from train.groups import group_of, groups
 from train.optimizer import learning_rate, make_optimizer
@@ -93,6 +94,7 @@ GROUPS = {
 }
 
 
+@functools.cache
 def shapes_of(config: ModelConfig) -> Any:
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     return jax.eval_shape(build_model(config).init, jax.random.key(0), tokens)["params"]
@@ -100,9 +102,10 @@ def shapes_of(config: ModelConfig) -> Any:
 
 # The parameters of all the models in one tree. All that counts is their paths, so each is cut to
 # two scalars, which are one: whatever scales them shows.
-EVERYTHING = unflatten_dict(
-    {path: np.ones(2, np.float32) for config in MODELS for path in flatten_dict(shapes_of(config))}
-)
+@functools.cache
+def everything() -> Any:
+    paths = (path for config in MODELS for path in flatten_dict(shapes_of(config)))
+    return unflatten_dict({path: np.ones(2, np.float32) for path in paths})
 
 
 def by_name(tree: Any) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def test_the_groups_are_these():
     assert found == GROUPS
 
 
-@pytest.mark.parametrize("file", [ablations, enwik8, ladder], ids=lambda file: file.__name__)
+@pytest.mark.parametrize("file", [ablations, enwik8], ids=lambda file: file.__name__)
 def test_every_matrix_of_every_arm_is_trained_as_the_reference_is(file):
     """An arm whose matrices have another optimizer than the FSN's is no ablation of the FSN."""
     by_phase = {"kernel_real", "kernel_imag", "gate", "gate_angle", "quadrature", "field_gain"}
@@ -143,19 +146,19 @@ def test_a_parameter_that_no_group_knows_is_refused():
 
 
 def test_nothing_but_matrices_decays():
-    changes = update(PLAIN, EVERYTHING, jax.tree.map(np.zeros_like, EVERYTHING))
-    for name, group in by_name(groups(EVERYTHING)).items():
+    changes = update(PLAIN, everything(), jax.tree.map(np.zeros_like, everything()))
+    for name, group in by_name(groups(everything())).items():
         expected = -1e-2 * 0.1 if group in ("matrices", "tables") else 0.0
         np.testing.assert_allclose(changes[name], expected, rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("group", ["angle", "kernel", "gate"])
 def test_a_factor_scales_its_own_group_alone(group):
-    gradient = jax.tree.map(lambda leaf: np.float32(0.01) * leaf, EVERYTHING)
-    plain = update(PLAIN, EVERYTHING, gradient)
+    gradient = jax.tree.map(lambda leaf: np.float32(0.01) * leaf, everything())
+    plain = update(PLAIN, everything(), gradient)
     changed = dataclasses.replace(PLAIN, **{f"{group}_factor": 2.5})
-    scaled = update(changed, EVERYTHING, gradient)
-    for name, of in by_name(groups(EVERYTHING)).items():
+    scaled = update(changed, everything(), gradient)
+    for name, of in by_name(groups(everything())).items():
         factor = 2.5 if of == f"{group}s" else 1.0
         assert np.abs(plain[name]).min() > 0
         np.testing.assert_allclose(scaled[name], factor * plain[name], rtol=1e-6, err_msg=name)
@@ -280,7 +283,7 @@ def test_the_optimizer_follows_the_schedule():
 
 
 def test_the_first_moment_holds_the_clipped_gradient():
-    params = EVERYTHING
+    params = everything()
     gradient = jax.tree.map(lambda leaf: 10 * leaf, params)
     config = dataclasses.replace(PLAIN, clip_norm=0.25)
     optimizer = make_optimizer(config, NUM_STEPS)

@@ -1,5 +1,6 @@
 """The models of pretrained/: loaded, read and sampled by the library alone."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -34,10 +35,16 @@ def pretrained(request):
     return request.param, hub.load(ROOT / "pretrained" / request.param)
 
 
+@functools.cache
+def forward(model):
+    return jax.jit(model.apply)
+
+
 def bits(trained, text):
     """Bits of each character of a text but the first."""
     tokens = trained.encode(text)
-    logits = jax.jit(trained.model.apply)({"params": trained.params}, tokens[None])
+    padded = np.pad(tokens, (0, trained.context - len(tokens)))
+    logits = forward(trained.model)({"params": trained.params}, padded[None])[:, : len(tokens)]
     nats = -jax.nn.log_softmax(logits[0, :-1])
     return np.asarray(jnp.take_along_axis(nats, tokens[1:, None], 1))[:, 0] / np.log(2)
 

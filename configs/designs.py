@@ -16,7 +16,7 @@ from configs import check_arm, enwik8, ladder, long
 from fsn_jax import FSNConfig
 
 STEPS, EVERY = 1800, 450
-"""Of a trial, and between its evaluations, on half a million bytes."""
+"""Number of steps of a trial, and of steps between its evaluations on half a million bytes."""
 REFERENCES = ("projected", "shifted")
 CHANGES: dict[str, dict[str, Any]] = {
     "four_heads": {"num_heads": 4, "heads_per_phase": 2},
@@ -24,7 +24,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "eight_layers": {"num_layers": 8},
     "fast_drift": {"rotary_base": 100.0},
 }
-"""Of the model."""
+"""Settings of the model that each trial changes."""
 RATES: dict[str, float] = {
     "projected_low_rate": 0.6,
     "projected_high_rate": 1.75,

@@ -1,8 +1,10 @@
 """FSNs and transformers on enwik8: ``--config=configs/enwik8.py:ARM``.
 
 An arm is a kind of model at a rung, for instance ``fsn_pocket``. The pocket rung (about 0.23M
-parameters) is for a CPU, the 1M rung for an accelerator. All arms of a rung see the same batches in
-the same order and have the same number of parameters within 1%.
+parameters) is for a CPU. The 1M rung is the paper's comparison, for an accelerator: 30 epochs,
+windows of 512, the pocket rung's learning rate. The ``1m`` rung of ``configs/ladder.py`` is another
+one: windows of 256, a rate scaled by the width. All arms of a rung see the same batches in the same
+order and have the same number of parameters within 1%.
 
 ==================  ================================================================================
 kind                model
@@ -51,7 +53,7 @@ OPTIMIZER = OptimizerConfig(
     weight_decay=0.1,
     angle_factor=4.0,
 )
-"""Of every kind of model: the searches of the transformers and the projected FSNs ended here."""
+"""Of every kind of model, as the searches of the transformers and the projected FSNs left it."""
 VALIDATION, LONG_VALIDATION = 250_000, 1_000_000
 """Bytes of validation at each evaluation: of the short runs on a CPU, and of longer ones."""
 

@@ -282,6 +282,12 @@ CASES = [
         "config.model.architecture must be one of fsn, transformer; got 'rnn'",
     ),
     Case(
+        "the settings of another architecture",
+        f"{FRESH} --config.model.architecture=transformer",
+        "config.model.delay is no setting of the architecture transformer: an arm has one "
+        "architecture; choose another arm with --config=FILE:ARM",
+    ),
+    Case(
         "another vocabulary than the corpus has",
         f"{FRESH} --config.model.vocab_size=11",
         "config.model.vocab_size is 11, but the corpus 'text' has 12 byte values; set "
@@ -463,7 +469,7 @@ CASES = [
         f"{FRESH} --config.data.name=enwik8 --config.data.path=corpus/train.bin",
         "no source gave enwik8 (corpus/train.bin: holds 4000 bytes, expected 100000000); get "
         "enwik8 or enwik8.zip yourself and name it: --config.data.path=FILE (of train) "
-        "or --path=FILE (of train prepare)",
+        "or --path=FILE (of train prepare); a text of your own has the name text",
     ),
     Case(
         "a prepared corpus cut short",
@@ -532,6 +538,11 @@ CASES = [
         "a copy in a storage that is not known",
         f"{TRAIN} --config.mirror_dir=ftp://host/runs",
         "config.mirror_dir=ftp://host/runs: gs:// and s3:// can be reached, ftp:// cannot",
+    ),
+    Case(
+        "a bucket with one slash",
+        f"{TRAIN} --config.mirror_dir=gs:/bucket/runs",
+        "gs:/bucket/runs is no path in a bucket: write gs://BUCKET/...",
     ),
     Case(
         "a run copied into itself",
@@ -648,7 +659,8 @@ CASES = [
     Case(
         "evaluating a run without a checkpoint",
         "train evaluate run",
-        "the run run has no checkpoint yet: train it as far as its first one",
+        "the run run has no checkpoint: train it as far as its first one, or, if this is a record "
+        "under results/, name the run's own folder",
         no_checkpoint,
     ),
     Case(

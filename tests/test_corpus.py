@@ -157,6 +157,14 @@ def test_the_wrong_file_for_enwik8_is_refused(small_enwik8, cache):
     assert visible(cache) == []
 
 
+def test_another_file_is_refused_beside_a_prepared_enwik8_too(small_enwik8, cache, tmp_path):
+    opened("enwik8", small_enwik8, cache)
+    assert opened("enwik8", small_enwik8, cache).name == "enwik8"
+    (tmp_path / "mine.txt").write_bytes(b"a text of my own")
+    with pytest.raises(UserError, match="mine.txt: holds 16 bytes, .* own has the name text"):
+        opened("enwik8", tmp_path / "mine.txt", cache)
+
+
 def test_a_corpus_that_comes_out_otherwise_than_pinned_is_noticed(small_enwik8, cache, monkeypatch):
     pin(monkeypatch, "enwik8", {"enwik8": RAW}, RAW_SPLITS | {"test": b"other"})
     with pytest.raises(RuntimeError, match="came out other than it is pinned"):

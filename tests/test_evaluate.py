@@ -21,6 +21,7 @@ def finished(tmp_path_factory):
     outcome = small_runs.run_to_the_end(
         small_runs.tiny_experiment(corpus.folder, folder / "run"), corpus
     )
+    (folder / "run" / "summary.json").write_text("{}", encoding="utf-8")
     return folder / "run", corpus, outcome
 
 
@@ -55,6 +56,24 @@ def test_the_test_split_is_read_once_and_the_use_recorded(finished, capsys, monk
     final_evaluation.program(["test", str(run), "--stride=4"])
     assert "has been read 1 time(s) before" in capsys.readouterr().out
     assert len(read_rows(run / "test_reads.jsonl")) == 2
+
+
+def test_the_test_split_of_an_unfinished_run_is_not_read(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(final_evaluation, "evaluate", None)
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    (run / "summary.json").unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        final_evaluation.program(["test", str(run)])
+
+
+def test_a_loss_of_the_test_split_is_not_shown_without_a_record(finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("test_reads.jsonl"))
+    (run / "test_reads.jsonl").symlink_to(tmp_path / "no_folder" / "log")
+    monkeypatch.setattr(final_evaluation, "evaluate", None)
+    with pytest.raises(UserError, match=r"cannot write .*test_reads.jsonl \(No such file"):
+        final_evaluation.program(["test", str(run)])
 
 
 def test_a_sample_depends_on_its_seed_alone(finished, capfdbinary):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from small_runs import write_record
+from small_runs import write_evaluation, write_record
 
 from train.analysis import final_losses
 from train.errors import UserError
@@ -29,6 +29,15 @@ def variants(tmp_path):
         )
         for seed, end in enumerate(ends)
     ]
+
+
+def test_a_run_evaluated_elsewhere_than_at_its_end_is_named(tmp_path, capsys):
+    records = variants(tmp_path)
+    write_evaluation(records[0], "evaluations.jsonl", 1.0, step=1)
+    found(records, tmp_path)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert notes[0].endswith(f"python -m train evaluate {records[0]} --checkpoint=latest")
 
 
 def test_variants_show_their_difference_to_the_reference(tmp_path, capsys):

@@ -51,6 +51,12 @@ def arms(tmp_path, monkeypatch):
     return file
 
 
+@pytest.mark.parametrize("seeds", [[0, 1], [1]])
+def test_a_seed_for_one_run_is_refused(arms, seeds):
+    with pytest.raises(UserError, match=r"--config.seed=3 is for one run; write --seeds"):
+        ladder.plan(str(arms), [], seeds, ["--config.seed=3"])
+
+
 @pytest.fixture
 def in_process(monkeypatch):
     """Trains in this process, without drawing a sample; counts the runs."""

@@ -58,7 +58,8 @@ python -m train NAME ...
 Training, for instance: python -m train --config=configs/quickstart.py
 
 Any setting of the file can be changed: --config.training.num_steps=500, for instance.
-train/settings.py explains them, fsn_jax/fields.py and fsn_jax/config.py those of the model.
+train/settings.py explains them, fsn_jax/fields.py and fsn_jax/config.py those of the model,
+train/config.py those of the run itself.
 --profile=FIRST:LAST writes a trace of these steps to the run's folder.
 
 Several processes train as one if each starts the same command with --distributed (on a Cloud TPU

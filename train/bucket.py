@@ -18,7 +18,14 @@ SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}  # the package that each needs
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a path has a scheme, as ``gs://BUCKET/run`` does."""
+    """Whether a path has a scheme, as ``gs://BUCKET/run`` does.
+
+    Raises:
+      UserError: it lacks one of the two slashes and would be taken for a local path.
+    """
+    for scheme in SCHEMES:
+        if str(path).startswith(f"{scheme}:") and not str(path).startswith(f"{scheme}://"):
+            raise UserError(f"{path} is no path in a bucket: write {scheme}://BUCKET/...")
     return "://" in str(path)
 
 
@@ -110,7 +117,10 @@ def fetched(remote: str, cache: Path, *, setting: str, marker: str) -> Path:
     with reaching(setting, remote):
         source = epath.Path(remote)
         if not (source / marker).exists():
-            raise UserError(f"{setting}={remote} holds no {marker}")
+            raise UserError(
+                f"{setting}={remote} holds no {marker}: only what fsn_jax has written can be read "
+                f"from there; copy anything else to this machine"
+            )
         target = place_in_cache(remote, cache)
         with locked(target):
             copy_folder(source, epath.Path(target), marker=marker)

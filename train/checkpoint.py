@@ -7,10 +7,8 @@ shapes that the config gives; nothing is unpickled.
 """
 
 import contextlib
-import glob
 import logging
 import math
-import os
 import sys
 import tempfile
 import warnings
@@ -30,7 +28,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from train.config import CheckpointConfig
 from train.errors import UserError
-from train.files import saved_steps
+from train.files import has_pattern, saved_steps
 from train.integrity import SealedPath, damage
 from train.processes import first_does
 from train.step import TrainState
@@ -268,11 +266,6 @@ def _without_pattern(folder: Path) -> Iterator[Path]:
         link = Path(beside, "checkpoints")
         link.symlink_to(folder, target_is_directory=True)
         yield link
-
-
-def has_pattern(path: str | Path) -> bool:
-    """Whether ``glob`` would take a path for a pattern."""
-    return glob.escape(os.fspath(path)) != os.fspath(path)
 
 
 def _holds(saved: np.ndarray, leaf: jax.Array) -> bool:

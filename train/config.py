@@ -212,11 +212,23 @@ def _build_model(fields: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
             f"config.{where}.architecture must be one of {', '.join(ARCHITECTURES)}; "
             f"got {architecture!r}"
         )
-    return architecture, _build(ARCHITECTURES[architecture], fields, where)
+    kind = ARCHITECTURES[architecture]
+    of_others = set().union(*map(_names, ARCHITECTURES.values())) - _names(kind)
+    for name in fields:
+        if name in of_others:
+            raise UserError(
+                f"config.{where}.{name} is no setting of the architecture {architecture}: an arm "
+                f"has one architecture; choose another arm with --config=FILE:ARM"
+            )
+    return architecture, _build(kind, fields, where)
+
+
+def _names(kind: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def _build(kind: type[Any], fields: dict[str, Any], where: str) -> Any:
-    known = {field.name for field in dataclasses.fields(kind)}
+    known = _names(kind)
     for name in fields:
         if name not in known:
             raise UserError(

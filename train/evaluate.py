@@ -3,10 +3,11 @@
 Each result is printed and added to the run's ``evaluations.jsonl``, also of a run in a bucket.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +176,22 @@ def append_evaluation(file: Path, trained: TrainedModel, result: Evaluation) -> 
         "device": device_description(),
         "git": git_state(),
     }
-    try:
+    with _recording(file):
         append_row(file, row)
+
+
+def check_appendable(file: Path) -> None:
+    """Raises UserError if no line can be appended to a file."""
+    with _recording(file), file.open("ab"):
+        pass
+
+
+@contextlib.contextmanager
+def _recording(file: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise UserError(
-            f"cannot write {file} ({error.strerror}); the result was {result}"
-        ) from None
+        raise UserError(f"cannot write {file} ({error.strerror}); make it writable") from None
 
 
 def parser(description: str, prog: str) -> Arguments:
@@ -216,7 +227,7 @@ def program(argv: Sequence[str]) -> None:
     stride = checked_stride(options.stride, trained.experiment)
     result = evaluate(trained, trained.corpus.tokens("validation"), stride=stride)
     log = trained.run.path / "evaluations.jsonl"
-    append_evaluation(log, trained, result)
     print(f"validation {result}")
+    append_evaluation(log, trained, result)
     if is_remote(options.run):
         send_back(log, options.run)

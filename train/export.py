@@ -17,7 +17,7 @@ from jax import Array
 from fsn_jax.generate import sample_token
 from fsn_jax.hub import Pretrained
 from train.errors import UserError
-from train.files import user_path
+from train.files import new_folder, user_path, writing
 from train.hub import write_model
 from train.load import load
 from train.program import Arguments, start_jax
@@ -99,13 +99,10 @@ def program(argv: Sequence[str]) -> None:
     start_jax()
     trained = load(options.run, which=options.checkpoint, data_path=options.data_path)
     sampler = None if options.no_sampler else export_sampler(trained.language_model)
-    try:
-        folder.mkdir(parents=True)
-        write_model(trained, folder)
+    with writing("the folder", folder), new_folder(folder) as made:
+        write_model(trained, made)
         if sampler is not None:
-            (folder / SAMPLER).write_bytes(sampler)
-            shutil.copyfile(Path(__file__).with_name("standalone_sample.py"), folder / SCRIPT)
-    except OSError as error:
-        raise UserError(f"cannot write {folder} ({error.strerror}); name another") from None
+            (made / SAMPLER).write_bytes(sampler)
+            shutil.copyfile(Path(__file__).with_name("standalone_sample.py"), made / SCRIPT)
     for file in sorted(folder.iterdir()):
         print(f"{file.stat().st_size:>12,} bytes  {file}")

@@ -1,6 +1,7 @@
 """Writes small files completely or not at all."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -44,11 +45,27 @@ def user_path(setting: str, text: str | Path) -> Path:
     return path
 
 
+def has_pattern(path: str | Path) -> bool:
+    """Whether ``glob`` would take a path for a pattern."""
+    return glob.escape(os.fspath(path)) != os.fspath(path)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a small file atomically: a crash leaves the old file or the new one."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write to that becomes ``folder`` once it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as beside:
+        made = Path(beside) / folder.name
+        made.mkdir()
+        yield made
+        made.rename(folder)
 
 
 @contextlib.contextmanager

@@ -1,17 +1,19 @@
 """``python -m train test RUN``: computes the loss on the test split once, and records it.
 
 No other program opens the test split. Each use adds a line to the run's ``test_reads.jsonl``. If
-the checkpoint and stride are there already, the recorded loss is printed and nothing computed.
+the checkpoint and stride are there already, the recorded loss is printed and nothing computed. An
+unfinished run is refused, and so is a record that cannot be written: no loss is shown without it.
 """
 
 from collections.abc import Sequence
 
 from train.bucket import is_remote
-from train.errors import UserError
-from train.evaluate import append_evaluation, checked_stride, evaluate, parser
+from train.errors import UserError, unfinished
+from train.evaluate import append_evaluation, check_appendable, checked_stride, evaluate, parser
 from train.load import load
 from train.metrics import read_rows
 from train.program import start_jax
+from train.run import open_run
 
 
 def program(argv: Sequence[str]) -> None:
@@ -22,6 +24,9 @@ def program(argv: Sequence[str]) -> None:
             f"the test split is read once and each use recorded in the run's folder; copy "
             f"{options.run} to this machine, and the folder back afterwards"
         )
+    run = open_run(options.run)
+    if not (run.path / "summary.json").is_file():
+        raise unfinished(run.path)
     start_jax()
     trained = load(options.run, which=options.checkpoint, data_path=options.data_path)
     stride = checked_stride(options.stride, trained.experiment)
@@ -33,6 +38,7 @@ def program(argv: Sequence[str]) -> None:
             return
     if reads:
         print(f"note: this run's test split has been read {len(reads)} time(s) before; see {log}")
+    check_appendable(log)
     result = evaluate(trained, trained.corpus.tokens("test", allow_test=True), stride=stride)
     append_evaluation(log, trained, result)
     print(f"test {result}")

@@ -114,7 +114,7 @@ logits = trained.logits("The ")  # [1, L, V]; trained.model and trained.params a
 ```
 
 In a checkout of fsn_jax, `python -m train sample FOLDER` writes text. Without the package, if \
-`sampler.jax_export` is here: `python sample.py --prompt 'The '`, which needs jax, numpy and
+`sampler.jax_export` is here: `python sample.py --prompt 'The '`, which needs jax, numpy and \
 flatbuffers.
 """
 

@@ -100,4 +100,4 @@ def _say(line: str) -> None:
 
 
 interruptions = Interruptions()
-"""Of this process: signals are its, not a program's."""
+"""The one object of this process, to which all signals go."""

@@ -53,7 +53,8 @@ def plan(file: str, arms: Sequence[str], seeds: Sequence[int], changes: Sequence
     """Returns the runs of a config file, all checked before the first one starts.
 
     Raises:
-      UserError: the file has no such arm, a setting is wrong, or two runs share a folder.
+      UserError: the file has no such arm, a setting is wrong or names the seed, or two runs share
+        a folder.
     """
     path, _, arm = file.rpartition(":")
     if path.endswith(".py"):
@@ -62,6 +63,9 @@ def plan(file: str, arms: Sequence[str], seeds: Sequence[int], changes: Sequence
         known = names.get("ARMS", ())
     if not known:
         raise UserError(f"--config={file}: the file has no ARMS, a list of what to train")
+    for change in changes:
+        if change.partition("=")[0] == "--config.seed":
+            raise UserError(f"{change} is for one run; write --seeds with the seeds of the ladder")
     for arm in arms:
         if arm not in known:
             raise UserError(f"--arms must be among {', '.join(known)}; got {arm!r}")

@@ -168,4 +168,7 @@ def _choose(checkpoints: Checkpoints, which: str, run: RunFolder) -> int:
 
 
 def _no_checkpoint(run: RunFolder) -> UserError:
-    return UserError(f"the run {run.path} has no checkpoint yet: train it as far as its first one")
+    return UserError(
+        f"the run {run.path} has no checkpoint: train it as far as its first one, or, if this is a "
+        f"record under results/, name the run's own folder"
+    )

@@ -111,12 +111,12 @@ def _train(
     train_steps = train_steps_of(experiment, model, optimizer, mesh, separator=separator)
     first_does(lambda: refuse_lost_checkpoints(run, experiment))
     with Checkpoints(run.checkpoints, experiment.checkpoints) as checkpoints:
-        placed: dict[str, Any] = {"mesh": mesh, "layout": experiment.training.layout}
-        restored = checkpoints.restore_latest(abstract_state(model, optimizer, **placed))
+        placement: dict[str, Any] = {"mesh": mesh, "layout": experiment.training.layout}
+        restored = checkpoints.restore_latest(abstract_state(model, optimizer, **placement))
         if restored:
             start, state = restored
         else:
-            start, state = 0, init_state(model, optimizer, seed=experiment.seed, **placed)
+            start, state = 0, init_state(model, optimizer, seed=experiment.seed, **placement)
             if run.writes:
                 table = parameter_table(parameters_of(state.params))
                 write_atomically(run.path / "parameters.txt", table)

@@ -36,7 +36,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def divided_axis(shape: tuple[int, ...], num_devices: int, layout: Layout) -> int | None:
     """Returns the axis to shard: the longest that divides evenly, or None.
 
-    It depends on the shape alone, so that Adam's moments are sharded as their parameters are.
+    It depends on the shape alone, so that the optimizer's moments are sharded as their parameters
+    are.
     """
     if layout == "replicated" or num_devices == 1:
         return None
@@ -73,13 +74,13 @@ def averaged(mean: Any, axes: list[int | None]) -> Any:
         jax.lax.pmean([x for x, a in zip(leaves, axes, strict=True) if a is None], DATA_AXIS)
     )
     devices = jax.lax.axis_size(DATA_AXIS)
-    averaged = [
+    means = [
         next(undivided)
         if axis is None
         else jax.lax.psum_scatter(leaf, DATA_AXIS, scatter_dimension=axis, tiled=True) / devices
         for leaf, axis in zip(leaves, axes, strict=True)
     ]
-    return jax.tree.unflatten(structure, averaged)
+    return jax.tree.unflatten(structure, means)
 
 
 def placed(values: np.ndarray, sharding: NamedSharding) -> Array:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
 from train.errors import UserError
+from train.files import write_atomically
 from train.spikes import find_spikes
 
 METRICS = "metrics.jsonl"
@@ -101,10 +101,7 @@ class RowLog:
     def __init__(self, path: Path, *, resume_step: int):
         """Drops the rows after ``resume_step`` and opens the file."""
         kept = [row for row in read_rows(path) if row["step"] <= resume_step]
-        # Written beside and moved into place: a crash here must not lose the rows already kept.
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(_line(row) for row in kept), encoding="utf-8")
-        os.replace(beside, path)
+        write_atomically(path, "".join(_line(row) for row in kept))
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -163,7 +160,7 @@ class Metrics:
         learning_rate: float,
         skipped: int,
     ) -> None:
-        """Records the mean of the steps since the last row of a multiple of ``log_every``."""
+        """Records the means over the steps since the last multiple of ``log_every``."""
         row = {
             "kind": "train",
             "step": step,

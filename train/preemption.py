@@ -36,7 +36,7 @@ class Preemption:
     """A context manager that notes SIGTERM and SIGINT and says whether the run must stop."""
 
     def __init__(self) -> None:
-        """Only a SIGINT that a library swallowed may have been received already."""
+        """Takes over a Ctrl-C that came before, whose KeyboardInterrupt a library swallowed."""
         self._received = interruptions.came
         self._by = signal.SIGINT if self._received else signal.SIGTERM
         self._leaving = contextlib.ExitStack()
@@ -56,7 +56,8 @@ class Preemption:
         self._leaving.close()
 
     def _take(self, number: signal.Signals) -> None:
-        self._leaving.callback(signal.signal, number, signal.signal(number, self._note))
+        before = signal.signal(number, self._note)
+        self._leaving.callback(signal.signal, number, before)
 
     def reached(self, before: int, step: int) -> bool:
         """Whether to stop at ``step``; the answer is the same in every process.

@@ -33,7 +33,9 @@ class Arguments(argparse.ArgumentParser):
 
     def add_checkpoint_options(self, default: str) -> None:
         """Adds the options that choose a run's checkpoint and find its data; see ``load``."""
-        self.add_argument("--checkpoint", default=default, help="best, latest or a step")
+        self.add_argument(
+            "--checkpoint", default=default, help=f"best, latest or a step; default: {default}"
+        )
         self.add_argument(
             "--data_path", default="", help="where the run's data is, if it was moved"
         )

@@ -5,12 +5,11 @@ and summary, no checkpoints.
 """
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from train.errors import UserError, unfinished
-from train.files import user_path, writing
+from train.files import new_folder, user_path, writing
 from train.program import Arguments
 from train.run import open_run
 
@@ -56,15 +55,10 @@ def record(run_dir: str | Path, results: Path, *, allow_modified: bool = False) 
             raise UserError(
                 f"the run {run.path} has no {name}; run its training command again to write it"
             )
-    with writing("--results", results):
-        results.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=results, prefix=".record-") as beside:
-            copy = Path(beside) / target.name
-            copy.mkdir()
-            for name in (*EVIDENCE, *IF_THERE):
-                if (run.path / name).exists():
-                    shutil.copyfile(run.path / name, copy / name)
-            copy.rename(target)
+    with writing("--results", results), new_folder(target) as copy:
+        for name in (*EVIDENCE, *IF_THERE):
+            if (run.path / name).exists():
+                shutil.copyfile(run.path / name, copy / name)
     return target
 
 

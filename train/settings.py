@@ -94,7 +94,11 @@ class OptimizerConfig(_Settings):
     final_fraction: float = setting(
         0.1, "learning rate at the last step, as a fraction of the peak", least=0, most=1
     )
-    warmup_steps: int = setting(100, "number of steps of linear growth from zero", least=0)
+    warmup_steps: int = setting(
+        100,
+        "number of steps of linear growth from zero; a shorter run grows up to its last step",
+        least=0,
+    )
     beta1: float = setting(0.9, "decay rate of Adam's first moment", least=0, below=1)
     beta2: float = setting(0.99, "decay rate of Adam's second moment", least=0, below=1)
     epsilon: float = setting(1e-8, "constant in Adam's denominator", above=0)
@@ -152,7 +156,7 @@ class TrainingConfig(_Settings):
     layout: Literal["replicated", "sharded"] = setting(
         "replicated",
         "layout of the parameters: ``replicated`` on every device, or ``sharded`` over the devices "
-        "with Adam's moments, to fit a larger model. The losses agree up to rounding",
+        "with the optimizer's moments, to fit a larger model. The losses agree up to rounding",
     )
 
     def _check(self) -> None:

@@ -215,11 +215,9 @@ def _summary(ledger: Mapping[str, Any], rows: Sequence[Row]) -> str:
     for claim in ledger["claim"]:
         of_claim = [row for row in rows if row.claim["id"] == claim["id"]]
         done = [row for row in of_claim if row.status != "not yet run"]
-        if not any("form" not in row.evidence for row in done):
-            done = [
-                *of_claim[:1],
-                *done,
-            ]  # the published form comes first, even if not yet run
+        if all("form" in row.evidence for row in done):
+            # The published form comes first, even if not yet run.
+            done = [of_claim[0], *done]
         said = "; ".join(map(_verdict_text, done))
         name = claim["id"]
         lines.append(f"| [{name}](#{name.lower()}) | {claim['says']} | {said} |")

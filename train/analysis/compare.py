@@ -18,6 +18,7 @@ from train.analysis import verdicts
 from train.analysis.figures import SEEN, draw_curve, legend_above, panels
 from train.analysis.records import (
     Arm,
+    print_missing_ends,
     read_arms,
     read_run,
     reference_arm,
@@ -234,6 +235,7 @@ def program(argv: Sequence[str]) -> None:
         one, other = (with_clocks(arm, clocks) for arm in (one, other))
     result = compare(one, other, same_budget=not options.any_budget)
     write_result(output, result, table_text(result), functools.partial(draw, result, one, other))
+    print_missing_ends(arms.values())
 
 
 def pair(arms: Mapping[str, Arm], reference: str) -> tuple[Arm, Arm]:

@@ -19,7 +19,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from train.analysis import verdicts
 from train.analysis.figures import panels
-from train.analysis.records import read_arms, reference_arm
+from train.analysis.records import print_missing_ends, read_arms, reference_arm
 from train.errors import UserError
 from train.files import check_json_output, default_output, write_result
 from train.program import Arguments
@@ -218,3 +218,4 @@ def program(argv: Sequence[str]) -> None:
     options = p.parse_args(argv[1:])
     output = check_json_output(options.output or default_output(options.runs, "final_losses.json"))
     write(result(options.runs, reference=options.reference), output)
+    print_missing_ends(read_arms(options.runs).values())

@@ -104,6 +104,13 @@ class RunRecord:
         """BPC of the last checkpoint on the whole validation split; None without an evaluation."""
         return self._of_the_end("evaluations.jsonl")
 
+    @property
+    def lacks_the_end(self) -> bool:
+        """Whether the whole split was evaluated, but not as ``whole_validation`` needs it."""
+        return self.whole_validation is None and bool(
+            self._read("evaluations.jsonl", optional=True)
+        )
+
     @functools.cached_property
     def test(self) -> float | None:
         """BPC of the last checkpoint on the test split; None if the split was not read."""
@@ -304,6 +311,15 @@ def with_clocks(arm: Arm, clocks: Sequence[RunRecord]) -> Arm:
         )
     runs = (dataclasses.replace(run, clocks=tuple(same)) for run in arm.runs)
     return dataclasses.replace(arm, runs=tuple(runs))
+
+
+def print_missing_ends(arms: Iterable[Arm]) -> None:
+    """Prints a line for each run whose evaluations of the whole split a table cannot use."""
+    for run in (run for arm in arms for run in arm.runs if run.lacks_the_end):
+        print(
+            f"note: {run.path} was evaluated on the whole split, but not at its end and own "
+            f"stride: python -m train evaluate {run.path} --checkpoint=latest"
+        )
 
 
 def reference_arm(arms: Mapping[str, Arm], named: str = "") -> str:

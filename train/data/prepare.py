@@ -73,6 +73,8 @@ def open_corpus(
         folder = corpus_folder(name, path, cache, unit)
         if not folder.exists():
             prepare_corpus(name, path, cache, unit=unit, progress=progress)
+        elif path and name in PINNED:
+            _refuse_other_files(name, path, unit)
     corpus = read_corpus(folder)
     if corpus.name != name:
         raise UserError(
@@ -104,6 +106,12 @@ def corpus_folder(name: str, path: str, cache: Path, unit: Unit = "bytes") -> Pa
     suffix = SHARD_SUFFIX if name == "codeparrot" else ""
     kind = "" if unit == "bytes" else f"-{unit}"
     return cache / f"{name}-{fingerprint(find_files(path, suffix))[:8]}{kind}"
+
+
+def _refuse_other_files(name: str, path: str, unit: Unit) -> None:
+    """Raises UserError if the files at ``path`` are not those that a cached corpus is made of."""
+    with tempfile.TemporaryDirectory(prefix="fsn_jax-") as scratch:
+        recipe_of(name, path, Path(scratch), unit, progress=lambda line: None)
 
 
 def prepare_corpus(

@@ -81,7 +81,7 @@ def _enwik8(path: str, scratch: Path, progress: Progress) -> Recipe:
         wanted = dataclasses.replace(wanted, sources=(own,))
     advice = (
         "get enwik8 or enwik8.zip yourself and name it: --config.data.path=FILE (of train) or "
-        "--path=FILE (of train prepare)"
+        "--path=FILE (of train prepare); a text of your own has the name text"
     )
     raw = fetch(wanted, scratch, advice=advice, progress=progress)
 

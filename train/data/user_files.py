@@ -15,13 +15,12 @@ from typing import Any
 
 from fsn_jax.vocabulary import SEPARATOR
 from train.errors import UserError
-from train.files import file_sha256, user_path
+from train.files import file_sha256, has_pattern, user_path
 
 JSON_FIELDS = ("text", "content")
 _UNREADABLE = (
     ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration
 )  # fmt: skip
-GLOB_CHARACTERS = "*?["
 CHUNK_BYTES = 1 << 20
 HEAD_BYTES = 1 << 16
 MOST_CONTROLS = 0.05
@@ -92,7 +91,7 @@ def find_files(
                 f"config.data.path={path} is a pipe or device, which cannot be read twice: write "
                 f"what it gives to a file and name that"
             )
-        elif any(character in str(named) for character in GLOB_CHARACTERS):
+        elif has_pattern(named):
             found = _of_pattern(path, named, report)
         else:
             raise UserError(

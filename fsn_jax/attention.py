@@ -19,7 +19,7 @@ from fsn_jax.causal import attention_weights, merge_heads
 from fsn_jax.coupled import coupled_field
 from fsn_jax.coupling import field_of_sums, local_field, side_by_side
 from fsn_jax.fields import CouplingFields, documented
-from fsn_jax.torus import Complex, kept_in
+from fsn_jax.torus import Complex, in_float32, kept_in
 
 
 def initial_kernel(layer: CouplingFields, num_phases: int) -> np.ndarray:
@@ -76,14 +76,16 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
 
     Head h compares its own block of N / H phases; phase n hears the J heads ``H(n)``. Phases are
     angles in radians, ``theta[B, L, N]``; N is read from the input. Parameters: ``kernel_real`` and
-    ``kernel_imag``, the kernel ``kappa`` ``[T, M, J, N]`` (``[T, M, N]`` for J = 1); ``score/gate``
+    ``kernel_imag``, the kernel ``kappa`` ``[T, M, J, N]`` (``[T, M, N]`` for J = 1), its real part
+    before a softplus if ``signed_harmonics`` is off; ``score/gate``
     and ``score/gate_angle``, ``g`` and ``a`` ``[N]`` (``[H, R]`` if heads compare all phases or
     several harmonics: R is ``score_harmonics`` times the phases that a head compares);
     ``score/log_beta`` ``[H]``. There is no query, key, value or output matrix.
 
     Cost of a token, compared with multi-head attention of width N and the same L: no dense layers
     (attention: ``8 N**2`` FLOPs), scores of ``2 N / H`` reals a head (``N / H``) and values of
-    ``2 M J N / H`` (``N / H``). Neither pass, forward or backward, holds an ``[L, L]`` array.
+    ``2 M J N / H`` (``N / H``). Neither pass, forward or backward, holds an ``[L, L]`` array, but
+    for ``implementation="reference"`` and traces of the attention.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -109,7 +111,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
             quadrature = initial_quadrature(self, num_phases)
             imag = self.param("kernel_imag", quadrature, initial.shape, jnp.float32)
         shape = (self.num_delays, self.num_harmonics, self.heads_per_phase, num_phases)
-        return Complex(real.reshape(shape), imag.reshape(shape))
+        return in_float32(Complex(real.reshape(shape), imag.reshape(shape)))
 
     def kappa(self) -> Complex:
         """Returns the coupling kernel ``[T, M, J, N]``, real and imaginary parts.

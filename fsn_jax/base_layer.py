@@ -48,7 +48,8 @@ class PhaseAttention(ScoreFields, nn.Module):
         ``implementation="reference"``; the other paths raise TypeError and say so.
 
         Args:
-          theta: phases in radians.
+          theta: phases in radians, below about 1e4: float32 tells angles of 1e6 apart by 0.06, and
+            far beyond that their phasors leave the circle.
           segment_ids: tokens couple to those of their own segment; None: all are in one.
           positions: of the tokens, for the drift, ``[L]`` or ``[B, L]``; None: 0, 1, 2, ...
 
@@ -220,6 +221,10 @@ class KuramotoAttention(_SummedAttention):
     """
 
     kernel_scale: float = setting(0.5, "initial gain g", above=0)
+    score_angles: bool = setting(
+        False, "whether a gated score has angles too, which makes it a frustrated one"
+    )
+    similarity_heads: int = setting(0, "heads whose score has no drift, so no positions", least=0)
 
     def _values(self, z: Complex) -> Array:
         return jnp.concatenate(self._heads(z), axis=-1).astype(self.dtype)

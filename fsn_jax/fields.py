@@ -224,8 +224,8 @@ class ScoreFields(DenseFields):
     )
     rotary_base: float = setting(
         10_000.0,
-        "base of the drift, as in RoPE: the p-th of R drifting pairs turns by "
-        "``rotary_base**(-p / R)`` radians a position",
+        "base of the drift, as in RoPE: the p-th of P phases or pairs that drift turns by "
+        "``rotary_base**(-p / P)`` radians a position",
         above=1,
     )
     score_sharpness: float = setting(

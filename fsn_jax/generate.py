@@ -34,6 +34,9 @@ CHUNK = 8
 SHORTEST_PROMPT = 32
 """Least padded length of a prompt. Lengths are powers of two, so few programs are compiled."""
 
+PIECE = 256
+"""Tokens of a long prompt that are read at once."""
+
 NO_TOKEN = -1
 """Fills a row that has ended while other rows of its batch have not."""
 
@@ -125,20 +128,38 @@ def _prefill(
 ) -> _Read:
     """Reads the first ``length`` tokens of a padded prompt.
 
-    What the cache holds of the padding is masked until it is written over.
+    What the cache holds of the padding is masked until it is written over. The prompt is read in
+    pieces, since the weights of a piece over the whole cache are held at once.
     """
     segments = separator is not None
     cache: Any = model.apply(
         variables, prompt.shape[0], capacity, segments=segments, method="empty_cache"
     )
     ids = None if separator is None else document_ids(prompt, separator)
-    logits, cache = model.apply(variables, prompt, cache, segment_ids=ids, method="extend")
+
+    def read(cache: Any, piece: tuple[Array, Array | None]) -> tuple[Any, Array]:
+        logits, cache = model.apply(
+            variables, piece[0], cache, segment_ids=piece[1], method="extend"
+        )
+        return cache, logits
+
+    def pieces_of(tokens: Array) -> Array:
+        return tokens[:, :whole].reshape(len(tokens), -1, PIECE).swapaxes(0, 1)
+
+    whole = prompt.shape[1] // PIECE * PIECE
+    logits = []
+    if whole:
+        cache, pieces = jax.lax.scan(read, cache, jax.tree.map(pieces_of, (prompt, ids)))
+        logits.append(pieces.swapaxes(0, 1).reshape(len(prompt), whole, -1))
+    if whole < prompt.shape[1]:
+        cache, rest = read(cache, jax.tree.map(lambda tokens: tokens[:, whole:], (prompt, ids)))
+        logits.append(rest)
 
     def last(values: Array) -> Array:
         return jax.lax.dynamic_index_in_dim(values, length - 1, axis=1, keepdims=False)
 
     document = None if ids is None else last(ids)
-    return _Read(last(logits), cache.replace(position=length), document)
+    return _Read(last(jnp.concatenate(logits, axis=1)), cache.replace(position=length), document)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "separator"), donate_argnames=("read",))

@@ -5,6 +5,7 @@ A folder holds ``model.safetensors`` (the parameters by their paths, joined by d
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ class Pretrained:
         return self._apply(text)
 
     def states(self, text: str | bytes) -> Float[Array, "B L N"]:
-        """Returns what the readout reads, as a batch of one: an FSN's phases, in radians."""
+        """Returns the last block's states, as a batch of one: an FSN's phases, in radians."""
         return self._apply(text, method="states")
 
     def sample(self, prompt: str | bytes, **settings: Any) -> str:
@@ -119,7 +120,12 @@ class Pretrained:
         tokens = jnp.asarray(self.encode(text))[None]
         if self.separator is not None:
             options["segment_ids"] = document_ids(tokens, self.separator)
-        return self.model.apply({"params": self.params}, tokens, **options)
+        return _applied(self.model, {"params": self.params}, tokens, **options)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
+def _applied(model: FSN | Transformer, variables: Any, tokens: Array, **options: Any) -> Any:
+    return model.apply(variables, tokens, **options)
 
 
 def load(folder: str | Path) -> Pretrained:

@@ -43,9 +43,10 @@ class LanguageModel(nn.Module):
         """Computes the logits, float32.
 
         Args:
-          tokens: token ids; one that is not in the vocabulary gives NaN.
+          tokens: token ids; one that is not in the vocabulary makes its whole row NaN.
           segment_ids: tokens see those of their own segment alone, so that documents can be packed
-            into one row; padding is a segment of its own. None: all are in one.
+            into one row. Padding is a segment of its own, of any ids in the vocabulary. None: all
+            are in one.
           positions: of the tokens, for the rotary drift, ``[L]`` or ``[B, L]``; None: 0, 1, 2, ...
             Scores depend on differences of positions alone.
           deterministic: False in training with dropout, which needs ``rngs={"dropout": key}``.

@@ -125,7 +125,11 @@ def attention_targets(
     """
     batch, length = tokens.shape
     same = tokens[:, :, None] == tokens[:, None, :]
-    before = jnp.pad(same[:, :-1, :-1], ((0, 0), (1, 0), (1, 0)))
+    before = same[:, :-1, :-1]
+    if segment_ids is not None:  # both with the token before in their own segment
+        follows = segment_ids[:, 1:] == segment_ids[:, :-1]
+        before &= follows[:, :, None] & follows[:, None, :]
+    before = jnp.pad(before, ((0, 0), (1, 0), (1, 0)))
     own, one_before = (jnp.eye(length, k=-step, dtype=bool)[None] for step in (0, 1))
     masks = (own, one_before, same & before & jnp.tri(length, k=-1, dtype=bool)[None])
 

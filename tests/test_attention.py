@@ -134,6 +134,19 @@ def test_base_layer_is_one_real_undelayed_positive_harmonic(score):
         np.testing.assert_allclose(getattr(one, part), getattr(other, part), **TOLERANCE)
 
 
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_base_layer_of_its_own_has_a_real_score_with_positions(num_heads):
+    """Frustration angles are what it is without, and no head is one that has no drift."""
+    layer, theta = KuramotoAttention(num_heads=num_heads), 0.2 * cases.angles(1, 6, 8)
+    variables = layer.init(jax.random.key(0), theta)
+    assert set(variables["params"]["score"]) == {"gate", "log_beta"}
+    far = jnp.arange(6) * 40
+    weights, apart = (
+        layer.apply(variables, theta, positions=p, method="weights") for p in (None, far)
+    )
+    assert (np.abs(weights - apart).max(axis=(0, 2, 3)) > 0.01).all()
+
+
 def test_base_layer_ignores_the_switches_of_the_kernel():
     theta = cases.angles(2, 9, 9)
     plain = cases.layer(KuramotoAttention, cases.fsn_config(**cases.BASE_LAYER))

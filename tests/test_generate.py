@@ -131,6 +131,22 @@ def test_greedy_text_is_that_of_the_full_pass(name):
     np.testing.assert_array_equal(text, np.stack(expected, axis=1))
 
 
+@pytest.mark.parametrize("separator", [None, 3])
+@pytest.mark.parametrize("name", ["full", "transformer"])
+def test_a_long_prompt_is_read_in_pieces(name, separator, monkeypatch):
+    """Eleven tokens and a padded one, as pieces of five, five and two, or at once."""
+    model, variables = built(name)
+    prompt = cases.tokens(2, 12)
+    read = {}
+    for piece in (5, 100):
+        monkeypatch.setattr(generation, "PIECE", piece)
+        prefill = functools.partial(generation._prefill.__wrapped__, model, variables)
+        read[piece] = jax.jit(lambda p, f=prefill: f(p, jnp.int32(11), 16, separator))(prompt)
+    assert int(read[5].cache.position) == 11
+    for one, other in zip(*map(jax.tree.leaves, read.values()), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_draws_are_reproducible_and_do_not_depend_on_how_many_are_wanted():
     model, variables = built("full")
     prompt = cases.tokens(2, 3)

@@ -240,9 +240,35 @@ def test_lowers(platform, call, length, score_width, value_width, dtype):
     assert exported.mlir_module().count(f"@{call}(") == {"tpu": 2, "cuda": 3}[platform]
 
 
-@pytest.mark.parametrize(("platform", "calls"), [("tpu", 2), ("cuda", 4)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_coupling_lowers(platform, calls, dtype):
+def test_many_harmonics_leave_a_tile_of_phases():
+    kappa = Complex(*2 * [jnp.zeros((2, 100, 1, 64))])
+    for cuts in (gpu_coupling.SUMS, gpu_coupling.SCORES):
+        assert {cut.phases(kappa) for cut in cuts.values()} == {gpu_tiles.PIECE}
+
+
+def test_a_gpu_without_a_kernel_gets_the_blocks_and_interprets_nothing():
+    x = jax.ShapeDtypeStruct((1, 2, 16, 4), "float32")
+
+    def lowered(implementation):
+        def total(*arrays):
+            return causal_sum(*arrays, include_self=False, implementation=implementation).total
+
+        return jax.jit(total).trace(x, x, x).lower(lowering_platforms=("rocm",)).as_text()
+
+    assert lowered("pallas").count("stablehlo.while") == lowered("xla").count("stablehlo.while")
+
+
+@pytest.mark.parametrize(
+    ("platform", "calls", "dtype", "x64"),
+    [
+        ("tpu", 2, "float32", False),
+        ("tpu", 2, "bfloat16", False),
+        ("tpu", 2, "float32", True),
+        ("cuda", 4, "float32", False),
+        ("cuda", 4, "bfloat16", False),
+    ],
+)
+def test_coupling_lowers(platform, calls, dtype, x64):
     """One kernel folds, sums and unfolds; one (TPU) or three differentiate."""
     config = cases.fsn_config(
         num_phases=24,
@@ -260,7 +286,7 @@ def test_coupling_lowers(platform, calls, dtype):
         return jnp.sin(layer.apply(variables, theta)).sum()
 
     call = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}[platform]
-    with jax.sharding.use_abstract_mesh(described(platform)):
+    with jax.sharding.use_abstract_mesh(described(platform)), jax.enable_x64(x64):
         exported = jax.export.export(
             jax.jit(jax.grad(loss, argnums=(0, 1))),
             platforms=[platform],
@@ -317,6 +343,14 @@ def test_a_kernel_that_fails_is_reported_and_not_used(monkeypatch):
 
     monkeypatch.setattr(kernels, "forward", refuses)
     with pytest.warns(UserWarning, match="fused kernel is not used.*no such tile"):
+        assert choice.fastest(SIZES) == "xla"
+
+    def full(*arrays, implementation):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    choice.fastest.cache_clear()
+    monkeypatch.setattr(kernels, "forward", full)
+    with pytest.warns(UserWarning, match="fused kernel is not used.*out of memory"):
         assert choice.fastest(SIZES) == "xla"
 
     def wrong(*arrays, implementation):

@@ -80,6 +80,15 @@ def test_gradients_have_the_dtype_of_their_parameters(name, dtype):
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.1, atol=0.05 * scale + 1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_reference_takes_parameters_of_other_dtypes(dtype):
+    fast, x = MODULES["gated"], inputs("gated")
+    slow = FrustratedAttention(num_heads=3, implementation="reference")
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), fast.init(jax.random.key(0), x))
+    np.testing.assert_allclose(slow.apply(cast, x), fast.apply(cast, x), rtol=1e-4, atol=1e-5)
+    assert {part.dtype for part in slow.apply(cast, method="kappa")} == {np.dtype("float32")}
+
+
 @pytest.mark.parametrize("name", ["frustrated", "base"])
 def test_float64_parameters(name):
     module, x = MODULES[name], inputs(name)

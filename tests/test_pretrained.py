@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fsn_jax
 from fsn_jax import hub
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +48,11 @@ def bits(trained, text):
     logits = forward(trained.model)({"params": trained.params}, padded[None])[:, : len(tokens)]
     nats = -jax.nn.log_softmax(logits[0, :-1])
     return np.asarray(jnp.take_along_axis(nats, tokens[1:, None], 1))[:, 0] / np.log(2)
+
+
+def test_the_parts_of_the_library_need_no_import_of_their_own():
+    assert fsn_jax.__getattr__("hub") is hub
+    assert not hasattr(fsn_jax, "a_part_it_has_not")
 
 
 def test_every_folder_is_tested():

@@ -193,6 +193,14 @@ def test_attention_to_repeats_is_over_the_tokens_that_have_one():
     np.testing.assert_array_equal(nothing.repeat, 0)
 
 
+def test_a_repeat_lies_in_one_segment():
+    """Worked out by hand: of ``abcab`` the first pair begins in another segment."""
+    tokens, ids = jnp.array([[0, 1, 2, 0, 1]]), jnp.array([[0, 1, 1, 1, 1]])
+    attention = jnp.tril(jnp.ones((1, 1, 5, 5)))
+    assert jax.jit(attention_targets)(attention, tokens, jnp.zeros_like(ids)).repeat == 1
+    assert jax.jit(attention_targets)(attention, tokens, ids).repeat == 0
+
+
 def test_a_histogram_over_the_circle_shares_the_weight():
     share = readings.circle_histogram(np.array([0.01, 0.02, 3.1]), np.array([1.0, 2.0, 1.0]))
     assert share.sum() == pytest.approx(1)

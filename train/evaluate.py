@@ -25,7 +25,7 @@ from train.load import TrainedModel, load
 from train.mesh import DATA_AXIS, placed
 from train.metrics import SplitLoss, append_row, bits_per_character
 from train.mirror import send_back
-from train.program import Arguments, start_jax
+from train.program import Arguments, num_cores, start_jax
 from train.provenance import device_description, git_state
 from train.step import make_evaluate_rows
 
@@ -222,7 +222,7 @@ def checked_stride(stride: int, experiment: ExperimentConfig) -> int:
 def program(argv: Sequence[str]) -> None:
     """Runs the program with the arguments of its command line."""
     options = parser(__doc__ or "", "python -m train evaluate").parse_args(argv[1:])
-    start_jax()
+    start_jax(cpu_devices=num_cores())
     trained = load(options.run, which=options.checkpoint, data_path=options.data_path)
     stride = checked_stride(options.stride, trained.experiment)
     result = evaluate(trained, trained.corpus.tokens("validation"), stride=stride)

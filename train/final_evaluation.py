@@ -12,8 +12,7 @@ from train.errors import UserError, unfinished
 from train.evaluate import append_evaluation, check_appendable, checked_stride, evaluate, parser
 from train.load import load
 from train.metrics import read_rows
-from train.program import start_jax
-from train.run import open_run
+from train.program import num_cores, start_jax
 
 
 def program(argv: Sequence[str]) -> None:
@@ -24,11 +23,10 @@ def program(argv: Sequence[str]) -> None:
             f"the test split is read once and each use recorded in the run's folder; copy "
             f"{options.run} to this machine, and the folder back afterwards"
         )
-    run = open_run(options.run)
-    if not (run.path / "summary.json").is_file():
-        raise unfinished(run.path)
-    start_jax()
+    start_jax(cpu_devices=num_cores())
     trained = load(options.run, which=options.checkpoint, data_path=options.data_path)
+    if not (trained.run.path / "summary.json").is_file():
+        raise unfinished(trained.run.path)
     stride = checked_stride(options.stride, trained.experiment)
     log = trained.run.path / "test_reads.jsonl"
     reads = read_rows(log)

@@ -149,7 +149,7 @@ def _by_platform(
             f"'reference'; got {implementation!r}"
         )
     interpreted = functools.partial(getattr(_module(modules["tpu"]), name), interpret=True)
-    fused = dict.fromkeys(PLATFORMS, compiled) | _fused(name, modules)
+    fused = dict.fromkeys((*PLATFORMS, "rocm"), compiled) | _fused(name, modules)
     return jax.lax.platform_dependent(*arrays, **fused, default=interpreted)
 
 

@@ -91,3 +91,9 @@ def varying_alike(
     operands = match_varying_axes([jnp.asarray(x) for x in arrays])
     axes = jax.typeof(operands[0]).manual_axis_type
     return operands, [jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=axes) for s in shapes]
+
+
+def dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
+    """Multiplies matrices over the axes given, with float32 sums."""
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)

@@ -52,7 +52,7 @@ class Cut(NamedTuple):
     def phases(self, kappa: Complex) -> int:
         """Phases of a tile for a kernel ``[T, M, H, P]``."""
         _, harmonics, _, phases = kappa.re.shape
-        fitting = 1 << (2 * self.width // harmonics).bit_length() - 1
+        fitting = 1 << max(1, 2 * self.width // harmonics).bit_length() - 1
         return max(tiles.PIECE, min(fitting, tiles.columns_of(phases)[0].size))
 
 

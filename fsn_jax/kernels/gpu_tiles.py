@@ -15,7 +15,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from fsn_jax.kernels.arrays import varying_alike
+from fsn_jax.kernels.arrays import dot, varying_alike
 
 Ref = Any
 """A reference to a block ``[1, 1, rows, columns]`` of an array, inside of a kernel."""
@@ -212,12 +212,6 @@ def in_float32(x: Array) -> Array:
 def total(arrays: Any) -> Array:
     """Adds arrays."""
     return functools.reduce(jnp.add, arrays)
-
-
-def dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
-    """Multiplies matrices over an axis of each, float32."""
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
 def product(x: Pieces, y: Pieces) -> Array:

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
 from fsn_jax.kernels import tpu_tiles as tiles
+from fsn_jax.kernels.arrays import dot
 from fsn_jax.kernels.tpu_tiles import BY_KEY, BY_QUERY, WHOLE, Columns, Ref, Tile
 
 FORWARD_CHUNK, BACKWARD_CHUNK = 1, 2
@@ -139,7 +140,7 @@ def add_keys(
                 largest = jnp.maximum(largest, largest_ref[:, columns])
             weights = jnp.exp(scores - largest)
             normalizer = jnp.sum(weights, axis=0, keepdims=True)
-            total = tiles.dot(value[:, :stop], weights.astype(value.dtype), (1, 0))
+            total = dot(value[:, :stop], weights.astype(value.dtype), (1, 0))
             if not first:
                 fade = jnp.exp(largest_ref[:, columns] - largest)
                 normalizer += fade * normalizer_ref[:, columns]
@@ -190,16 +191,16 @@ def add_cotangents(
             q, d_sum = query[:, columns], d_total[:, columns]
             scores = tiles.scores(key, q, segments, columns, stop, diagonal)
             weights = jnp.exp(scores - log[:, columns])
-            d_weights = tiles.dot(value[:, :stop], d_sum, (0, 0))
+            d_weights = dot(value[:, :stop], d_sum, (0, 0))
             d_scores = (weights * (d_weights - mean[:, columns])).astype(q.dtype)
-            d_query = tiles.dot(key[:, :stop], d_scores, (1, 0))
+            d_query = dot(key[:, :stop], d_scores, (1, 0))
             if diagonal:
                 d_query += d_own[:, columns] * key[:, columns]
             _put(d_query_ref, tile.in_sequence(tile.query, columns), d_query, add=not first)
             add = not diagonal or stop < tile.block
-            _put(d_key_ref, pl.ds(0, stop), tiles.dot(q, d_scores, (1, 1)), add=add)
+            _put(d_key_ref, pl.ds(0, stop), dot(q, d_scores, (1, 1)), add=add)
             weights = weights.astype(d_sum.dtype)
-            _put(d_value_ref, pl.ds(0, stop), tiles.dot(d_sum, weights, (1, 1)), add=add)
+            _put(d_value_ref, pl.ds(0, stop), dot(d_sum, weights, (1, 1)), add=add)
         if diagonal:
             d_key_ref[...] += d_own[...] * query[...]
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
@@ -182,13 +183,13 @@ class Coupling(NamedTuple):
         """What the successors of a block of tokens have, given the first token after it."""
         x = x.astype(jnp.float32)
         last = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) == x.shape[1] - 1
-        moved = jnp.where(last, after.astype(jnp.float32), tpu.roll(x, x.shape[1] - 1, 1))
+        moved = jnp.where(last, after.astype(jnp.float32), _rolled(x, x.shape[1] - 1))
         return moved if self.follows is None else moved * self.follows[...]
 
     def _add_moved_on(self, d_theta: Ref, rows: Rows, d: Array) -> None:
         """Adds what a block of keys has for their successors."""
         first = jax.lax.broadcasted_iota(jnp.int32, d.shape, 1) == 0
-        moved = tpu.roll(d, 1, 1)
+        moved = _rolled(d, 1)
         at = self.tile.in_sequence(self.tile.key, pl.ds(0, d.shape[1]))
         d_theta[rows, at] += jnp.where(first, 0.0, moved)
         if self.tile.num_blocks > 1:
@@ -250,3 +251,8 @@ class Coupling(NamedTuple):
             at = self._column(delay, m) + part
             over_tokens = functools.reduce(jnp.add, by_chunk).sum(axis=1, keepdims=True)
             d_kappa[rows, at : at + 1] += over_tokens
+
+
+def _rolled(x: Array, steps: int) -> Array:
+    """Rolls columns; the count is int32 under ``jax_enable_x64`` too, as the hardware wants it."""
+    return tpu.roll(x, np.int32(steps), 1)

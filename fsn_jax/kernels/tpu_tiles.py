@@ -17,7 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
-from fsn_jax.kernels.arrays import varying_alike
+from fsn_jax.kernels.arrays import dot, varying_alike
 from fsn_jax.kernels.xla import MASKED
 
 Ref = Any
@@ -89,12 +89,6 @@ def block_size(length: int) -> int:
 def chunk_size(block: int, lanes: int) -> int:
     """Returns how many queries of a tile are taken together: ``lanes`` times LANES, or LANES."""
     return lanes * LANES if block % (lanes * LANES) == 0 else LANES
-
-
-def dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
-    """Multiplies matrices over the axes given, with float32 sums."""
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
 def inner(x: Array, y: Array) -> Array:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
@@ -255,4 +254,4 @@ class Coupling(NamedTuple):
 
 def _rolled(x: Array, steps: int) -> Array:
     """Rolls columns; the count is int32 under ``jax_enable_x64`` too, as the hardware wants it."""
-    return tpu.roll(x, np.int32(steps), 1)
+    return tpu.roll(x, jnp.int32(steps), 1)

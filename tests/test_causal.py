@@ -47,20 +47,22 @@ def value_and_gradients(implementation: str, arrays, weights, include_self):
 
 
 @pytest.mark.parametrize(
-    ("block", "max_stretches", "length", "dtype", "include_self"),
+    ("block", "max_stretches", "length", "dtype", "include_self", "narrow"),
     [
-        (128, 8, 13, "float32", False),  # one block, shorter than BLOCK
-        (4, 8, 13, "float32", False),  # several, the last one padded
-        (4, 2, 29, "float32", True),  # a scan over the blocks of each of two stretches
-        (4, 3, 16, "bfloat16", False),  # stretches of unequal length
-        (1, 8, 3, "float32", True),
+        (128, 8, 13, "float32", False, 64),  # one block, shorter than BLOCK
+        (4, 8, 13, "float32", False, 64),  # several, the last one padded
+        (4, 2, 29, "float32", True, 64),  # a scan over the blocks of each of two stretches
+        (4, 3, 16, "bfloat16", False, 64),  # stretches of unequal length
+        (1, 8, 3, "float32", True, 64),
+        (4, 2, 13, "float32", False, 6),  # the products that wide models take, for all arrays
     ],
 )
 def test_blocks_equal_the_whole_matrix(
-    monkeypatch, block, max_stretches, length, dtype, include_self
+    monkeypatch, block, max_stretches, length, dtype, include_self, narrow
 ):
     monkeypatch.setattr(xla, "BLOCK", block)
     monkeypatch.setattr(xla, "MAX_STRETCHES", max_stretches)
+    monkeypatch.setattr(xla, "NARROW", narrow)
     arrays, weights = inputs(length, dtype)
     got = value_and_gradients("xla", arrays, weights, include_self)
     expected = value_and_gradients("reference", arrays, weights, include_self)

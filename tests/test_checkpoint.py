@@ -17,7 +17,7 @@ from train.config import CheckpointConfig, OptimizerConfig
 from train.errors import UserError
 from train.mesh import replicated
 from train.optimizer import make_optimizer
-from train.step import Tally, TrainState, abstract_state, build_model
+from train.step import TrainState, abstract_state, build_model
 
 OPTIMIZER = make_optimizer(OptimizerConfig(), 100)
 
@@ -170,8 +170,3 @@ def test_reading_writes_nothing(tmp_path):
     with opened(tmp_path / "c", read_only=True) as checkpoints:
         assert_equal_trees(checkpoints.restore(3, like()), state_of(3))
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_the_tally_is_a_part_of_what_is_saved():
-    """Or a run resumed between two rows of metrics would write another second row."""
-    assert isinstance(like().tally, Tally)

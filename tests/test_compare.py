@@ -7,6 +7,7 @@ import pytest
 from small_runs import write_evaluation, write_record
 
 from train.analysis import compare
+from train.analysis.records import read_arms
 from train.errors import UserError
 
 FSN = ((3.0, 2.40, 2.00), (3.2, 2.44, 2.02))
@@ -132,6 +133,27 @@ def test_one_seed_decides_nothing(records, tmp_path):
     found = compared([records[0], records[2]], tmp_path)
     assert found["end"] == found["throughout"] == "undecided"
     assert found["points"][-1]["standard_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("second", "last", "throughout"),
+    [
+        (2.3, 2.0, "below"),
+        (2.7, 2.0, "mixed"),
+        (2.3, 2.4, "mixed"),
+        (2.5, 2.4, "mixed"),  # once undecided, once above
+        (2.5, 2.0, "undecided"),
+        (2.7, 2.4, "above"),
+    ],
+)
+def test_throughout_is_what_every_later_evaluation_says(tmp_path, second, last, throughout):
+    """Against 2.5 and 2.2; seeds 0.04 apart in each arm, so that 0.2 is more than enough."""
+    for arm, curve in (("fsn", (2.0, second, last)), ("transformer", (3.0, 2.5, 2.2))):
+        for seed in (0, 1):
+            moved = [bpc + 0.04 * seed for bpc in curve]
+            write_record(tmp_path, arm, seed=seed, curve=moved, **FACTS)
+    arms = read_arms(sorted(tmp_path.iterdir()))
+    assert compare.compare(arms["fsn"], arms["transformer"])["throughout"] == throughout
 
 
 def test_test_reads_are_compared_when_every_run_has_one(records, tmp_path):

@@ -1,4 +1,4 @@
-"""SwiGLU on phasors and collective modes: against the oracle, and what their equations imply."""
+"""SwiGLU, collective modes and what they read: against the oracle, and by their equations."""
 
 import cases
 import jax
@@ -8,8 +8,10 @@ import oracle
 import pytest
 
 from fsn_jax import CollectiveModes
+from fsn_jax.dense import _read_by_part, _read_together
 from fsn_jax.feedforward import PhasorSwiGLU
 from fsn_jax.fsn import Block
+from fsn_jax.torus import Complex
 
 LAYERS = {
     "swiglu": {"feedforward": "swiglu"},
@@ -134,6 +136,23 @@ def test_a_mode_drives_only_tokens_whose_order_parameters_agree():
     weight = np.array([oracle.silu(size * float(np.cos(d)) + bias) for d in apart])
     np.testing.assert_allclose(update[:, 2], weight * np.sin(1.1), atol=5e-4)
     np.testing.assert_allclose(update[:, :2], 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("quadrature", [False, True])
+@pytest.mark.parametrize("field", [False, True])
+def test_gpus_read_the_same_values(field, quadrature):
+    """Cosines and sines in one array or one by one: what they read, and what each array learns."""
+    rng = np.random.default_rng(0)
+    z, around = (Complex(*jnp.asarray(rng.normal(size=(2, 2, 5, 4)), jnp.float32)) for _ in "zf")
+    gains, parts = (jnp.asarray(rng.normal(size=(2, 4)), jnp.float32) for _ in "gq")
+    arrays = (z, around if field else None, gains if field else None, parts if quadrature else None)
+
+    def both(read):
+        loss = lambda *arrays: jnp.sum(jnp.sin(read(*arrays)))  # noqa: E731
+        return jax.tree.leaves((read(*arrays), jax.grad(loss, (0, 1, 2, 3))(*arrays)))
+
+    for ours, plain in zip(both(_read_together), both(_read_by_part), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_without_an_order_parameter_the_gradient_is_finite():

@@ -141,6 +141,43 @@ def test_the_bare_sampler_refuses_what_the_program_does(monkeypatch, capsys, opt
     assert capsys.readouterr().err == f"error: {said}\n"
 
 
+CHARACTERS = "abcdefßж€日𝄞😀"
+"""As many as the letters, ascending as they are, of one to four bytes."""
+
+
+@pytest.mark.parametrize("exported", ["fsn"], indirect=True)
+def test_a_model_of_characters_writes_the_same_tokens_as_its_own_characters(
+    exported, tmp_path, monkeypatch, capfdbinary
+):
+    """Of the same parameters: a model knows nothing but tokens."""
+    folder = tmp_path / "characters"
+    shutil.copytree(exported[1], folder)
+    changed(vocabulary={"of": "text", "unit": "characters", "values": CHARACTERS})(folder)
+    of_letters = "ijkl" + hub.load(exported[1]).sample("ijkl", num_tokens=30, seed=1)
+    expected = of_letters.translate(str.maketrans(small_runs.ALPHABET.decode(), CHARACTERS))
+    assert "€日𝄞😀" + hub.load(folder).sample("€日𝄞😀", num_tokens=30, seed=1) == expected
+
+    monkeypatch.setattr(standalone_sample, "__file__", str(folder / "sample.py"))
+
+    def bare(prompt: str) -> tuple[bytes, bytes]:
+        options = [f"--prompt={prompt}", "--num_tokens=30", "--seed=1"]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *options])
+        standalone_sample.main()
+        return capfdbinary.readouterr()
+
+    capfdbinary.readouterr()
+    assert bare("€日𝄞😀") == (f"{expected}\n".encode(), b"")
+    for prompt, said in (
+        ("ж\udcff", b"the text is not UTF-8 at byte 2\n"),
+        ("aй", "the model has no token for 'й'".encode()),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            bare(prompt)
+        out, err = capfdbinary.readouterr()
+        assert (ended.value.code, out) == (2, b"")
+        assert err.startswith(b"error: --prompt: " + said)
+
+
 def test_the_bare_sampler_survives_its_reader_and_names_a_full_disk(exported):
     _, folder = exported
     command = [sys.executable, str(folder / "sample.py"), "--prompt=abc", "--num_tokens=40"]

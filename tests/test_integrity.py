@@ -1,5 +1,7 @@
 """Damaged checkpoints: named, moved aside, the newest intact one used; never a silent restart."""
 
+import contextlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,8 @@ from train.config import ExperimentConfig
 from train.errors import UserError
 from train.integrity import HASHES, damage, seal
 from train.load import load
+from train.metrics import read_rows
+from train.run import RunFolder, refuse_lost_checkpoints
 
 
 def largest(folder: Path) -> Path:
@@ -157,6 +161,30 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(corpus, copied):
     with pytest.raises(UserError, match="has come to step 30 but .* holds no checkpoint: restore"):
         run_to_the_end(experiment, corpus)
     assert (folder / "metrics.jsonl").read_bytes() == rows
+
+
+@pytest.mark.parametrize(
+    ("reached", "resumed", "lost"),
+    [
+        (30, 0, True),  # past the second save, so that the first was complete
+        (20, 10, True),  # a start resumed from one
+        (20, 0, False),  # a crash while the first was being written
+    ],
+)
+def test_an_emptied_folder_of_checkpoints_is_noticed(copied, reached, resumed, lost):
+    folder, experiment = copied
+    for checkpoint in (folder / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint)
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= reached]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
+    starts = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    starts.append({**starts[0], "step": resumed})
+    (folder / "provenance.json").write_text(json.dumps(starts), encoding="utf-8")
+    said = f"has come to step {reached} but .* holds no checkpoint: restore"
+    with pytest.raises(UserError, match=said) if lost else contextlib.nullcontext():
+        refuse_lost_checkpoints(RunFolder(folder), experiment)
 
 
 def test_reading_names_the_damage_and_moves_nothing(copied):

@@ -1,6 +1,7 @@
 """Evidence of finished runs: what is copied, and which runs are refused."""
 
 import json
+import struct
 from pathlib import Path
 from unittest import mock
 
@@ -95,9 +96,26 @@ def test_a_damaged_provenance_is_a_users_mistake(finished, tmp_path):
         record(finished, tmp_path / "results")
 
 
-def test_a_figure_is_a_png(finished, tmp_path):
+def test_a_figure_of_another_kind_than_png_is_refused(finished, tmp_path):
     with pytest.raises(UserError, match="must be a file whose name ends in .png"):
         figures.program(["figures", str(finished), f"--output={tmp_path / 'x.xyz'}"])
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [([], (1050, 600)), (["--copies"], (1500, 600))],  # 7 or 10 by 4 inches of 150 dots
+    ids=["losses", "copies"],
+)
+def test_a_figure_is_a_png(tmp_path, options, size):
+    run = small_runs.write_record(tmp_path, "fsn")
+    copies = {"kind": "validation", "step": 3, "characters": 9, "bpc": 2.0, "bytes": 99}
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as log:
+        log.write(json.dumps({**copies, "copy_bpc": 1.0, "copies": 25}) + "\n")
+    target = tmp_path / "new" / "figure.png"
+    figures.program(["figures", str(run), f"--output={target}", *options])
+    header = target.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">II", header[16:]) == size
 
 
 def test_a_figure_draws_a_curve_an_arm_and_a_band_where_there_are_seeds(tmp_path, monkeypatch):

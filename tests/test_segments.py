@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from fsn_jax import FSN, FrustratedAttention, KuramotoAttention, Transformer
+from fsn_jax.fsn import Block
 from fsn_jax.torus import MAX_POSITIONS, rotary_frequencies, rotary_phasor_at
+from fsn_jax.transformer import TransformerBlock
 
 MODELS = {
     **{
@@ -203,6 +205,34 @@ def test_dropout_is_drawn_from_its_key(name):
     for rate in (0.0, 1e-6):  # as good as none
         barely = kind(config(dropout=rate))
         np.testing.assert_allclose(logits(barely, 0), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("branch", ["attention", "feedforward"])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        pytest.param(Block, cases.fsn_config(num_phases=12, dropout=0.25), id="fsn"),
+        pytest.param(TransformerBlock, cases.transformer_config(dropout=0.25), id="transformer"),
+    ],
+)
+def test_a_quarter_of_the_update_of_each_branch_is_dropped(kind, config, branch):
+    """Where the other branch, without parameters, adds nothing; the rest makes up for it."""
+    x, block = cases.angles(4, 16, 12), kind(config)
+    params = {
+        part: tree if part.startswith(branch) else jax.tree.map(jnp.zeros_like, tree)
+        for part, tree in cases.random_variables(block, x)["params"].items()
+    }
+    rngs = {"dropout": jax.random.key(0)}
+
+    @jax.jit
+    def updates(params):
+        apply = functools.partial(block.apply, {"params": params}, x)
+        return apply() - x, apply(deterministic=False, rngs=rngs) - x
+
+    update, dropped = updates(params)
+    kept = np.asarray(dropped != 0)
+    assert abs(kept.mean() - 0.75) < 0.1  # of 768 draws: 0.016 on average
+    np.testing.assert_allclose(dropped, np.where(kept, update / 0.75, 0), atol=1e-5)
 
 
 def test_a_dropped_phase_is_drawn_anew_from_the_circle():

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import re
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from small_runs import (
     ALPHABET,
@@ -21,6 +23,7 @@ from small_runs import (
     assert_equal_trees,
     largest_difference,
     mesh_of,
+    tiny_experiment,
 )
 
 from fsn_jax import FSN
@@ -28,6 +31,7 @@ from train.config import OptimizerConfig
 from train.data.windows import WindowOrder
 from train.mesh import compiler_options, placed, replicated
 from train.optimizer import make_optimizer
+from train.plan import model_for, train_steps_of
 from train.step import (
     TrainState,
     abstract_state,
@@ -117,14 +121,13 @@ def test_dropout_resumes_bit_for_bit():
     """Five steps in one call, or two and three; another seed draws other masks, none draws none."""
     model = build_model(dataclasses.replace(TINY_FSN, dropout=0.2))
 
-    def run(seed: int | None, *calls: Any, accumulation_steps: int = 1) -> TrainState:
+    def run(seed: int | None, *calls: Any) -> TrainState:
         steps = make_train_steps(
             model,
             OPTIMIZER,
             mesh=mesh_of(2),
             context=CONTEXT,
             placement="host",
-            accumulation_steps=accumulation_steps,
             log_every=10,
             dropout_seed=seed,
         )
@@ -136,8 +139,56 @@ def test_dropout_resumes_bit_for_bit():
     whole = run(3, WINDOWS)
     assert_equal_trees(run(3, WINDOWS[:2], WINDOWS[2:]), whole)
     assert largest_difference(run(4, WINDOWS), whole) > 1e-3
-    assert largest_difference(run(3, WINDOWS, accumulation_steps=2), whole) > 1e-3
-    assert_equal_trees(run(None, WINDOWS), five_steps(num_devices=2))
+    without = run(None, WINDOWS)
+    assert largest_difference(without, whole) > 1e-3
+    assert_equal_trees(without, five_steps(num_devices=2))
+    # A run with the setting drops, by its own seed: the model and the steps of the loop.
+    experiment = tiny_experiment(
+        Path("corpus"), Path("run"), seed=3, model__dropout=0.2, data__placement="host"
+    )
+    of_run = model_for(experiment, mesh_of(2))
+    planned = train_steps_of(experiment, of_run, OPTIMIZER, mesh_of(2))
+    assert_equal_trees(planned(fresh(num_devices=2), WINDOWS)[0], whole)
+
+
+class Masked(nn.Module):
+    """Logits whose gradient is zero where the dropout of a row is: the first token names its row.
+
+    Two classes, of which the second is right.
+    """
+
+    rows: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, deterministic: bool = True) -> jax.Array:
+        gains = self.param("gains", nn.initializers.zeros, (self.rows, 32), jnp.float32)
+        kept = nn.Dropout(0.5)(gains[tokens[:, 0]], deterministic=deterministic)
+        return jnp.stack([jnp.zeros(len(tokens)), kept.sum(-1)], axis=-1)[:, None]
+
+
+def test_every_step_device_and_part_of_a_batch_draws_a_mask_of_its_own():
+    """Two devices with two parts of two rows each: no row has the mask of another, or of before."""
+    rows, mesh = 8, mesh_of(2)
+    model, optimizer = Masked(rows), optax.sgd(1.0)
+    step = make_train_steps(
+        model,
+        optimizer,
+        mesh=mesh,
+        context=1,
+        placement="host",
+        accumulation_steps=2,
+        log_every=10,
+        dropout_seed=0,
+    )
+    state = init_state(model, optimizer, seed=0, mesh=mesh)
+    windows = np.stack([np.arange(rows), np.ones(rows)], axis=-1).astype(np.uint8)[None]
+    masks = []
+    for _ in range(2):
+        before = np.array(state.params["gains"])
+        state, _ = step(state, windows)
+        masks.append(np.asarray(state.params["gains"]) != before)
+    # By chance two of them are alike once in 2**32 / 120 times.
+    assert len({mask.tobytes() for mask in np.concatenate(masks)}) == 2 * rows
 
 
 @pytest.mark.slow

@@ -74,7 +74,9 @@ def _texts(options: argparse.Namespace, folder: Path) -> Iterator[bytes]:
     context, vocabulary = config["context"], config["vocabulary"]
     prompt, values = _split(options.prompt, vocabulary)
     if unknown := set(prompt) - set(values):
-        raise ValueError(f"--prompt: the model has no token for {min(unknown)!r}")
+        first = min(unknown)
+        shown = first if vocabulary["unit"] == "bytes" else first.decode()
+        raise ValueError(f"--prompt: the model has no token for {shown!r}")
     import jax.export  # the checks above need none of it
 
     sampler = jax.export.deserialize(bytearray((folder / "sampler.jax_export").read_bytes()))

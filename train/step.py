@@ -172,7 +172,7 @@ def _mean_gradient(
 ) -> tuple[Array, Any]:
     """Computes loss and gradient of this device's windows in ``accumulation_steps`` equal parts.
 
-    Part i draws its dropout from ``fold_in(key, i)``; without a key there is none.
+    Each part draws its dropout from a key of its own, split from ``key``; without one there is none.
     """
 
     def loss(params: Any, part: Array, key: Array | None) -> Array:

@@ -172,7 +172,7 @@ def _mean_gradient(
 ) -> tuple[Array, Any]:
     """Computes loss and gradient of this device's windows in ``accumulation_steps`` equal parts.
 
-    Each part draws its dropout from a key of its own, split from ``key``; without one there is none.
+    Each part draws its dropout from a key split from ``key``; without a key there is none.
     """
 
     def loss(params: Any, part: Array, key: Array | None) -> Array:

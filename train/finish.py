@@ -76,8 +76,7 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
     print(f"\n{text.decode(errors='replace')}\n")
     print(f"curve     {run.path / 'loss.png'}")
     folder = shlex.quote(str(run.path))
-    whole = f"python -m train evaluate {folder} --checkpoint=latest"
-    print(f"evaluate  {whole}     (the whole validation split)")
+    print(f"evaluate  python -m train evaluate {folder} --checkpoint=latest     (the whole split)")
     print(f"sample    python -m train sample {folder} --prompt {shlex.quote(_prompt(corpus))}")
     print(f"watch     tensorboard --logdir {shlex.quote(str(run.path.parent))}")
 

@@ -8,7 +8,7 @@ unfinished run is refused, and so is a record that cannot be written: no loss is
 from collections.abc import Sequence
 
 from train.bucket import is_remote
-from train.errors import UserError, unfinished
+from train.errors import UserError
 from train.evaluate import append_evaluation, check_appendable, checked_stride, evaluate, parser
 from train.load import load
 from train.metrics import read_rows
@@ -25,8 +25,7 @@ def program(argv: Sequence[str]) -> None:
         )
     start_jax(cpu_devices=num_cores())
     trained = load(options.run, which=options.checkpoint, data_path=options.data_path)
-    if not (trained.run.path / "summary.json").is_file():
-        raise unfinished(trained.run.path)
+    trained.run.check_finished()
     stride = checked_stride(options.stride, trained.experiment)
     log = trained.run.path / "test_reads.jsonl"
     reads = read_rows(log)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.errors import UserError, unfinished
+from train.errors import UserError
 from train.files import new_folder, user_path, writing
 from train.program import Arguments
 from train.run import open_run
@@ -35,8 +35,7 @@ def record(run_dir: str | Path, results: Path, *, allow_modified: bool = False) 
         ``results`` cannot be written.
     """
     run = open_run(run_dir)
-    if not (run.path / "summary.json").is_file():
-        raise unfinished(run.path)
+    run.check_finished()
     for start in run.read_provenance():
         git = start["git"]
         if not allow_modified and (git["commit"] is None or git["modified"]):

@@ -29,7 +29,7 @@ from fsn_jax.vocabulary import Vocabulary
 from train.bucket import is_remote
 from train.config import WITHOUT_EFFECT, ExperimentConfig
 from train.data.corpus import Corpus, default_cache
-from train.errors import UserError, no_run
+from train.errors import UserError, no_run, unfinished
 from train.files import saved_steps, user_path, write_atomically
 from train.metrics import read_rows
 from train.mirror import Mirror, fetched_run
@@ -79,6 +79,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    def check_finished(self) -> None:
+        """Raises UserError unless the run has ended; its summary is written last."""
+        if not (self.path / "summary.json").is_file():
+            raise unfinished(self.path)
 
     @property
     def has_begun(self) -> bool:

@@ -33,7 +33,7 @@ SIZES = {"parameters": "parameters", "training_flops": "training FLOPs"}
 
 
 def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, Any]:
-    """Computes the table of finished runs.
+    """Computes the table of finished runs; prints a note for runs evaluated elsewhere.
 
     Args:
       folders: folders of runs.
@@ -49,6 +49,7 @@ def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, A
         reference is not among the arms.
     """
     arms = read_arms(folders, finished=True)
+    print_missing_ends(arms.values())
     first, *others = arms.values()
     for arm in others:
         if arm.runs[0].summary["data_sha256"] != first.runs[0].summary["data_sha256"]:
@@ -218,4 +219,3 @@ def program(argv: Sequence[str]) -> None:
     options = p.parse_args(argv[1:])
     output = check_json_output(options.output or default_output(options.runs, "final_losses.json"))
     write(result(options.runs, reference=options.reference), output)
-    print_missing_ends(read_arms(options.runs).values())

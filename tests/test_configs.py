@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from small_runs import mesh_of
 
 from configs import ablations, designs, enwik8, ladder, long
-from train.config import ExperimentConfig
+from train.config import ExperimentConfig, ModelConfig
 from train.errors import UserError
 from train.flags import load_config, parse_config
 from train.ladder import plan
@@ -127,15 +127,21 @@ def test_there_are_configs():
     }  # fmt: skip
 
 
+@functools.cache
+def size_of(model: ModelConfig) -> int:
+    """The number of parameters that the model makes."""
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    tree = jax.eval_shape(build_model(model).init, jax.random.key(0), tokens)
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 @each_arm
 def test_a_config_is_valid_and_knows_its_size(argument):
     config = experiment_of(argument)
     check_devices(config, 1)
     whole = "pocket" in argument and "ablations" not in argument
     model = config.model if whole else shallow(config).model
-    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    tree = jax.eval_shape(build_model(model).init, jax.random.key(0), tokens)
-    assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == model.num_params()
+    assert size_of(model) == model.num_params()
     assert read_experiment(config_of(argument).to_json()) == config
 
 

@@ -33,7 +33,7 @@ def test_the_example_of_the_docstring():
 def test_a_layer_reads_the_number_of_phases_from_its_input(layer):
     for num_phases in (8, 12):
         theta = cases.angles(1, 3, num_phases)
-        update, variables = layer.init_with_output(jax.random.key(0), theta)
+        update, variables = jax.jit(layer.init_with_output)(jax.random.key(0), theta)
         assert update.shape == theta.shape and update.dtype == jnp.float32
         widths = [leaf.shape for leaf in jax.tree.leaves(variables)]
         assert any(num_phases in shape for shape in widths)
@@ -48,7 +48,7 @@ def test_scanned_and_rematerialized_layers_are_the_layers_one_by_one():
     stack = nn.scan(
         nn.remat(Step), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
     )()
-    variables = stack.init(jax.random.key(0), THETA, None)
+    variables = jax.jit(stack.init)(jax.random.key(0), THETA, None)
 
     def one_by_one(variables):
         theta = THETA
@@ -60,10 +60,12 @@ def test_scanned_and_rematerialized_layers_are_the_layers_one_by_one():
     def scanned(variables):
         return stack.apply(variables, THETA, None)[0]
 
-    np.testing.assert_allclose(scanned(variables), one_by_one(variables), atol=1e-5)
-    ours, theirs = (
-        jax.grad(lambda v, f=f: jnp.sin(f(v)).sum())(variables) for f in (scanned, one_by_one)
-    )
+    def loss(variables, stack):
+        theta = stack(variables)
+        return jnp.sin(theta).sum(), theta
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    ours, theirs = (gradient(variables, stack) for stack in (scanned, one_by_one))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -73,10 +75,11 @@ def test_an_ensemble_over_seeds():
         FrustratedAttention, in_axes=None, variable_axes={"params": 0}, split_rngs={"params": True},
         axis_size=3,
     )(num_heads=2)  # fmt: skip
-    updates, variables = ensemble.init_with_output(jax.random.key(0), THETA)
+    updates, variables = jax.jit(ensemble.init_with_output)(jax.random.key(0), THETA)
     assert updates.shape == (3, *THETA.shape)
+    apply = jax.jit(LAYER.apply)
     for i in range(3):
-        alone = LAYER.apply(jax.tree.map(lambda leaf, i=i: leaf[i], variables), THETA)
+        alone = apply(jax.tree.map(lambda leaf, i=i: leaf[i], variables), THETA)
         np.testing.assert_allclose(updates[i], alone, atol=1e-5)
 
 
@@ -86,7 +89,7 @@ def test_checkpointed_and_with_donated_arguments():
     def loss(variables, theta):
         return jnp.sin(LAYER.apply(variables, theta)).sum()
 
-    expected = jax.grad(loss)(variables, THETA)
+    expected = jax.jit(jax.grad(loss))(variables, THETA)
     again = jax.jit(jax.grad(jax.checkpoint(loss)))(variables, THETA)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -105,7 +108,7 @@ def test_second_derivatives_of_the_reference():
     def loss(theta):
         return jnp.sin(layer.apply(variables, theta)).sum()
 
-    hessian = np.asarray(jax.hessian(loss)(theta)).reshape(theta.size, -1)
+    hessian = np.asarray(jax.jit(jax.hessian(loss))(theta)).reshape(theta.size, -1)
     np.testing.assert_allclose(hessian, hessian.T, atol=1e-4)
     assert np.abs(hessian).max() > 0.1
 
@@ -130,12 +133,13 @@ def test_token_ids_out_of_range_give_nan(name):
     model = MODELS[name](num_layers=1)
     tokens = cases.tokens(1, 4)
     variables = cases.random_variables(model, tokens)
+    apply = jax.jit(model.apply, static_argnames="method")
     for token in (-1, -11, 11, 2**31 - 1):
         spoiled = tokens.at[0, 2].set(token)
-        logits = model.apply(variables, spoiled)
+        logits = apply(variables, spoiled)
         assert np.isnan(logits[:, 2:]).all()
         cache = model.apply(variables, 1, 4, method="empty_cache")
-        cached, _ = model.apply(variables, spoiled, cache, method="extend")
+        cached, _ = apply(variables, spoiled, cache, method="extend")
         assert np.isnan(cached[:, 2:]).all()
 
 
@@ -144,11 +148,11 @@ def test_tokens_of_64_bits(name):
     model = MODELS[name](num_layers=1)
     tokens = cases.tokens(1, 4)
     variables = cases.random_variables(model, tokens)
-    expected = model.apply(variables, tokens)
+    expected = jax.jit(model.apply)(variables, tokens)
     with jax.enable_x64(True):
         wide = jnp.asarray(np.asarray(tokens), jnp.int64)
         assert wide.dtype == jnp.int64
-        logits = model.apply(variables, wide)
+        logits = jax.jit(model.apply)(variables, wide)
         assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
@@ -178,7 +182,7 @@ from fsn_jax import FSN, FSNConfig, Transformer, TransformerConfig
 fsn = FSN(FSNConfig(vocab_size=11, num_layers=1, num_phases=8))
 for model in (fsn, Transformer(TransformerConfig(vocab_size=11, num_layers=1, width=8))):
     tokens = jnp.arange(12).reshape(3, 4) % 11
-    variables = model.init(jax.random.key(0), tokens)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
 
     def exported(shape):
         shape = jax.export.symbolic_shape(shape)

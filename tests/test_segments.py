@@ -1,6 +1,7 @@
 """Segments, positions and dropout: packed rows are what each document is alone."""
 
 import collections
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -17,13 +18,14 @@ from fsn_jax.torus import MAX_POSITIONS, rotary_frequencies, rotary_phasor_at
 from fsn_jax.transformer import TransformerBlock
 
 MODELS = {
+    "full": functools.partial(FSN, cases.fsn_config()),
     **{
-        name: functools.partial(FSN, cases.fsn_config(**cases.FSN_VARIANTS[name]))
-        for name in ("full", "gated", "two_heads_per_phase", "linear_values", "field")
+        name: functools.partial(FSN, cases.fsn_config(num_layers=1, **cases.FSN_VARIANTS[name]))
+        for name in ("gated", "two_heads_per_phase", "linear_values", "field")
     },
     **{
         implementation: functools.partial(
-            FSN, cases.fsn_config(score="gated", implementation=implementation)
+            FSN, cases.fsn_config(num_layers=1, score="gated", implementation=implementation)
         )
         for implementation in ("reference", "pallas")
     },
@@ -40,22 +42,24 @@ TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
 @functools.cache
 def built(name):
+    """Return (model, variables, compiled apply)."""
     model = MODELS[name]()
-    return model, cases.random_variables(model, cases.tokens(1, 3))
+    apply = jax.jit(model.apply, static_argnames="method")
+    return model, cases.random_variables(model, cases.tokens(1, 3)), apply
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_documents_are_what_each_is_alone(name):
-    model, variables = built(name)
+    _, variables, apply = built(name)
     tokens = cases.tokens(2, SEGMENT_IDS.shape[1])
-    packed = model.apply(variables, tokens, segment_ids=SEGMENT_IDS)
+    packed = apply(variables, tokens, segment_ids=SEGMENT_IDS)
     start = 0
     for length in LENGTHS:
         rows = slice(start, start + length)
-        alone = model.apply(variables, tokens[:, rows])
+        alone = apply(variables, tokens[:, rows])
         np.testing.assert_allclose(packed[:, rows], alone, **TOLERANCE)
         start += length
-    unsegmented = model.apply(variables, tokens)
+    unsegmented = apply(variables, tokens)
     assert np.abs(packed - unsegmented)[:, LENGTHS[0] :].max() > 0.01
 
 
@@ -64,13 +68,13 @@ def test_packed_documents_are_what_each_is_alone(name):
 )
 def test_a_cache_with_segments_gives_the_logits_of_the_full_pass(name):
     """In pieces that end within a document and at its end."""
-    model, variables = built(name)
+    model, variables, apply = built(name)
     tokens = cases.tokens(2, SEGMENT_IDS.shape[1])
-    full = model.apply(variables, tokens, segment_ids=SEGMENT_IDS)
+    full = apply(variables, tokens, segment_ids=SEGMENT_IDS)
     cache = model.apply(variables, 2, 11, segments=True, method="empty_cache")
     pieces = []
     for rows in (slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 9)):
-        logits, cache = model.apply(
+        logits, cache = apply(
             variables, tokens[:, rows], cache, segment_ids=SEGMENT_IDS[:, rows], method="extend"
         )
         pieces.append(logits)
@@ -78,7 +82,7 @@ def test_a_cache_with_segments_gives_the_logits_of_the_full_pass(name):
 
 
 def test_segments_and_their_cache_go_together():
-    model, variables = built("gated")
+    model, variables, _ = built("gated")
     tokens = cases.tokens(2, 3)
     for segments, ids in ((True, None), (False, SEGMENT_IDS[:, :3])):
         cache = model.apply(variables, 2, 5, segments=segments, method="empty_cache")
@@ -97,20 +101,23 @@ def test_no_gradient_crosses_a_segment(implementation):
     layer = cases.layer(FrustratedAttention, config)
     variables = cases.random_variables(layer, theta)
 
-    def update(theta):
-        return layer.apply(variables, theta, segment_ids=jnp.asarray(segment_ids))
+    @functools.partial(jax.jacrev, has_aux=True)
+    def jacobian_and_update(theta):
+        update = layer.apply(variables, theta, segment_ids=jnp.asarray(segment_ids))
+        return update, update
 
-    jacobian = np.abs(jax.jacrev(update)(theta))[0, :, :, 0].max(axis=(1, 3))
+    jacobian, update = jax.jit(jacobian_and_update)(theta)
+    size = np.abs(jacobian)[0, :, :, 0].max(axis=(1, 3))
     same = segment_ids == segment_ids.T
     seen = np.tri(6, dtype=bool) & same
-    assert (jacobian[~seen] == 0).all()
-    assert (jacobian[seen & ~np.eye(6, dtype=bool)] > 0).all()
+    assert (size[~seen] == 0).all()
+    assert (size[seen & ~np.eye(6, dtype=bool)] > 0).all()
     reference = cases.layer(
         FrustratedAttention,
         cases.fsn_config(num_phases=6, num_heads=2, score="gated", implementation="reference"),
     )
     expected = reference.apply(variables, theta, segment_ids=jnp.asarray(segment_ids))
-    np.testing.assert_allclose(update(theta), expected, **TOLERANCE)
+    np.testing.assert_allclose(update, expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", [FrustratedAttention, KuramotoAttention])
@@ -121,31 +128,33 @@ def test_explicit_positions_are_those_of_the_drift(kind):
     variables = cases.random_variables(layer, theta)
     kept = np.array([0, 1, 2, 5, 6, 7])
     between = jnp.isin(jnp.arange(8), kept)[None].astype(jnp.int32)
-    expected = layer.apply(variables, theta, segment_ids=between)[:, kept]
+    apply = jax.jit(layer.apply)
+    expected = apply(variables, theta, segment_ids=between)[:, kept]
     for positions in (kept, kept + 5_000, kept[None] + MAX_POSITIONS - 8):
-        actual = layer.apply(variables, theta[:, kept], positions=jnp.asarray(positions))
+        actual = apply(variables, theta[:, kept], positions=jnp.asarray(positions))
         np.testing.assert_allclose(actual, expected, atol=2e-5)
-    assert np.abs(layer.apply(variables, theta[:, kept]) - expected).max() > 0.01
+    assert np.abs(apply(variables, theta[:, kept]) - expected).max() > 0.01
 
 
 def test_a_position_out_of_range_gives_nan():
     theta = cases.angles(1, 2, 9)
     layer = cases.layer(KuramotoAttention, cases.fsn_config(score="gated"))
     variables = cases.random_variables(layer, theta)
+    apply = jax.jit(layer.apply)
     for position in (-1, MAX_POSITIONS):
-        update = layer.apply(variables, theta, positions=jnp.array([position, 3]))
+        update = apply(variables, theta, positions=jnp.array([position, 3]))
         assert np.isnan(update).any()
 
 
 @pytest.mark.parametrize("name", ["gated", "transformer", "transformer_shifted"])
 def test_positions_of_a_model_shift_nothing(name):
-    model, variables = built(name)
+    model, variables, apply = built(name)
     tokens = cases.tokens(2, 6)
     positions = jnp.arange(6)[None] + jnp.array([[7], [900]])
-    shifted = model.apply(variables, tokens, positions=positions)
-    np.testing.assert_allclose(shifted, model.apply(variables, tokens), **TOLERANCE)
+    shifted = apply(variables, tokens, positions=positions)
+    np.testing.assert_allclose(shifted, apply(variables, tokens), **TOLERANCE)
     cache = model.apply(variables, 2, 9, method="empty_cache")
-    cached, _ = model.apply(variables, tokens, cache, positions=positions, method="extend")
+    cached, _ = apply(variables, tokens, cache, positions=positions, method="extend")
     np.testing.assert_allclose(cached, shifted, **TOLERANCE)
 
 
@@ -162,7 +171,7 @@ def primitives(jaxpr):
 @pytest.mark.parametrize("name", ["gated", "linear_values", "transformer"])
 def test_what_is_not_used_is_not_in_the_program(name):
     """No comparison of segments, no draw, no gather of positions; dropout that is off is absent."""
-    model, variables = built(name)
+    model, variables, _ = built(name)
     tokens = cases.tokens(2, 9)
 
     def program(model, **arguments):
@@ -173,9 +182,7 @@ def test_what_is_not_used_is_not_in_the_program(name):
     found = primitives(plain.jaxpr)
     assert found["gather"] == 1 and not found["eq"] and not found["random_bits"], found
     assert primitives(program(model, segment_ids=SEGMENT_IDS).jaxpr)["eq"] > 0
-    kind = cases.transformer_config if name == "transformer" else cases.fsn_config
-    switches = cases.FSN_VARIANTS.get(name, {})
-    off = type(model)(kind(**switches, dropout=0.5))
+    off = type(model)(dataclasses.replace(model.config, dropout=0.5))
     assert str(program(off)) == str(plain)
     on = program(off, deterministic=False, rngs={"dropout": jax.random.key(0)})
     assert primitives(on.jaxpr)["random_bits"] > 0
@@ -191,6 +198,7 @@ def test_dropout_is_drawn_from_its_key(name):
     model = kind(config(dropout=0.3))
     variables = cases.random_variables(model, tokens)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def logits(model, seed):
         rngs = {"dropout": jax.random.key(seed)}
         return model.apply(variables, tokens, deterministic=False, rngs=rngs)
@@ -198,8 +206,8 @@ def test_dropout_is_drawn_from_its_key(name):
     first = logits(model, 0)
     np.testing.assert_array_equal(first, logits(model, 0))
     assert np.abs(first - logits(model, 1)).max() > 0.01
-    whole = kind(config()).apply(variables, tokens)
-    np.testing.assert_array_equal(model.apply(variables, tokens), whole)
+    whole, off = (jax.jit(m.apply)(variables, tokens) for m in (kind(config()), model))
+    np.testing.assert_array_equal(off, whole)
     remat = kind(config(dropout=0.3, remat=True))
     np.testing.assert_allclose(logits(remat, 0), first, atol=1e-5)
     for rate in (0.0, 1e-6):  # as good as none

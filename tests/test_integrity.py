@@ -12,13 +12,13 @@ import pytest
 from small_runs import assert_equal_trees, run_to_the_end, tiny_experiment
 
 from train import integrity
-from train.checkpoint import ASIDE
 from train.config import ExperimentConfig
 from train.errors import UserError
 from train.integrity import HASHES, damage, seal
 from train.load import load
 from train.metrics import read_rows
 from train.run import RunFolder, refuse_lost_checkpoints
+from train.run_files import DAMAGED_CHECKPOINTS
 
 
 def largest(folder: Path) -> Path:
@@ -126,7 +126,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(
     warned = capsys.readouterr().err
     for step in ("20", "30"):
         assert f"warning: the checkpoint {folder / 'checkpoints' / step} is damaged" in warned
-        assert (folder / ASIDE / step).is_dir()
+        assert (folder / DAMAGED_CHECKPOINTS / step).is_dir()
     assert outcome.resumed_from == 10
     assert_equal_trees(jax.device_get(outcome.state), whole[1])
     metrics = (folder / "metrics.jsonl").read_bytes()

@@ -31,10 +31,10 @@ from train.errors import UserError
 from train.files import has_pattern, saved_steps
 from train.integrity import SealedPath, damage
 from train.processes import first_does
+from train.run_files import CHECKPOINTS, DAMAGED_CHECKPOINTS
 from train.step import TrainState
 
 METRIC = "validation_loss"
-ASIDE = "damaged_checkpoints"
 _ITEM = "state"
 
 
@@ -209,7 +209,7 @@ class Checkpoints:
                 f"no checkpoint of the run is intact: {'; '.join(lines.values())}; restore one "
                 f"from a copy, or remove {self.folder.parent} to start again from the beginning"
             )
-        aside = self.folder.parent / ASIDE
+        aside = self.folder.parent / DAMAGED_CHECKPOINTS
         aside.mkdir(exist_ok=True)
         for step, what in lines.items():
             number = sum(entry.name.split("-")[0] == str(step) for entry in aside.iterdir())
@@ -263,7 +263,7 @@ def _without_pattern(folder: Path) -> Iterator[Path]:
                 f"checkpoints in {folder} need a folder for temporary files without * ? [ in its "
                 f"name; got {tempfile.gettempdir()}: set TMPDIR to another"
             )
-        link = Path(beside, "checkpoints")
+        link = Path(beside, CHECKPOINTS)
         link.symlink_to(folder, target_is_directory=True)
         yield link
 

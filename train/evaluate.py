@@ -27,6 +27,7 @@ from train.metrics import SplitLoss, append_row, bits_per_character
 from train.mirror import send_back
 from train.program import Arguments, num_cores, start_jax
 from train.provenance import device_description, git_state
+from train.run_files import EVALUATIONS
 from train.step import make_evaluate_rows
 
 
@@ -226,7 +227,7 @@ def program(argv: Sequence[str]) -> None:
     trained = load(options.run, which=options.checkpoint, data_path=options.data_path)
     stride = checked_stride(options.stride, trained.experiment)
     result = evaluate(trained, trained.corpus.tokens("validation"), stride=stride)
-    log = trained.run.path / "evaluations.jsonl"
+    log = trained.run.path / EVALUATIONS
     print(f"validation {result}")
     append_evaluation(log, trained, result)
     if is_remote(options.run):

@@ -12,6 +12,7 @@ from typing import Any
 
 from train.bucket import is_remote
 from train.errors import UserError
+from train.run_files import CHECKPOINTS
 
 
 def user_path(setting: str, text: str | Path) -> Path:
@@ -133,7 +134,7 @@ def default_output(runs: Sequence[str], name: str) -> Path:
     if any(map(is_remote, runs)):
         return Path("runs") / name
     folders = [user_path("the run", run) for run in runs]
-    if not all((folder / "checkpoints").is_dir() for folder in folders):
+    if not all((folder / CHECKPOINTS).is_dir() for folder in folders):
         return Path("runs") / name
     return (folders[0] if len(folders) == 1 else folders[0].absolute().parent) / name
 

@@ -13,6 +13,7 @@ from train.evaluate import append_evaluation, check_appendable, checked_stride, 
 from train.load import load
 from train.metrics import read_rows
 from train.program import num_cores, start_jax
+from train.run_files import TEST_READS
 
 
 def program(argv: Sequence[str]) -> None:
@@ -27,7 +28,7 @@ def program(argv: Sequence[str]) -> None:
     trained = load(options.run, which=options.checkpoint, data_path=options.data_path)
     trained.run.check_finished()
     stride = checked_stride(options.stride, trained.experiment)
-    log = trained.run.path / "test_reads.jsonl"
+    log = trained.run.path / TEST_READS
     reads = read_rows(log)
     for row in reads:
         if (row["step"], row["stride"]) == (trained.step, stride):

@@ -15,6 +15,7 @@ from train.loop import Outcome
 from train.mesh import on_host
 from train.metrics import read_rows
 from train.run import RunFolder
+from train.run_files import SAMPLE, SUMMARY, TIMING
 
 SAMPLE_LENGTH = 400
 
@@ -39,7 +40,7 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
         )
     last = validation[-1]
     best = min(validation, key=lambda row: row["loss"] if math.isfinite(row["loss"]) else math.inf)
-    timing = read_rows(run.path / "timing.jsonl")
+    timing = read_rows(run.path / TIMING)
     seconds = sum(row["seconds"] for row in timing)
     trained_characters = outcome.step * experiment.characters_per_step
     summary = {
@@ -63,9 +64,9 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
     }
     loss_curve([run.path], run.path / "loss.png")
     text = _sample(experiment, corpus, params)
-    (run.path / "sample.txt").write_bytes(text)
+    (run.path / SAMPLE).write_bytes(text)
     # Last: a run with a summary has ended, and has everything.
-    write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_atomically(run.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     print(
         f"\nvalidation {last['bpc']:.4f} BPC on {last['bytes']:,} bytes (context "

@@ -22,6 +22,7 @@ import fsn_jax
 from fsn_jax import FSNConfig, hub
 from train.load import TrainedModel
 from train.metrics import read_rows
+from train.run_files import EVALUATIONS
 
 CARD = "README.md"
 
@@ -66,7 +67,7 @@ def model_card(trained: TrainedModel) -> str:
     experiment, corpus = trained.experiment, trained.corpus
     rows = [
         row
-        for row in read_rows(trained.run.path / "evaluations.jsonl")
+        for row in read_rows(trained.run.path / EVALUATIONS)
         if row["step"] == trained.step and row["data_sha256"] == corpus.sha256
     ]
     metadata: dict[str, Any] = {

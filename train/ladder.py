@@ -32,6 +32,7 @@ from train.flags import config_file, parse_config
 from train.interruption import interruptions
 from train.program import Arguments
 from train.run import default_folder, open_run
+from train.run_files import SUMMARY
 from train.tables import text_table
 
 
@@ -126,7 +127,7 @@ def plan_text(jobs: Sequence[Job]) -> str:
 def is_finished(job: Job) -> bool:
     """Whether the run has finished with the same settings."""
     folder = default_folder(job.experiment)
-    if not (folder / "summary.json").is_file():
+    if not (folder / SUMMARY).is_file():
         return False
     trained, wanted = open_run(folder).read_config(), job.experiment
     if wanted.vocabulary_from_corpus:

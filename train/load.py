@@ -16,7 +16,8 @@ from train.data.prepare import open_corpus
 from train.errors import UserError
 from train.mesh import data_mesh
 from train.optimizer import make_optimizer
-from train.run import VOCABULARY, RunFolder, open_run, refuse_other_data
+from train.run import RunFolder, open_run, refuse_other_data
+from train.run_files import VOCABULARY
 from train.step import abstract_state, build_model
 
 

@@ -30,6 +30,7 @@ from train.processes import first_does
 from train.profiling import Profiler, TracedSteps
 from train.provenance import write_provenance
 from train.run import RunFolder, refuse_lost_checkpoints
+from train.run_files import PARAMETERS, SUMMARY
 from train.step import (
     DispatchMetrics,
     TrainState,
@@ -119,14 +120,14 @@ def _train(
             start, state = 0, init_state(model, optimizer, seed=experiment.seed, **placement)
             if run.writes:
                 table = parameter_table(parameters_of(state.params))
-                write_atomically(run.path / "parameters.txt", table)
+                write_atomically(run.path / PARAMETERS, table)
         patience = Patience.of_log(experiment.training.patience, run.metrics, step=start)
         step = start
         if start < num_steps and not patience.is_over:
             begun_before = run.has_begun
             write_provenance(run, corpus, resume_step=start)
             if run.writes:  # of an early end, after which it now trains on
-                (run.path / "summary.json").unlink(missing_ok=True)
+                (run.path / SUMMARY).unlink(missing_ok=True)
             loop = _Loop(
                 experiment, corpus, run, checkpoints, patience, model, mesh, start, show_progress
             )

@@ -21,9 +21,8 @@ from tqdm import tqdm
 
 from train.errors import UserError
 from train.files import write_atomically
+from train.run_files import METRICS, TIMING
 from train.spikes import find_spikes
-
-METRICS = "metrics.jsonl"
 
 
 def bits_per_character(nats: float) -> float:
@@ -132,7 +131,7 @@ class Metrics:
     ):
         """Opens the logs of a run that starts or resumes at ``resume_step``."""
         self._rows = RowLog(folder / METRICS, resume_step=resume_step)
-        self._timing = RowLog(folder / "timing.jsonl", resume_step=resume_step)
+        self._timing = RowLog(folder / TIMING, resume_step=resume_step)
         trained = [row["loss"] for row in read_rows(folder / METRICS) if row["kind"] == "train"]
         self._expected = trained[-1] if trained else None  # loss of the last row
         self._events = EventFileWriter(str(folder / "tensorboard"))

@@ -31,11 +31,10 @@ from train.bucket import (
 from train.errors import UserError, no_run
 from train.files import saved_steps, user_path
 from train.integrity import STEP_METADATA, damage
+from train.run_files import CHECKPOINTS, CONFIG, DAMAGED_CHECKPOINTS, LOCK, PROVENANCE, SUMMARY
 
-CONFIG, STARTS, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
-SUMMARY = "summary.json"
 _FETCHED = "fetched_checkpoints"
-_OF_THIS_MACHINE = ("lock", "damaged_checkpoints", _FETCHED)
+_OF_THIS_MACHINE = (LOCK, DAMAGED_CHECKPOINTS, _FETCHED)
 
 
 class Mirror:
@@ -231,7 +230,7 @@ def _copy_run(
 
 def _first_start(run: epath.Path) -> str | None:
     """Returns the time at which a run began; None if it is not written yet."""
-    file = run / STARTS
+    file = run / PROVENANCE
     if not file.exists():
         return None
     try:

@@ -16,6 +16,7 @@ import jax
 from train.data.corpus import Corpus
 from train.files import write_atomically
 from train.run import RunFolder
+from train.run_files import PROVENANCE
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -24,7 +25,7 @@ def write_provenance(run: RunFolder, corpus: Corpus, *, resume_step: int) -> Non
     """Appends an entry for this start to the run's provenance."""
     if not run.writes:
         return
-    file = run.path / "provenance.json"
+    file = run.path / PROVENANCE
     starts = run.read_provenance() if file.exists() else []
     starts.append({"step": resume_step, **provenance(corpus)})
     write_atomically(file, json.dumps(starts, indent=2) + "\n")

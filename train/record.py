@@ -8,21 +8,22 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from train import run_files
 from train.errors import UserError
 from train.files import new_folder, user_path, writing
 from train.program import Arguments
 from train.run import open_run
 
 EVIDENCE = (
-    "config.json",
-    "provenance.json",
-    "metrics.jsonl",
-    "timing.jsonl",
-    "summary.json",
-    "parameters.txt",
-    "sample.txt",
+    run_files.CONFIG,
+    run_files.PROVENANCE,
+    run_files.METRICS,
+    run_files.TIMING,
+    run_files.SUMMARY,
+    run_files.PARAMETERS,
+    run_files.SAMPLE,
 )
-IF_THERE = ("evaluations.jsonl", "test_reads.jsonl")
+IF_THERE = (run_files.EVALUATIONS, run_files.TEST_READS)
 
 
 def record(run_dir: str | Path, results: Path, *, allow_modified: bool = False) -> Path:

@@ -1,16 +1,4 @@
-"""The folder of a run: config, provenance, parameter table, lock.
-
-::
-
-    runs/<name>/
-      config.json        all settings
-      provenance.json    commit, packages, device, data hash: one entry a start
-      vocabulary.json    what its tokens stand for
-      parameters.txt     the parameter table
-      metrics.jsonl      losses, exact          timing.jsonl   speed
-      checkpoints/       Orbax                  tensorboard/
-      loss.png  sample.txt  summary.json        when it ends
-"""
+"""Opens the folder of a run, to train it under a lock or to read it."""
 
 import errno
 import fcntl
@@ -35,8 +23,7 @@ from train.metrics import read_rows
 from train.mirror import Mirror, fetched_run
 from train.processes import first_does, together
 from train.recorded import read_experiment
-
-VOCABULARY = "vocabulary.json"
+from train.run_files import CHECKPOINTS, CONFIG, LOCK, METRICS, PROVENANCE, SUMMARY, VOCABULARY
 
 
 class RunFolder:
@@ -78,17 +65,17 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def check_finished(self) -> None:
         """Raises UserError unless the run has ended; its summary is written last."""
-        if not (self.path / "summary.json").is_file():
+        if not (self.path / SUMMARY).is_file():
             raise unfinished(self.path)
 
     @property
     def has_begun(self) -> bool:
         """Whether a start of the run came as far as its first step."""
-        return (self.path / "provenance.json").exists()
+        return (self.path / PROVENANCE).exists()
 
     def kept(self) -> str:
         """Describes the checkpoint that the next start resumes from."""
@@ -100,7 +87,7 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         """The path of the exact log."""
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     def read_config(self) -> ExperimentConfig:
         """Reads the run's settings.
@@ -108,7 +95,7 @@ class RunFolder:
         Raises:
           UserError: the file is damaged.
         """
-        return self._read("config.json", read_experiment)
+        return self._read(CONFIG, read_experiment)
 
     def read_vocabulary(self) -> Vocabulary | None:
         """Returns the vocabulary; None if the run began with an earlier version.
@@ -141,7 +128,7 @@ class RunFolder:
                 _ = start["step"], start["git"]["commit"], start["data"]["sha256"]
             return starts
 
-        starts: list[dict[str, Any]] = self._read("provenance.json", parse)
+        starts: list[dict[str, Any]] = self._read(PROVENANCE, parse)
         return starts
 
     def _read(self, name: str, parse: Callable[[str], Any]) -> Any:
@@ -178,7 +165,7 @@ def create_or_resume(experiment: ExperimentConfig, corpus: Corpus) -> RunFolder:
 
 
 def _open_beside(path: Path) -> RunFolder:
-    if not (path / "config.json").is_file():
+    if not (path / CONFIG).is_file():
         raise UserError(
             f"the run folder {path} of process 0 is not here: name one that all processes share, "
             f"with --config.run_dir=FOLDER"
@@ -197,11 +184,11 @@ def _open_to_write(path: Path, experiment: ExperimentConfig, corpus: Corpus) -> 
     mirror = Mirror(path, experiment.mirror_dir) if experiment.mirror_dir else None
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / "lock").open("a+", encoding="utf-8")
+        lock = (path / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
         raise _unwritable(path, error) from None
     run = RunFolder(path, lock, mirror)
-    config_file = path / "config.json"
+    config_file = path / CONFIG
     try:
         _take_lock(lock, path)
         if mirror and mirror.fetch():
@@ -240,7 +227,7 @@ def open_run(path: str | Path) -> RunFolder:
         folder = fetched_run(str(path), default_cache() / "runs")
     else:
         folder = user_path("the run", path)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise no_run(folder)
     if is_exported(folder):
         raise UserError(

@@ -20,6 +20,7 @@ from train.errors import UserError, unfinished
 from train.metrics import read_rows
 from train.recorded import in_todays_names
 from train.run import open_run
+from train.run_files import CONFIG, EVALUATIONS, METRICS, PROVENANCE, SUMMARY, TEST_READS, TIMING
 
 _SEED = re.compile(r"_seed\d+$")
 _MAY_DIFFER = WITHOUT_EFFECT - {"training.patience"} | {"name", "seed"}
@@ -30,20 +31,20 @@ LOGGED = ("train", "validation")
 _LOSS = ("step", "characters", "bpc")
 _EVALUATION = ("step", "bpc", "context", "stride", "data_sha256")
 _CONTENTS = {
-    "config.json": ("name", "seed", "model.architecture", "data.name", "data.context"),
-    "summary.json": (
+    CONFIG: ("name", "seed", "model.architecture", "data.name", "data.context"),
+    SUMMARY: (
         *("steps", "parameters", "characters", "characters_per_second", "training_flops"),
         *("seconds", "data_sha256", "validation.bpc", "validation.bytes", "validation.context"),
         "validation.stride",
     ),
-    "provenance.json": (
+    PROVENANCE: (
         *("command", "git.commit", "git.modified", "device", "packages"),
         *("data.name", "data.sha256"),
     ),
-    "metrics.jsonl": ("kind",),
-    "timing.jsonl": ("step", "seconds"),
-    "evaluations.jsonl": _EVALUATION,
-    "test_reads.jsonl": _EVALUATION,
+    METRICS: ("kind",),
+    TIMING: ("step", "seconds"),
+    EVALUATIONS: _EVALUATION,
+    TEST_READS: _EVALUATION,
 }
 """Fields that the readers of records use, by file and dotted path."""
 
@@ -65,18 +66,18 @@ class RunRecord:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """All settings, nested."""
-        (config,) = self._read("config.json")
+        (config,) = self._read(CONFIG)
         return in_todays_names(config)
 
     @functools.cached_property
     def summary(self) -> dict[str, Any]:
         """The content of ``summary.json``; empty if the run has not ended."""
-        return next(iter(self._read("summary.json", optional=True)), {})
+        return next(iter(self._read(SUMMARY, optional=True)), {})
 
     @functools.cached_property
     def provenance(self) -> list[dict[str, Any]]:
         """One entry for each start of the run."""
-        return self._read("provenance.json")
+        return self._read(PROVENANCE)
 
     @functools.cached_property
     def losses(self) -> dict[str, dict[int, float]]:
@@ -102,19 +103,17 @@ class RunRecord:
     @functools.cached_property
     def whole_validation(self) -> float | None:
         """BPC of the last checkpoint on the whole validation split; None without an evaluation."""
-        return self._of_the_end("evaluations.jsonl")
+        return self._of_the_end(EVALUATIONS)
 
     @property
     def lacks_the_end(self) -> bool:
         """Whether the whole split was evaluated, but not as ``whole_validation`` needs it."""
-        return self.whole_validation is None and bool(
-            self._read("evaluations.jsonl", optional=True)
-        )
+        return self.whole_validation is None and bool(self._read(EVALUATIONS, optional=True))
 
     @functools.cached_property
     def test(self) -> float | None:
         """BPC of the last checkpoint on the test split; None if the split was not read."""
-        return self._of_the_end("test_reads.jsonl")
+        return self._of_the_end(TEST_READS)
 
     @functools.cached_property
     def seconds_per_step(self) -> float | None:
@@ -122,7 +121,7 @@ class RunRecord:
 
         A median, so that other work on the machine does not count.
         """
-        timing = self._read("timing.jsonl", optional=True)
+        timing = self._read(TIMING, optional=True)
         steps = [0, *(row["step"] for row in timing)]
         by_step = [
             row["seconds"] / (after - before)
@@ -160,7 +159,7 @@ class RunRecord:
 
     @functools.cached_property
     def _log(self) -> list[dict[str, Any]]:
-        return self._read("metrics.jsonl", optional=True)
+        return self._read(METRICS, optional=True)
 
     def _of_the_end(self, name: str) -> float | None:
         """Returns the newest BPC of the last checkpoint, on the run's data, context and stride."""
@@ -186,12 +185,12 @@ class RunRecord:
                 rows = read_rows(file)
             else:
                 content = json.loads(file.read_text(encoding="utf-8"))
-                rows = content if name == "provenance.json" else [content]
+                rows = content if name == PROVENANCE else [content]
                 if not isinstance(rows, list) or not rows:
                     raise ValueError("no list of starts")
             for row in rows:
                 _check(row, _CONTENTS[name])
-                if name == "metrics.jsonl" and row["kind"] in LOGGED:
+                if name == METRICS and row["kind"] in LOGGED:
                     _check(row, _LOSS)
         except (OSError, ValueError) as error:
             raise UserError(

@@ -20,6 +20,7 @@ from train.analysis.records import Arm, RunRecord, mean_and_deviation, read_arms
 from train.errors import UserError
 from train.files import check_output, default_output, user_path, write_atomically, writing
 from train.program import Arguments
+from train.run_files import SAMPLE
 
 KINDS = ("copy_depth", "final_losses", "readings")
 MOST_POINTS = 400
@@ -33,7 +34,7 @@ def arm_data(arm: Arm) -> dict[str, Any]:
     curve = arm.curve()
     mean, deviation = mean_and_deviation(curve[-1][1]) if curve else (None, None)
     whole = [bpc for run in arm.runs if (bpc := run.whole_validation) is not None]
-    sample = first.path / "sample.txt"
+    sample = first.path / SAMPLE
     return {
         "name": arm.name,
         "architecture": arm.architecture,

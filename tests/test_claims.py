@@ -61,7 +61,7 @@ def test_a_form_is_named_where_it_is_not_the_published_one():
         for evidence in claim["evidence"]:
             arms = [arm.partition("_")[2] for arm in evidence["arms"]]
             of_projected = any("projected" in arm for arm in arms) or arms[0] in (
-                "fsn", "base",  # of configs/ablations.py
+                "fsn", "base", "modes",  # of configs/ablations.py
             )  # fmt: skip
             assert of_projected == evidence.get("form", "").startswith("projected form"), evidence
 

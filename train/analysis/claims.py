@@ -182,8 +182,11 @@ def evidence_page(
             "[results/](../results/): do not edit. Losses are validation bits per character (BPC); "
             "± is the standard deviation over seeds, or where it says s.e. the standard error of a "
             "difference. A comparison is decided if both arms have two seeds or more and their "
-            f"means are more than {verdicts.STANDARD_ERRORS:g} standard errors apart. **Not "
-            "comparable** means that the runs are smaller or shorter than the claim's."
+            f"means are more than {verdicts.STANDARD_ERRORS:g} standard errors apart; only then the "
+            "direction holds or fails. **Not comparable** means that the runs are smaller or "
+            "shorter than the claim's. Evidence is of the published form (`fsn_*`) unless it names "
+            "another; the projected form is `projected_*`. C9 reads one trained model. Commands "
+            "make seed 0; seed N needs `--config.seed=N --config.name=NAME_seedN`."
         ),
         _summary(ledger, rows),
     ]

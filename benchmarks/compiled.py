@@ -32,6 +32,7 @@ from fsn_jax.kernels.tpu_tiles import block_size
 from fsn_jax.torus import Complex
 from train.config import ExperimentConfig
 from train.errors import UserError
+from train.evaluate import check_appendable
 from train.flags import load_config
 from train.kernel_choice import sum_widths
 from train.mesh import by_step_and_row, data_mesh, replicated
@@ -98,7 +99,7 @@ def lowered_step(experiment: ExperimentConfig, devices: list[jax.Device]) -> jax
         placement="resident",
         log_every=training.log_every,
     )
-    corpus = jax.ShapeDtypeStruct((90_000_000,), jnp.uint8, sharding=replicated(mesh))
+    corpus = jax.ShapeDtypeStruct((hlo.CORPUS_BYTES,), jnp.uint8, sharding=replicated(mesh))
     rows = jax.ShapeDtypeStruct(
         (training.steps_per_dispatch, training.batch_size),
         jnp.int32,
@@ -279,7 +280,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
-    """All requested combinations."""
+    """All requested combinations.
+
+    Raises:
+      UserError: a length is no whole number.
+    """
+    if not all(length.isdigit() for length in options.lengths.split(",")):
+        raise UserError(f"--lengths takes whole numbers, as in 0,1024; got {options.lengths!r}")
     named = (options.machines, options.arms, options.dtypes, options.implementations)
     combinations = itertools.product(*(text.split(",") for text in (*named, options.lengths)))
     return [
@@ -306,13 +313,15 @@ def program(argv: Sequence[str]) -> None:
             raise UserError(f"--output={options.output} has no rows; measure some first")
         print(as_table(rows))
         return
+    cases = cases_of(options)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    check_appendable(options.output)
     with tempfile.TemporaryDirectory() as folder:
         dumps = Path(folder) / "dumps"
         machines.prepare(None if options.measure == "step" else dumps)
         rows = []
-        for case in cases_of(options):
+        for case in cases:
             rows.append(measure(case, dumps))
-            options.output.parent.mkdir(parents=True, exist_ok=True)
             append_row(options.output, rows[-1])
     print(as_table(rows))
 

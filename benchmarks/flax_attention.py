@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fsn_jax import Transformer, TransformerConfig
+from fsn_jax.dense import sum_in_float32
 from fsn_jax.feedforward import SwiGLU
 from fsn_jax.transformer import RMS_EPSILON, TokenEmbedding
 
@@ -45,4 +46,9 @@ class FlaxTransformer(Transformer):
         ]
         self.final_norm = nn.RMSNorm(epsilon=RMS_EPSILON)
         if not c.tied_embedding:
-            self.readout = nn.Dense(c.vocab_size, use_bias=False, dtype=jnp.dtype(c.dtype))
+            self.readout = nn.Dense(
+                c.vocab_size,
+                use_bias=False,
+                dtype=jnp.dtype(c.dtype),
+                dot_general=sum_in_float32,
+            )

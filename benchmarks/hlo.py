@@ -30,11 +30,13 @@ PARTS = {
 """Which part of the step an operation belongs to: the first that its name matches."""
 
 OPTIMIZER = "optimizer"
+UNNAMED = "unnamed"
+"""What the compiler made of no operation of the Python program."""
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
-WHOLE = 80_000_000
-"""Bytes above which an operand, such as a corpus, is read in part: as much as the result has."""
+CORPUS_BYTES = 90_000_000
+"""Size of the corpus of a step, of which a gather reads as much as its result has."""
 
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
 _ARRAY = re.compile(rf"\b({'|'.join(ITEM_SIZE)})\[([\d,]*)\]")
@@ -46,7 +48,7 @@ class Instruction:
 
     Attributes:
       opcode: of HLO.
-      part: key of ``PARTS``, or ``OPTIMIZER``.
+      part: key of ``PARTS``, ``OPTIMIZER`` or ``UNNAMED``.
       cycles: the TPU compiler's estimate, or None.
       num_bytes: of operands and results.
       name: of the operation in the Python program.
@@ -101,6 +103,8 @@ def _instructions(computation: str) -> list[Instruction]:
 
 def part_of(name: str) -> str:
     """The part of the step that an operation of the Python program belongs to."""
+    if not name:
+        return UNNAMED
     if not re.search(r"FSN|Transformer|shard_map", name):
         return OPTIMIZER
     return next(part for part, pattern in PARTS.items() if re.search(pattern, name))
@@ -115,7 +119,7 @@ def _size(shape: str) -> int:
 
 def _read(operand: str, result: str) -> int:
     size = _size(operand)
-    return size if size <= WHOLE else min(size, _size(result))
+    return min(size, _size(result)) if operand.startswith(f"u8[{CORPUS_BYTES}]") else size
 
 
 def cycles_by_part(step: list[Instruction]) -> dict[str, int]:

@@ -15,6 +15,7 @@ Contenders: ``fsn``, ``fsn-remat`` (its blocks recomputed in the backward pass),
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -32,6 +33,7 @@ from benchmarks.contender import MEASURES, Contender
 from fsn_jax import TransformerConfig
 from train.config import ExperimentConfig
 from train.errors import UserError
+from train.evaluate import check_appendable
 from train.flags import load_config
 from train.metrics import append_row, read_rows
 from train.program import Arguments, num_cores, run_program, start_jax
@@ -89,8 +91,10 @@ def torch_contender(
     assert process.stdout
 
     def ask(line: str) -> str:
-        print(line, file=process.stdin, flush=True)
-        answer = process.stdout.readline() if process.stdout else ""
+        answer = ""
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            print(line, file=process.stdin, flush=True)
+            answer = process.stdout.readline() if process.stdout else ""
         if not answer:
             raise UserError(
                 f"--torch_python={python} stopped; it needs benchmarks/requirements-torch.txt"
@@ -199,13 +203,18 @@ def program(argv: Sequence[str]) -> None:
         names.append("torch")
     check_options(options, names)
     start_jax(cpu_devices=num_cores())
-    about: dict[str, Any] = {"device": device_description(), "git": git_state()}
+    about: dict[str, Any] = {
+        "device": device_description(),
+        "git": git_state(),
+    }
     print(f"{about['device']} · commit {(about['git']['commit'] or 'none')[:9]}", flush=True)
     done = read_rows(options.output)
     for rung in options.rungs.split(","):
         for length in map(int, options.lengths.split(",")):
             for measure in options.measures.split(","):
                 kept = [n for n in names if measure != "sample" or n in (*FSNS, BASE)]
+                if not kept:
+                    continue
                 key = {
                     "config": options.config,
                     "rung": rung,
@@ -219,7 +228,12 @@ def program(argv: Sequence[str]) -> None:
                     "steps": options.steps,
                     **about,
                 }
-                found = [row for row in done if all(row.get(k) == v for k, v in key.items())]
+                found = [
+                    row
+                    for row in done
+                    if all(row.get(k) == v for k, v in key.items())
+                    and package_versions().items() <= row["packages"].items()
+                ]
                 if found and not options.again:
                     print(row_text(found[-1]), flush=True)
                     continue
@@ -248,8 +262,11 @@ def check_options(options: argparse.Namespace, names: Sequence[str]) -> None:
         raise UserError("the torch contender computes in float32: leave it out of --contenders")
     if min(options.rounds, options.steps, options.tokens) < 1:
         raise UserError("--rounds, --steps and --tokens must be at least 1")
+    if options.measures == "sample" and not {*FSNS, BASE} & {*names}:
+        raise UserError(f"--measures=sample takes {', '.join((*FSNS, BASE))}; got {names}")
     if not options.output.parent.is_dir():
         raise UserError(f"--output={options.output}: there is no folder {options.output.parent}")
+    check_appendable(options.output)
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """One change at a time to a pocket FSN: ``--config=configs/ablations.py:ARM``.
 
 There are two references. Arms ``published_*`` change the published form (arm ``published``,
-``configs/enwik8.py:fsn_pocket``); all others change the projected form (arm ``fsn``,
-``configs/enwik8.py:projected_pocket``) and have the names of the recorded runs. Data and optimizer
+``configs/enwik8.py:fsn_pocket``); the others change the projected form (arm ``fsn``,
+``configs/enwik8.py:projected_pocket``) and have the names of the recorded runs. ``transformer`` and
+``shifted`` are the opponents. Data and optimizer
 are those of the reference, the budget is a third of its. An arm whose change takes or adds more
 than 1% of the parameters gets them back in the width of its feed-forward; those without a
 feed-forward are smaller.

@@ -130,7 +130,7 @@ ONE_MILLION: dict[str, ModelConfig] = {
 }
 RUNGS = {"pocket": POCKET, "1m": ONE_MILLION}
 KINDS = tuple(ONE_MILLION)
-"""Kinds that every study compares."""
+"""Kinds of both rungs."""
 ARMS = tuple(f"{kind}_{rung}" for rung, kinds in RUNGS.items() for kind in kinds)
 
 

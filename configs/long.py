@@ -60,7 +60,7 @@ def get_config(arm: str = "enwik8_fsn_pocket") -> ConfigDict:
 
 
 def evaluate_every_5m(config: ConfigDict, evaluations: int) -> None:
-    """Gives an enwik8 arm as many evaluations, 5.0 million characters apart, on a million bytes."""
+    """Sets the length to so many times 5.0M characters, each with an evaluation at its end."""
     config.training.num_steps = EVERY * evaluations
     config.evaluation.every = config.checkpoints.every = EVERY
     config.evaluation.num_tokens = enwik8.LONG_VALIDATION

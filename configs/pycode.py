@@ -1,4 +1,7 @@
-"""FSNs and transformers on Python source: ``--config=configs/pycode.py:ARM``, as for enwik8."""
+"""FSNs and transformers on Python source: ``--config=configs/pycode.py:ARM``, as for enwik8.
+
+The steps are enwik8's too, so that the 1m rung sees its 34 million characters 80 times.
+"""
 
 from ml_collections import ConfigDict
 

@@ -1,8 +1,8 @@
 """A small transformer in plain Flax, and the three lines that make it an FSN-mixer.
 
 Both learn to repeat: a sequence has random symbols with a random period, so that from the second
-period on each symbol can be known from the first. The mixer's lines turn the residual stream into
-phases, couple them, and turn them back; everything else is the transformer's.
+symbol of the second period on each can be known from the first period. The mixer's lines turn the
+residual stream into phases, couple them, and turn them back; everything else is the transformer's.
 
     python examples/mixer.py --output mixer.png   # half a minute of one core
 

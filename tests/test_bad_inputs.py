@@ -475,7 +475,7 @@ CASES = [
         "a prepared corpus cut short",
         TRAIN,
         "the prepared corpus is damaged: corpus/train.bin holds 2000 bytes, not 4000; "
-        "delete corpus and start again, or prepare it with `python -m train prepare`",
+        "delete corpus, then start again or prepare it with `python -m train prepare`",
         cut("corpus/train.bin"),
     ),
     Case(
@@ -483,14 +483,14 @@ CASES = [
         TRAIN,
         "the prepared corpus is damaged: corpus/train.bin has SHA-256 "
         "54d9f0d03eaf5830d4de33adc504a4bf7be6df9c7f1238ecf9906f8594518471; delete "
-        "corpus and start again, or prepare it with `python -m train prepare`",
+        "corpus, then start again or prepare it with `python -m train prepare`",
         write("corpus/train.bin", text_of(4000, 5)),
     ),
     Case(
         "an empty manifest",
         TRAIN,
         "the prepared corpus is damaged: corpus/manifest.json cannot be read (Expecting "
-        "value: line 1 column 1 (char 0)); delete corpus and start again, or prepare it "
+        "value: line 1 column 1 (char 0)); delete corpus, then start again or prepare it "
         "with `python -m train prepare`",
         write("corpus/manifest.json", b""),
     ),

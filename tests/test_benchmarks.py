@@ -42,7 +42,7 @@ def run(path, *more):
     )
 
 
-def test_rows_are_written_and_not_measured_again(tmp_path, timed, capsys):
+def test_rows_are_written_and_not_measured_again(tmp_path, timed, capsys, monkeypatch):
     path = tmp_path / "rows.jsonl"
     assert run(path) == 0
     assert timed == ["fsn", "transformer"] * 3  # once cold, then in turn
@@ -62,6 +62,9 @@ def test_rows_are_written_and_not_measured_again(tmp_path, timed, capsys):
         assert run(path, other) == 0
         assert len(timed) > called, other
         called = len(timed)
+    newer = {**table.package_versions(), "jax": "99"}
+    monkeypatch.setattr(table, "package_versions", lambda: newer)
+    assert run(path) == 0 and len(timed) > called
 
 
 def test_an_interrupted_table_is_completed(tmp_path, timed):
@@ -81,6 +84,8 @@ def test_an_interrupted_table_is_completed(tmp_path, timed):
         ("--lengths=many", "--lengths takes whole numbers"),
         ("--rounds=0", "must be at least 1"),
         ("--optimizer=sgd", "--optimizer takes muon, adam"),
+        ("--contenders=flax --measures=sample", "--measures=sample takes fsn"),
+        ("--output=/", "cannot write / (Is a directory)"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, option, says):

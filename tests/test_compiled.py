@@ -14,6 +14,7 @@ import pytest
 from benchmarks import hlo
 from benchmarks.compiled import as_table, program
 from train.errors import UserError
+from train.program import run_program
 
 compilers = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("libtpu", "jax_cuda12_plugin"))),
@@ -132,9 +133,43 @@ PACKING
 
 def test_what_is_read_from_a_program():
     step = hlo.step_instructions(STEP)
-    assert hlo.cycles_by_part(step) == {"scores": 70, hlo.OPTIMIZER: 5, "model, other": 0}
+    assert hlo.cycles_by_part(step) == {
+        "scores": 70,
+        hlo.OPTIMIZER: 5,
+        "model, other": 0,
+        hlo.UNNAMED: 0,
+    }
     assert hlo.bytes_by_part(step) == {"scores": 64, hlo.OPTIMIZER: 48}
     assert hlo.collectives(STEP) == {"all-reduce": 1}
+
+
+def test_a_step_reads_of_its_corpus_what_it_gathers_and_all_of_anything_else():
+    def compiled(operand):
+        return f"""HloModule jit_sum
+
+ENTRY %main (p: {operand}) -> u8[8] {{
+  %p = {operand}{{0}} parameter(0)
+  ROOT %g = u8[8]{{0}} fusion(%p), kind=kLoop
+}}
+"""
+
+    activations = hlo.step_instructions(compiled("f32[30000000]"))
+    assert hlo.bytes_by_part(activations) == {hlo.UNNAMED: 120_000_008}
+    corpus = hlo.step_instructions(compiled(f"u8[{hlo.CORPUS_BYTES}]"))
+    assert hlo.bytes_by_part(corpus) == {hlo.UNNAMED: 16}
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--lengths=many", "error: --lengths takes whole numbers"),
+        ("--output=/", "error: cannot write / (Is a directory)"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_compiled(option, says, capsys):
+    assert run_program(program, ["compiled", option]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(says) and error.count("\n") == 1
 
 
 def test_the_table_adds_the_kernels_of_a_step():

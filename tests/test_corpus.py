@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_runs import tiny_experiment
 
 from fsn_jax.vocabulary import TextError
 from train.data import prepare
@@ -21,6 +22,7 @@ from train.data.prepare import open_corpus
 from train.data.python_files import is_test, split_of
 from train.data.user_files import contents, find_files, split_by_file
 from train.errors import UserError
+from train.load import with_data_at
 from train.program import run_program
 
 
@@ -498,7 +500,7 @@ def test_codeparrot_shards_follow_the_rules(tmp_path, cache):
     for shard, part in enumerate((files[:120], files[120:])):
         lines = [json.dumps({"path": path, "content": text.decode()}) for path, text in part]
         (tmp_path / f"file-{shard:03}.json.gz").write_bytes(
-            gzip.compress("\n".join(lines).encode())
+            gzip.compress("\n".join([*lines, "", ""]).encode())  # blank lines are nothing
         )
     (tmp_path / "README.md").write_text("not a shard", encoding="utf-8")
     corpus = opened("codeparrot", tmp_path, cache)
@@ -518,6 +520,11 @@ def test_pycode_wheels_follow_the_rules(tmp_path, cache, monkeypatch):
     pin(monkeypatch, "pycode", wheels, expected)
     assert read_splits(opened("pycode", tmp_path, cache)) == expected
     (tmp_path / "b.whl").unlink()
+    # A run that was trained on them is read from the cache once its wheels are gone.
+    changes = {"data__name": "pycode", "data__cache_dir": str(cache)}
+    trained = tiny_experiment(tmp_path / "gone", tmp_path / "run", **changes)
+    data = with_data_at(trained, "").data
+    assert read_splits(opened(data.name, data.path, cache)) == expected
     with pytest.raises(UserError, match=r"no source gave b\.whl .*put the wheels a\.whl, b\.whl"):
         opened("pycode", tmp_path, tmp_path / "other")
     assert visible(tmp_path / "other") == []

@@ -24,8 +24,9 @@ def test_refuses_to_train_without_a_folder():
     assert done.returncode != 0 and "usage: tools/headline.sh FOLDER" in done.stderr
 
 
+@pytest.mark.parametrize("minutes", [["5"], []])
 @pytest.mark.parametrize(("status", "ends"), [(0, 0), (75, 0), (143, 0), (2, 2), (1, 1)])
-def test_ends_as_its_runs_do_and_takes_the_callers_folder(status, ends, tmp_path):
+def test_ends_as_its_runs_do_and_takes_the_callers_folder(status, ends, minutes, tmp_path):
     """With a stand-in for Python: a run that saved and stopped (75) is no failure, others are."""
     python = tmp_path / "python"
     python.write_text(
@@ -34,9 +35,14 @@ def test_ends_as_its_runs_do_and_takes_the_callers_folder(status, ends, tmp_path
     python.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(python), "ARMS": "projected_1m transformer_1m"}
     done = subprocess.run(
-        [SCRIPT, "mine", "5"], cwd=tmp_path, env=environment, capture_output=True, timeout=60
+        [SCRIPT, "mine", *minutes, "--config.seed=3"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        timeout=60,
     )
     assert done.returncode == ends
     calls = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
     assert len(calls) == (1 if ends else 2)
     assert f"--config=configs/enwik8.py:projected_1m --config.run_dir={tmp_path}/mine/" in calls[0]
+    assert calls[0].endswith(" --config.seed=3")

@@ -392,7 +392,10 @@ def test_without_the_package_of_a_storage_the_line_names_it(tmp_path):
 
 
 def test_a_corpus_in_a_bucket_is_copied_into_the_cache_once(corpus, tmp_path, storage):
-    shutil.copytree(corpus.folder, storage.folder / "bucket" / "data" / "text")
+    kept = storage.folder / "bucket" / "data" / "text"
+    shutil.copytree(corpus.folder, kept)
+    (kept / "dataset").mkdir(exist_ok=True)
+    (kept / "dataset" / "all_texts_again").write_bytes(b"x")
     options = {
         "name": "text",
         "path": "gs://bucket/data/text",
@@ -401,6 +404,7 @@ def test_a_corpus_in_a_bucket_is_copied_into_the_cache_once(corpus, tmp_path, st
     found = open_corpus(**options)
     assert found.sha256 == corpus.sha256
     assert tmp_path / "cache" in found.folder.parents
+    assert not (found.folder / "dataset").exists()
     storage.log.clear()
     assert open_corpus(**options).folder == found.folder
     assert [Path(path).name for _, path in storage.log] == ["manifest.json"]

@@ -98,6 +98,16 @@ def test_an_interruption_that_was_swallowed_before_the_loop_stops_it(corpus, tmp
         run_to_the_end(tiny_experiment(corpus.folder, tmp_path / "run"), corpus)
 
 
+def test_one_that_was_swallowed_in_one_of_several_processes_stops_all(monkeypatch):
+    """By the SIGTERM that JAX tells the others of."""
+    sent = []
+    monkeypatch.setattr(interruptions, "came", True)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "kill", lambda *sending: sent.append(sending))
+    with Preemption():
+        assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
 def test_a_run_tells_what_is_kept_of_it(corpus, tmp_path):
     run = RunFolder(tmp_path / "run")
     nothing = "no checkpoint is saved yet: the same command begins at step 0"

@@ -5,11 +5,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import real_runs
 from small_runs import SAME_LOSS, assert_equal_trees, largest_difference, rows_of
 
+from train import processes
 from train.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, UserError
 from train.flags import parse_options
 from train.processes import Joining
@@ -54,6 +56,18 @@ def test_flags_that_cannot_join_are_refused(flags, says):
 
 
 # Real processes
+
+
+def test_only_what_a_lost_process_causes_is_taken_for_one(monkeypatch):
+    """A mistake of the user's keeps its own words, also if they sound like a broken connection."""
+    reset = RuntimeError("Gloo AllReduce failed: Connection closed by peer [127.0.0.1]:4242")
+    assert processes.loss_of_a_process(reset) is None
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    lost = processes.loss_of_a_process(reset)
+    assert lost is not None and "another process of this run died" in str(lost)
+    assert processes.loss_of_a_process(RuntimeError("out of memory")) is None
+    for own in (UserError("no source gave enwik8 (Connection refused)"), lost):
+        assert processes.loss_of_a_process(own) is None
 
 
 @pytest.fixture(scope="module")

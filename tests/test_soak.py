@@ -40,6 +40,14 @@ def test_a_time_too_short_to_judge_is_refused_at_the_start(time, monkeypatch, ca
     assert "error: --hours, --minutes: " in capsys.readouterr().err
 
 
+def test_the_last_step_is_that_of_the_newest_whole_row(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    assert soak.last_step(tmp_path) == 0
+    for text, step in (('{"step": 1', 0), ('{"step": 1}\n', 1), ('{"step": 1}\n{"step": 23', 1)):
+        log.write_text(text, encoding="utf-8")
+        assert soak.last_step(tmp_path) == step
+
+
 def test_breathing_is_flat():
     assert all(": flat: " in line for line in soak.judge(rows({})))
 

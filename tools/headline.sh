@@ -12,9 +12,10 @@ set -euo pipefail
 
 folder=${1:?usage: tools/headline.sh FOLDER [MINUTES] [--config.FIELD=VALUE ...]}
 case $folder in /*) ;; *) folder=$PWD/$folder ;; esac
-minutes=${2:-15}
+shift
+minutes=15
+case ${1:-} in '' | --*) ;; *) minutes=$1; shift ;; esac
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || { echo "error: MINUTES must be a whole number above 0; got '$minutes'" >&2; exit 2; }
-shift; [ $# -gt 0 ] && shift
 python=${PYTHON:-python}
 deadline=$((SECONDS + minutes * 60))
 read -ra arms <<<"${ARMS:-transformer_1m fsn_1m}"
@@ -26,7 +27,7 @@ for i in "${!arms[@]}"; do
   share=$(((deadline - SECONDS) / (${#arms[@]} - i)))
   [ "$share" -gt 0 ] || break
   status=0
-  timeout --preserve-status --signal=TERM --kill-after=120 "$share" "$python" -m train \
+  timeout --foreground --preserve-status --signal=TERM --kill-after=120 "$share" "$python" -m train \
     --config="configs/enwik8.py:${arms[i]}" --config.run_dir="$folder/${arms[i]}" \
     --config.model.dtype=bfloat16 "$@" || status=$?
   case $status in 0 | 75 | 143) ;; *) exit "$status" ;; esac

@@ -6,7 +6,7 @@
 Starts `python -m train` in a run folder of its own, samples the process from /proc (so on Linux),
 and judges the samples of the second half of the time: a straight line through each quantity must
 not rise by more than its allowance. The samples go to `soak.jsonl` in the run folder. Exit status
-0 if all is flat, 1 if not.
+0 if all is flat and the run saved its last step, 1 if not.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+EXIT_TRY_AGAIN = 75
+"""Of a run that SIGTERM stopped (``train.errors``)."""
 ROOT = Path(__file__).resolve().parent.parent
 
 # What a quantity may rise by over the judged time: a share of its mean, and so many units more.
@@ -83,10 +85,10 @@ def judge(rows: list[dict[str, float]]) -> list[str]:
 def last_step(folder: Path) -> int:
     """Returns the step of the newest complete row of metrics."""
     try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return int(json.loads(lines[-1])["step"]) if lines else 0
-    except (OSError, ValueError):
+        whole, _, _ = (folder / "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")
+    except OSError:
         return 0
+    return int(json.loads(whole.splitlines()[-1])["step"]) if whole else 0
 
 
 def main() -> int:
@@ -102,7 +104,7 @@ def main() -> int:
     if not 0 < 4 * options.every <= seconds:  # a line needs two samples in the second half
         p.error(f"--hours, --minutes: {seconds:g} s must be above 0 and hold 4 times --every")
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
-    folder = Path(options.run_dir or ROOT / "runs" / f"soak-{stamp}")
+    folder = Path(options.run_dir or ROOT / "runs" / f"soak-{stamp}").absolute()
     given = dict(setting.partition("=")[::2] for setting in options.settings)
     settings = {name: str(value) for name, value in SETTINGS.items()} | given
     command = [sys.executable, "-m", "train", "--config=configs/quickstart.py"]
@@ -140,7 +142,8 @@ def main() -> int:
         f"{saves} saves, status {process.returncode}: {folder}"
     )
     print("\n".join(lines))
-    return int(any("RISING" in line for line in lines))
+    stopped = process.returncode == EXIT_TRY_AGAIN  # saved its last step
+    return int(not stopped or any("RISING" in line for line in lines))
 
 
 if __name__ == "__main__":

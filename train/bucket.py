@@ -80,13 +80,16 @@ def replace_file(source: epath.Path, target: epath.Path) -> None:
     beside.replace(target)
 
 
-def copy_folder(source: epath.Path, target: epath.Path, *, marker: str) -> None:
+def copy_folder(
+    source: epath.Path, target: epath.Path, *, marker: str, but: Sequence[str] = ()
+) -> None:
     """Copies a folder in place of an older copy of it; not if its copy is there already.
 
     Args:
       source: the folder.
       target: where its files go.
       marker: a file in it whose bytes tell its version. A copy has it from when it is whole.
+      but: files and folders in it that are not copied.
     """
     version = (source / marker).read_bytes()
     if (target / marker).exists():
@@ -95,13 +98,14 @@ def copy_folder(source: epath.Path, target: epath.Path, *, marker: str) -> None:
         (target / marker).unlink()
     if target.exists():
         target.rmtree()  # not overwritten: another process may have mapped its files
-    for name in files_below(source):
-        if name != marker:
-            copy_file(source / name, target / name)
+    for name in files_below(source, but=(*but, marker)):
+        copy_file(source / name, target / name)
     copy_file(source / marker, target / marker)
 
 
-def fetched(remote: str, cache: Path, *, setting: str, marker: str) -> Path:
+def fetched(
+    remote: str, cache: Path, *, setting: str, marker: str, but: Sequence[str] = ()
+) -> Path:
     """Returns a local copy of a remote folder.
 
     Args:
@@ -109,6 +113,7 @@ def fetched(remote: str, cache: Path, *, setting: str, marker: str) -> Path:
       cache: where copies are kept.
       setting: what named it.
       marker: as of ``copy_folder``.
+      but: as of ``copy_folder``.
 
     Raises:
       UserError: the folder has no such file, or cannot be reached.
@@ -123,7 +128,7 @@ def fetched(remote: str, cache: Path, *, setting: str, marker: str) -> Path:
             )
         target = place_in_cache(remote, cache)
         with locked(target):
-            copy_folder(source, epath.Path(target), marker=marker)
+            copy_folder(source, epath.Path(target), marker=marker, but=but)
     return target
 
 

@@ -9,11 +9,14 @@ from jax.sharding import Mesh
 from fsn_jax import FSN, Transformer
 from fsn_jax.hub import Pretrained
 from fsn_jax.vocabulary import Vocabulary
+from train.bucket import is_remote
 from train.checkpoint import Checkpoints
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus
+from train.data.pinned import PINNED
 from train.data.prepare import open_corpus
 from train.errors import UserError
+from train.files import user_path
 from train.mesh import data_mesh
 from train.optimizer import make_optimizer
 from train.run import RunFolder, open_run, refuse_other_data
@@ -95,9 +98,7 @@ def load(run_dir: str | Path, *, which: str = "best", data_path: str = "") -> Tr
     """
     run = open_run(run_dir)
     experiment = run.read_config()
-    if data_path:
-        data = dataclasses.replace(experiment.data, path=data_path)
-        experiment = dataclasses.replace(experiment, data=data)
+    experiment = with_data_at(experiment, data_path)
     try:
         corpus = open_experiment_corpus(experiment)
     except UserError as error:
@@ -108,6 +109,20 @@ def load(run_dir: str | Path, *, which: str = "best", data_path: str = "") -> Tr
     mesh = data_mesh()
     model, params, step = _restored(run, experiment, which, mesh)
     return TrainedModel(run, experiment, corpus, model, params, step, mesh)
+
+
+def with_data_at(experiment: ExperimentConfig, data_path: str) -> ExperimentConfig:
+    """Returns the settings of a run with its data where it is now.
+
+    Args:
+      experiment: as recorded.
+      data_path: as of ``load``. Empty, a corpus whose content is known by its hash needs what it
+        was prepared from no more.
+    """
+    path = data_path or experiment.data.path
+    if not data_path and experiment.data.name in PINNED and not is_remote(path):
+        path = path if user_path("config.data.path", path).exists() else ""
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, path=path))
 
 
 def load_language_model(

@@ -5,8 +5,8 @@ transposed to wide ones, and the other parameters of a group (``train/groups.py`
 
     {"matrices": {"28x112": [6, 28, 112], "112x432": [18, 112, 432]}, "gates": [n], ...}
 
-Packed trees exist on accelerators only and within a dispatch. A run's state and its checkpoints
-hold the parameters' own tree.
+Packed states exist on accelerators only and within a dispatch; Muon packs the matrices of each step
+everywhere. A run's state and its checkpoints hold the parameters' own tree.
 """
 
 import itertools

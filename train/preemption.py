@@ -50,6 +50,8 @@ class Preemption:
             if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
                 self._leaving.enter_context(interruptions.noticed())
                 self._take(signal.SIGINT)
+        if self._shared and self._received:
+            os.kill(os.getpid(), signal.SIGTERM)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -184,7 +184,7 @@ def agree(**facts: str) -> None:
 
 def loss_of_a_process(error: BaseException) -> TryAgain | None:
     """Returns the error to raise if another process was lost; None if ``error`` is not a sign."""
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or isinstance(error, UserError | TryAgain):  # has its own words
         return None
     text = f"{type(error).__name__} {error}".lower()
     if not any(sign in text for sign in _SIGNS_OF_LOSS):

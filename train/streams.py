@@ -1,7 +1,7 @@
 """Standard streams whose failures do not end a run.
 
 What the encoding cannot show is replaced. What cannot be written (a full disk, a closed stream) is
-lost, and the error is raised when the program ends.
+lost, and if it was to go to stdout the error is raised when the program ends.
 """
 
 import contextlib

@@ -1,10 +1,11 @@
 """A prepared corpus: three flat byte files and a manifest in a folder of the cache.
 
     <cache>/<name>[-<8 hex digits of the source's fingerprint>]/
-        manifest.json  train.bin  validation.bin  test.bin
+        manifest.json  train.bin  validation.bin  test.bin  dataset/
 
 The folder stands for itself: it can be carried to a machine without tensorflow-datasets,
-into that machine's cache or anywhere else (`data.path` may name it). The manifest:
+into that machine's cache or anywhere else (`data.path` may name it). Runs do not read `dataset/`,
+where tensorflow-datasets keeps the texts. The manifest:
 
     format        FORMAT, an int
     name          enwik8, pycode, codeparrot or text
@@ -231,6 +232,6 @@ def _check_hash(corpus: Corpus, split: str) -> None:
 
 def _damaged(file: Path, what: str, folder: Path) -> UserError:
     return UserError(
-        f"the prepared corpus is damaged: {file} {what}; delete {folder} and start again, or "
-        "prepare it with `python -m train prepare`"
+        f"the prepared corpus is damaged: {file} {what}; delete {folder}, then start again "
+        "or prepare it with `python -m train prepare`"
     )

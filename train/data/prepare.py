@@ -66,7 +66,7 @@ def open_corpus(
         raise UserError(f"config.data.name={name} is not known: choose one of {', '.join(NAMES)}")
     cache = user_path("config.data.cache_dir", cache_dir) if cache_dir else default_cache()
     if is_remote(path):
-        folder = fetched(path, cache, setting="config.data.path", marker=MANIFEST)
+        folder = fetched(path, cache, setting="config.data.path", marker=MANIFEST, but=(DATASET,))
     elif path and is_prepared(user_path("config.data.path", path)):
         folder = user_path("config.data.path", path)
     else:

@@ -59,7 +59,7 @@ def wheel_sources(wheels: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
 
 
 def shard_sources(shards: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
-    """Yields (path, content) of every line, shard by shard.
+    """Yields (path, content) of every line but blank ones, shard by shard.
 
     Raises:
       UserError: a shard is no gzip file, or a line of it no object with a text "content".
@@ -67,5 +67,6 @@ def shard_sources(shards: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     for shard in shards:
         with unpacked(shard) as lines:
             for number, line in enumerate(lines, start=1):
-                fields, text = json_text(line, f"{shard}, line {number}", ("content",))
-                yield str(fields.get("path") or ""), text
+                if line.strip():
+                    fields, text = json_text(line, f"{shard}, line {number}", ("content",))
+                    yield str(fields.get("path") or ""), text

@@ -38,7 +38,8 @@ class WindowOrder:
 
     The permutation comes from the raw 64-bit stream of NumPy's Philox generator with the key
     (seed, epoch), a stream that NumPy keeps stable between versions: its first number modulo L is
-    the shift, and the ranks of the numbers that follow, one a window, are the permutation.
+    the shift, and the windows are read in the order of the numbers that follow, one a window (a
+    stable argsort).
 
     Attributes:
       num_tokens: n, length of the split.

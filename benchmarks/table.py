@@ -203,10 +203,7 @@ def program(argv: Sequence[str]) -> None:
         names.append("torch")
     check_options(options, names)
     start_jax(cpu_devices=num_cores())
-    about: dict[str, Any] = {
-        "device": device_description(),
-        "git": git_state(),
-    }
+    about: dict[str, Any] = {"device": device_description(), "git": git_state()}
     print(f"{about['device']} · commit {(about['git']['commit'] or 'none')[:9]}", flush=True)
     done = read_rows(options.output)
     for rung in options.rungs.split(","):

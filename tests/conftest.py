@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 QUICK_CODE = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 """XLA's older code generator for CPUs, in JAX 0.10 the last time, and each program in one piece.
-Small programs compile in a third of the time. Two programs that agree to the bit need not with this
-one: their tests are slow ones, which do without it."""
+Small programs compile in less than half of the time. Two programs that agree to the bit need not
+with this one: their tests are slow ones, which do without it."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

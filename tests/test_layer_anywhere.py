@@ -65,7 +65,10 @@ def test_scanned_and_rematerialized_layers_are_the_layers_one_by_one():
         return jnp.sin(theta).sum(), theta
 
     gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
-    ours, theirs = (gradient(variables, stack) for stack in (scanned, one_by_one))
+    (ours, theta), (theirs, expected) = (
+        gradient(variables, stack) for stack in (scanned, one_by_one)
+    )
+    np.testing.assert_allclose(theta, expected, atol=1e-5)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 

@@ -32,11 +32,10 @@ from fsn_jax.kernels.tpu_tiles import block_size
 from fsn_jax.torus import Complex
 from train.config import ExperimentConfig
 from train.errors import UserError
-from train.evaluate import check_appendable
 from train.flags import load_config
 from train.kernel_choice import sum_widths
 from train.mesh import by_step_and_row, data_mesh, replicated
-from train.metrics import append_row, read_rows
+from train.metrics import append_row, check_appendable, read_rows
 from train.optimizer import make_optimizer
 from train.plan import model_for
 from train.program import Arguments, run_program

@@ -33,9 +33,8 @@ from benchmarks.contender import MEASURES, Contender
 from fsn_jax import TransformerConfig
 from train.config import ExperimentConfig
 from train.errors import UserError
-from train.evaluate import check_appendable
 from train.flags import load_config
-from train.metrics import append_row, read_rows
+from train.metrics import append_row, check_appendable, read_rows
 from train.program import Arguments, num_cores, run_program, start_jax
 from train.provenance import device_description, git_state, package_versions
 

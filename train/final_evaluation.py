@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from train.bucket import is_remote
 from train.errors import UserError
-from train.evaluate import append_evaluation, check_appendable, checked_stride, evaluate, parser
+from train.evaluate import append_evaluation, checked_stride, evaluate, parser
 from train.load import load
-from train.metrics import read_rows
+from train.metrics import check_appendable, read_rows
 from train.program import num_cores, start_jax
 from train.run_files import TEST_READS
 

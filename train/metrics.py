@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,13 +77,27 @@ def _row(line: bytes) -> dict[str, Any]:
     return row
 
 
+def check_appendable(file: Path) -> None:
+    """Raises UserError if no line can be appended to a file."""
+    with _recording(file), file.open("ab"):
+        pass
+
+
+@contextlib.contextmanager
+def _recording(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {file} ({error.strerror}); make it writable") from None
+
+
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Appends a row to a JSONL file, in place of a last line that a crash cut short.
 
     Raises:
-      OSError: the file cannot be written.
+      UserError: the file cannot be written.
     """
-    with path.open("a+b") as file:
+    with _recording(path), path.open("a+b") as file:
         file.seek(0)
         *_, unfinished = file.read().split(b"\n")
         try:

@@ -16,7 +16,7 @@ before the imaginary part is taken. ``fold_values`` and
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -153,23 +153,42 @@ def fold_values(
       For each harmonic the real and then the imaginary parts, side by side. The last position has
       no successor, and a strictly causal sum never asks for it.
     """
-    z = in_float32(z)
-
-    def rows(*arrays: Any) -> Array:
-        return _fold_rows(*arrays).astype(dtype)
-
-    def parts(*arrays: Any) -> Array:
-        # Cast before they are put together: no cotangent as wide as the values is float32.
-        return jnp.concatenate([part.astype(dtype) for part in _fold_parts(*arrays)], axis=-1)
-
-    return jax.lax.platform_dependent(z, kappa, follows, cpu=rows, default=parts)
+    by_platform = {name: functools.partial(fold, dtype) for name, fold in FOLDS.items()}
+    return jax.lax.platform_dependent(z, kappa, follows, **by_platform)
 
 
-def _fold_parts(z: Complex, kappa: Complex, follows: Array | None) -> list[Array]:
-    """The values of ``fold_values`` by harmonic and real or imaginary part, for GPUs and TPUs.
+def fold_values_transposed(
+    z: Complex,
+    kappa: Complex,
+    follows: Float[Array, "B 1 L 1"] | None,
+    d_value: Float[Array, "B H L twoMP"],
+) -> tuple[Complex, Complex]:
+    """Returns the cotangents of ``z`` and ``kappa`` by ``fold_values``, in their dtype.
+
+    The same as ``jax.vjp`` of it, which would trace each platform's program several times over.
+
+    Args:
+      z: see ``fold_values``.
+      kappa: see ``fold_values``.
+      follows: see ``fold_values``.
+      d_value: the cotangent of its result, whose dtype it has.
+    """
+
+    def transposed(fold: Callable[..., Array], *at: Complex) -> tuple[Complex, Complex]:
+        _, pull_back = jax.vjp(lambda *at: fold(d_value.dtype.name, *at, follows), *at)
+        d_z, d_kappa = pull_back(d_value)
+        return d_z, d_kappa
+
+    by_platform = {name: functools.partial(transposed, fold) for name, fold in FOLDS.items()}
+    return jax.lax.platform_dependent(z, kappa, **by_platform)
+
+
+def _fold_parts(dtype: str, z: Complex, kappa: Complex, follows: Array | None) -> Array:
+    """``fold_values`` by harmonic and real or imaginary part, for GPUs and TPUs.
 
     Nothing is put together on the way, so the phasors are read once and the values written.
     """
+    z = in_float32(z)
     num_delays, num_harmonics = kappa.re.shape[:2]
     parts = []
     for m, zm in enumerate(powers(z, num_harmonics)):
@@ -181,17 +200,22 @@ def _fold_parts(z: Complex, kappa: Complex, follows: Array | None) -> list[Array
             for tau, wave in enumerate(waves)
         ]
         parts += [functools.reduce(jnp.add, part) for part in zip(*by_delay, strict=True)]
-    return parts
+    # Cast before they are put together: no cotangent as wide as the values is float32.
+    return jnp.concatenate([part.astype(dtype) for part in parts], axis=-1)
 
 
-def _fold_rows(z: Complex, kappa: Complex, follows: Array | None) -> Array:
+def _fold_rows(dtype: str, z: Complex, kappa: Complex, follows: Array | None) -> Array:
     """``fold_values`` row by row, for CPUs."""
+    z = in_float32(z)
     num_delays, num_harmonics = kappa.re.shape[:2]
     wave = _wave(z, num_harmonics)
     waves = [wave]
     if num_delays == 2:
         waves.append(successors(wave, follows))
-    return _scale([part for wave in waves for part in wave], kappa)
+    return _scale([part for wave in waves for part in wave], kappa).astype(dtype)
+
+
+FOLDS = {"cpu": _fold_rows, "default": _fold_parts}
 
 
 def unfold_sum(

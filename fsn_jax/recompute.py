@@ -1,5 +1,6 @@
 """Recomputation in the backward pass, where XLA would keep results of the forward pass."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -56,17 +57,17 @@ def match_varying_axes(tree: Tree) -> Tree:
       tree: arrays of any shape.
     """
     varying = frozenset[str]().union(*map(_varying, jax.tree.leaves(tree)))
-
-    def cast(x: Array) -> Array:
-        missing = tuple(sorted(varying - _varying(x)))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)
+    return jax.tree.map(lambda x: _cast(x, varying), tree)
 
 
 def _varying(x: Array) -> frozenset[str]:
     varying: frozenset[str] = jax.typeof(x).manual_axis_type.varying
     return varying
+
+
+def _cast(x: Array, varying: frozenset[str]) -> Array:
+    missing = tuple(sorted(varying - _varying(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def recomputed(
@@ -81,21 +82,29 @@ def recomputed(
     """
     if implementation == "reference":
         return function
+    return lambda *arguments: _recomputed(
+        function, *reverse_mode_only(match_varying_axes(arguments))
+    )
 
-    @jax.custom_vjp
-    def again(*arguments: Tree) -> Result:
-        return function(*arguments)
 
-    def forward(*arguments: Tree) -> tuple[Result, tuple[Tree, ...]]:
-        return function(*arguments), arguments
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputed(function: Callable[..., Result], *arguments: Tree) -> Result:
+    return function(*arguments)
 
-    def backward(arguments: tuple[Tree, ...], cotangent: Result) -> tuple[Tree, ...]:
-        first = jax.tree.leaves(cotangent)[0]
-        leaves, structure = jax.tree.flatten(arguments)
-        # Parameters, which have fewer axes, need not wait: what a token enters does.
-        delayed = iter(delay_until(first, [leaf for leaf in leaves if leaf.ndim >= first.ndim]))
-        leaves = [next(delayed) if leaf.ndim >= first.ndim else leaf for leaf in leaves]
-        return jax.vjp(function, *jax.tree.unflatten(structure, leaves))[1](cotangent)
 
-    again.defvjp(forward, backward)
-    return lambda *arguments: again(*reverse_mode_only(match_varying_axes(arguments)))
+def _forward(function: Callable[..., Result], *arguments: Tree) -> tuple[Result, tuple[Tree, ...]]:
+    return function(*arguments), arguments
+
+
+def _backward(
+    function: Callable[..., Result], arguments: tuple[Tree, ...], cotangent: Result
+) -> tuple[Tree, ...]:
+    first = jax.tree.leaves(cotangent)[0]
+    leaves, structure = jax.tree.flatten(arguments)
+    # Parameters, which have fewer axes, need not wait: what a token enters does.
+    delayed = iter(delay_until(first, [leaf for leaf in leaves if leaf.ndim >= first.ndim]))
+    leaves = [next(delayed) if leaf.ndim >= first.ndim else leaf for leaf in leaves]
+    return jax.vjp(function, *jax.tree.unflatten(structure, leaves))[1](cotangent)
+
+
+_recomputed.defvjp(_forward, _backward)

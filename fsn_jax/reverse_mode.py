@@ -30,12 +30,12 @@ def reverse_mode_only(tree: Tree) -> Tree:
     Raises:
       TypeError: with MESSAGE, where a derivative of forward mode is computed or compiled.
     """
+    return jax.tree.map(_guarded, tree)
 
-    def guard(x: Array) -> Array:
-        floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
-        return _value.bind(x) if floating else x
 
-    return jax.tree.map(guard, tree)
+def _guarded(x: Array) -> Array:
+    floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    return _value.bind(x) if floating else x
 
 
 def _refuse(*_: Any, **__: Any) -> Any:

@@ -5,6 +5,7 @@ they leave nothing at a special value (no zero bias, no unit scale, no equal tem
 a term the library forgot cannot hide.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -144,6 +145,11 @@ def angles(*shape: int, seed: int = 0, turns: float = 1.0) -> jax.Array:
     return jnp.asarray(turns * draw, jnp.float32)
 
 
+@functools.cache
+def _shapes(module: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Any:
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)
+
+
 def random_variables(module: nn.Module, *inputs: jax.Array, seed: int = 0) -> dict[str, Any]:
     """Draw {"params": tree} with the shapes of the module's own initialisation.
 
@@ -151,7 +157,7 @@ def random_variables(module: nn.Module, *inputs: jax.Array, seed: int = 0) -> di
     are around one; everything else (gates, biases, temperatures, couplings) is of order 0.5.
     """
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    shapes = _shapes(module, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs))
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = path[-1].key

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fsn_jax.coupling import fold_values, unfold_sum
+from fsn_jax.coupling import fold_values, fold_values_transposed, unfold_sum
 from fsn_jax.kernels.arrays import CouplingInputs, CouplingSums
 from fsn_jax.kernels.xla import own_inner
 from fsn_jax.recompute import delay_until
@@ -33,18 +33,14 @@ def backward(
     query, key, z, kappa, follows, segments = inputs
     log_normalizer, total, self_weight, *_ = sums
 
-    def fold(z: Complex, kappa: Complex) -> Array:
-        return fold_values(z, kappa, follows, query.dtype.name)
-
     # The compiler merges it with that of the forward pass; the derivative is to keep nothing.
-    value = fold(z, kappa)
+    value = fold_values(z, kappa, follows, query.dtype.name)
     _, pull_back = jax.vjp(unfold_sum, z, total, self_weight, kappa)
     d_received, d_total, d_self, d_kappa_received = pull_back(d_field)
     mean = own_inner(d_total, total) + d_self * self_weight
     d_query, d_key, d_value = sum_backward(
         query, key, value, log_normalizer, d_total, mean, self_weight * (d_self - mean), segments
     )
-    _, pull_back = jax.vjp(fold, *delay_until(d_value, (z, kappa)))
-    d_z, d_kappa = pull_back(d_value)
+    d_z, d_kappa = fold_values_transposed(*delay_until(d_value, (z, kappa)), follows, d_value)
     d_z, d_kappa = jax.tree.map(jnp.add, (d_z, d_kappa), (d_received, d_kappa_received))
     return CouplingInputs(d_query, d_key, d_z, d_kappa)

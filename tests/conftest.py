@@ -4,6 +4,7 @@ Warnings are errors and shapes are checked at run time, both set in pyproject.to
 """
 
 import functools
+import gc
 import os
 import signal
 import sys
@@ -53,6 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    gc.set_threshold(50_000)  # tracing makes many small objects, and few of them are garbage
 
 
 @pytest.fixture(scope="session", autouse=True)

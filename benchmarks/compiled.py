@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import hlo, listings, machines
 from fsn_jax import FSNConfig
@@ -34,13 +35,13 @@ from train.config import ExperimentConfig
 from train.errors import UserError
 from train.flags import load_config
 from train.kernel_choice import sum_widths
-from train.mesh import by_step_and_row, data_mesh, replicated
+from train.mesh import data_mesh
 from train.metrics import append_row, check_appendable, read_rows
 from train.optimizer import make_optimizer
-from train.plan import model_for
+from train.plan import abstract_inputs, model_for, train_steps_of
 from train.program import Arguments, run_program
 from train.provenance import git_state, package_versions
-from train.step import abstract_state, make_train_steps
+from train.step import abstract_state
 
 DEFAULT_OUTPUT = Path("results/compiled.jsonl")
 
@@ -87,24 +88,18 @@ def experiment_of(case: Case) -> ExperimentConfig:
 
 def lowered_step(experiment: ExperimentConfig, devices: list[jax.Device]) -> jax.stages.Lowered:
     """The train step of a run with a resident corpus of the size of enwik8's."""
-    mesh, training = data_mesh(devices), experiment.training
+    data = dataclasses.replace(experiment.data, placement="resident")
+    experiment = dataclasses.replace(experiment, data=data)
+    mesh, layout = data_mesh(devices), experiment.training.layout
     model = model_for(experiment, mesh)
-    optimizer = make_optimizer(experiment.optimizer, training.num_steps, mesh=mesh)
-    steps = make_train_steps(
-        model,
-        optimizer,
-        mesh=mesh,
-        context=experiment.data.context,
-        placement="resident",
-        log_every=training.log_every,
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps, mesh=mesh)
+    separator = None if data.segments == "none" else 0  # any token: which one changes no operation
+    steps = train_steps_of(experiment, model, optimizer, mesh, separator=separator)
+    state = abstract_state(model, optimizer, mesh=mesh, layout=layout)
+    inputs = abstract_inputs(
+        experiment, mesh, num_tokens=hlo.CORPUS_BYTES, dtype=np.dtype(np.uint8)
     )
-    corpus = jax.ShapeDtypeStruct((hlo.CORPUS_BYTES,), jnp.uint8, sharding=replicated(mesh))
-    rows = jax.ShapeDtypeStruct(
-        (training.steps_per_dispatch, training.batch_size),
-        jnp.int32,
-        sharding=by_step_and_row(mesh),
-    )
-    return steps.lower(abstract_state(model, optimizer, mesh=mesh), corpus, rows)
+    return steps.lower(state, *inputs)
 
 
 def lowered_sum(experiment: ExperimentConfig, devices: list[jax.Device]) -> jax.stages.Lowered:

@@ -9,6 +9,7 @@ import jax
 from jax.experimental import topologies
 
 from train.errors import UserError
+from train.inspect import topology_mesh
 
 _GPU = """
 gpu_device_info {{
@@ -81,7 +82,6 @@ def prepare(listings: Path | None) -> None:
     """
     jax.config.update("jax_platforms", "cpu")
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a server for its TPU
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is claimed
     if listings:
@@ -111,17 +111,19 @@ def devices(machine: str) -> list[jax.Device]:
     Raises:
       UserError: there is no such machine, or its compiler is not installed.
     """
+    if not is_gpu(machine):
+        try:
+            return list(topology_mesh(machine).devices.flat)
+        except UserError as error:
+            raise UserError(f"{error}; a card is {' or '.join(GPUS)}") from None
     try:
-        if is_gpu(machine):
-            described = topologies.get_topology_desc(
-                platform="cuda", target_config=_GPU.format(**GPUS[machine]), topology="1x1x1"
-            )
-        else:
-            described = topologies.get_topology_desc(platform="tpu", topology_name=machine)
-    except Exception as error:  # the plugins' own errors have no common class
+        described = topologies.get_topology_desc(
+            platform="cuda", target_config=_GPU.format(**GPUS[machine]), topology="1x1x1"
+        )
+    except Exception as error:  # the plugin's own errors have no common class
         first = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"{machine} cannot be described ({first}); it is {', '.join(GPUS)}, or a TPU topology "
-            "such as v5e:2x4, and needs benchmarks/requirements-compiled.txt"
+            f"{machine} cannot be described ({first}); it needs "
+            "benchmarks/requirements-compiled.txt"
         ) from None
     return list(described.devices)

@@ -117,5 +117,5 @@ def test_a_slice_that_cannot_be_described_is_refused(monkeypatch):
         raise RuntimeError("no such slice")
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", describe)
-    with pytest.raises(UserError, match="--topology=v5e:9x9 .*no such slice.*libtpu"):
+    with pytest.raises(UserError, match="v5e:9x9 .*no such slice.*libtpu"):
         inspect.topology_mesh("v5e:9x9")

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
@@ -26,9 +25,16 @@ from train.errors import UserError
 from train.flags import parse_config
 from train.groups import DECAYED, group_of
 from train.load import open_experiment_corpus
-from train.mesh import by_step_and_row, data_mesh, replicated
+from train.mesh import data_mesh
 from train.optimizer import learning_rate_factors, make_optimizer
-from train.plan import check_experiment, cpu_devices, model_for, train_steps_of, window_order
+from train.plan import (
+    abstract_inputs,
+    check_experiment,
+    cpu_devices,
+    model_for,
+    train_steps_of,
+    window_order,
+)
 from train.program import Arguments, num_cores, start_jax
 from train.provenance import device_description
 from train.run import default_folder
@@ -57,7 +63,9 @@ def inspect(
     model = model_for(experiment, mesh)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps, mesh=mesh)
     state = abstract_state(model, optimizer, mesh=mesh, layout=experiment.training.layout)
-    inputs = _abstract_inputs(experiment, corpus, mesh)
+    inputs = abstract_inputs(
+        experiment, mesh, num_tokens=corpus.num_tokens("train"), dtype=corpus.vocabulary.dtype
+    )
     memory: dict[str, Any] = {
         "parameters": _bytes_on_a_device(state.params),
         "optimizer": _bytes_on_a_device(state.opt_state),
@@ -100,23 +108,6 @@ def _parameters(params: Any) -> list[dict[str, Any]]:
         {**p, "group": group_of(tuple(p["path"].split("/"))), "sharding": _sharding(leaf)}
         for p, leaf in zip(parameters_of(params), leaves, strict=True)
     ]
-
-
-def _abstract_inputs(
-    experiment: ExperimentConfig, corpus: Corpus, mesh: Mesh
-) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Returns what the train step takes after the state, see ``make_train_steps``."""
-    training, context = experiment.training, experiment.data.context
-    by_rows = by_step_and_row(mesh)
-    rows = (training.steps_per_dispatch, training.batch_size)
-    if experiment.data.placement == "host":
-        windows = (*rows, context + 1)
-        return (jax.ShapeDtypeStruct(windows, corpus.vocabulary.dtype, sharding=by_rows),)
-    tokens = (corpus.num_tokens("train"),)
-    return (
-        jax.ShapeDtypeStruct(tokens, corpus.vocabulary.dtype, sharding=replicated(mesh)),
-        jax.ShapeDtypeStruct(rows, jnp.int32, sharding=by_rows),
-    )
 
 
 def _bytes_on_a_device(tree: Any) -> int:
@@ -237,9 +228,10 @@ def topology_mesh(name: str) -> Mesh:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:  # the plugin's own errors have no common class
+        first = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"--topology={name} cannot be described ({error}); it is written like v5e:2x4 and "
-            f"needs the package libtpu (the package's tpu extra)"
+            f"{name} cannot be described ({first}); a TPU slice is written like v5e:2x4 and needs "
+            f"the package libtpu (the package's tpu extra)"
         ) from None
     return data_mesh(list(described.devices))
 

@@ -1,9 +1,11 @@
 """How a run is laid out on its devices: their shares of a batch, and the step that they compile."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 
 from train.config import ExperimentConfig
@@ -11,6 +13,7 @@ from train.data.corpus import Corpus
 from train.data.windows import WindowOrder, check_evaluation, check_placement
 from train.errors import UserError
 from train.kernel_choice import with_implementation
+from train.mesh import by_step_and_row, replicated
 from train.step import build_model, make_train_steps
 
 CACHED_TOKENS = 256
@@ -117,4 +120,29 @@ def train_steps_of(
         layout=experiment.training.layout,
         dropout_seed=experiment.seed if experiment.model.dropout else None,
         separator=separator,
+    )
+
+
+def abstract_inputs(
+    experiment: ExperimentConfig, mesh: jax.sharding.Mesh, *, num_tokens: int, dtype: np.dtype[Any]
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Returns shapes, dtypes and shardings of what the train step takes after the state.
+
+    They are ``[K, B, L + 1]`` windows, or the corpus and the ``[K, B]`` offsets of windows in it;
+    see ``make_train_steps``.
+
+    Args:
+      experiment: the settings.
+      mesh: the devices.
+      num_tokens: of the training split.
+      dtype: of a token, ``Vocabulary.dtype``.
+    """
+    training, context = experiment.training, experiment.data.context
+    by_rows = by_step_and_row(mesh)
+    rows = (training.steps_per_dispatch, training.batch_size)
+    if experiment.data.placement == "host":
+        return (jax.ShapeDtypeStruct((*rows, context + 1), dtype, sharding=by_rows),)
+    return (
+        jax.ShapeDtypeStruct((num_tokens,), dtype, sharding=replicated(mesh)),
+        jax.ShapeDtypeStruct(rows, np.int32, sharding=by_rows),
     )

@@ -1,5 +1,7 @@
 """Gradients in other set-ups: JAX's default meshes, parameters of other dtypes, no tokens."""
 
+import functools
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -40,26 +42,33 @@ def inputs(name, batch=BATCH, length=LENGTH):
     return cases.angles(batch, length, CONFIG.num_phases)
 
 
-def gradient_of(module):
+@functools.cache
+def variables_of(name):
+    return jax.jit(MODULES[name].init)(jax.random.key(0), inputs(name, batch=1))
+
+
+@functools.cache
+def gradient_of(name):
+    """The compiled gradient of a loss by the variables, and the output."""
+
     def loss(variables, x):
-        out = module.apply(variables, x)
+        out = MODULES[name].apply(variables, x)
         return jnp.mean(jnp.sin(out)), out
 
-    return jax.grad(loss, has_aux=True)
+    return jax.jit(jax.grad(loss, has_aux=True))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
 @pytest.mark.parametrize("name", MODULES)
 def test_a_batch_divided_over_a_mesh_of_either_kind(name, kind):
     """``jax.make_mesh`` makes Explicit axes by default."""
-    module, x = MODULES[name], inputs(name)
-    variables = jax.jit(module.init)(jax.random.key(0), x[:1])
-    expected = jax.jit(gradient_of(module))(variables, x)
+    x, variables, gradient = inputs(name), variables_of(name), gradient_of(name)
+    expected = gradient(variables, x)
     mesh = jax.make_mesh((4,), ("data",), (kind,), devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
         rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
         whole = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
-        found = jax.jit(gradient_of(module))(whole, rows)
+        found = gradient(whole, rows)
         assert found[1].sharding.spec[0] == "data"
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -69,11 +78,10 @@ def test_a_batch_divided_over_a_mesh_of_either_kind(name, kind):
     ("name", "dtype"), [*((name, "bfloat16") for name in MODULES), ("frustrated", "float16")]
 )
 def test_gradients_have_the_dtype_of_their_parameters(name, dtype):
-    module, x = MODULES[name], inputs(name)
-    variables = jax.jit(module.init)(jax.random.key(0), x[:1])
-    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
-    gradients, _ = jax.jit(gradient_of(module))(cast, x)
-    expected, _ = jax.jit(gradient_of(module))(jax.tree.map(jnp.float32, cast), x)
+    x, gradient = inputs(name), gradient_of(name)
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), variables_of(name))
+    gradients, _ = gradient(cast, x)
+    expected, _ = gradient(jax.tree.map(jnp.float32, cast), x)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         assert a.dtype == dtype
         scale = float(jnp.abs(b).max())
@@ -84,18 +92,17 @@ def test_gradients_have_the_dtype_of_their_parameters(name, dtype):
 def test_the_reference_takes_parameters_of_other_dtypes(dtype):
     fast, x = MODULES["gated"], inputs("gated")
     slow = FrustratedAttention(num_heads=3, implementation="reference")
-    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), fast.init(jax.random.key(0), x))
-    np.testing.assert_allclose(slow.apply(cast, x), fast.apply(cast, x), rtol=1e-4, atol=1e-5)
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), variables_of("gated"))
+    actual, expected = (jax.jit(layer.apply)(cast, x) for layer in (slow, fast))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
     assert {part.dtype for part in slow.apply(cast, method="kappa")} == {np.dtype("float32")}
 
 
 @pytest.mark.parametrize("name", ["frustrated", "base"])
 def test_float64_parameters(name):
-    module, x = MODULES[name], inputs(name)
     with jax.enable_x64(True):
-        variables = jax.jit(module.init)(jax.random.key(0), x[:1])
-        cast = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
-        gradients, _ = jax.jit(gradient_of(module))(cast, x)
+        cast = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables_of(name))
+        gradients, _ = gradient_of(name)(cast, inputs(name))
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype("float64")}
 
 
@@ -104,6 +111,5 @@ def test_float64_parameters(name):
 def test_no_tokens(name, batch, length):
     """The gradient is zero, not an error."""
     module, x = MODULES[name], inputs(name, batch, length)
-    variables = jax.jit(module.init)(jax.random.key(0), inputs(name))
-    gradients = jax.jit(jax.grad(lambda v: jnp.sum(module.apply(v, x) ** 2)))(variables)
+    gradients = jax.jit(jax.grad(lambda v: jnp.sum(module.apply(v, x) ** 2)))(variables_of(name))
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients))

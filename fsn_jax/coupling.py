@@ -153,7 +153,7 @@ def fold_values(
       For each harmonic the real and then the imaginary parts, side by side. The last position has
       no successor, and a strictly causal sum never asks for it.
     """
-    by_platform = {name: functools.partial(fold, dtype) for name, fold in FOLDS.items()}
+    by_platform = {name: functools.partial(fold, dtype) for name, fold in _FOLDS.items()}
     return jax.lax.platform_dependent(z, kappa, follows, **by_platform)
 
 
@@ -179,7 +179,7 @@ def fold_values_transposed(
         d_z, d_kappa = pull_back(d_value)
         return d_z, d_kappa
 
-    by_platform = {name: functools.partial(transposed, fold) for name, fold in FOLDS.items()}
+    by_platform = {name: functools.partial(transposed, fold) for name, fold in _FOLDS.items()}
     return jax.lax.platform_dependent(z, kappa, **by_platform)
 
 
@@ -215,7 +215,7 @@ def _fold_rows(dtype: str, z: Complex, kappa: Complex, follows: Array | None) ->
     return _scale([part for wave in waves for part in wave], kappa).astype(dtype)
 
 
-FOLDS = {"cpu": _fold_rows, "default": _fold_parts}
+_FOLDS = {"cpu": _fold_rows, "default": _fold_parts}
 
 
 def unfold_sum(

@@ -32,7 +32,6 @@ def backward(
     """Differentiates the local field; see ``fsn_jax.kernels.coupling_backward``."""
     query, key, z, kappa, follows, segments = inputs
     log_normalizer, total, self_weight, *_ = sums
-
     # The compiler merges it with that of the forward pass; the derivative is to keep nothing.
     value = fold_values(z, kappa, follows, query.dtype.name)
     _, pull_back = jax.vjp(unfold_sum, z, total, self_weight, kappa)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
 from fsn_jax.vocabulary import Vocabulary
-from train import finish, loop, plan
+from train import finish, loop, plan, step
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -42,6 +42,7 @@ MAKERS = (
     (loop, "abstract_state"),
     (loop, "make_evaluate_rows"),
     (plan, "make_train_steps"),
+    (step, "make_init"),
 )
 """What makes the programs of a run, and the module where the run finds it."""
 
@@ -191,9 +192,9 @@ def write_record(
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     (folder / "sample.txt").write_text(sample, encoding="utf-8")
-    step = fact["characters"] // len(curve)
+    every = fact["characters"] // len(curve)
     rows = [
-        {"kind": kind, "step": i + 1, "characters": step * (i + 1), "bpc": bpc}
+        {"kind": kind, "step": i + 1, "characters": every * (i + 1), "bpc": bpc}
         for i, bpc in enumerate(curve)
         for kind in ("train", "validation")
     ]

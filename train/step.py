@@ -101,9 +101,17 @@ def init_state(
     layout: Layout = "replicated",
 ) -> TrainState:
     """Initialises the state directly on the mesh."""
+    state: TrainState = make_init(model, optimizer, mesh, layout)(np.uint32(seed))
+    return state
+
+
+def make_init(
+    model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh, layout: Layout
+) -> jax.stages.Wrapped:
+    """Returns the compiled function from a seed, uint32, to the initial state on the mesh."""
     init = _state_maker(model, optimizer)
-    shapes = jax.eval_shape(init, np.uint32(seed))
-    return jax.jit(init, out_shardings=shardings(shapes, mesh, layout))(np.uint32(seed))
+    shapes = jax.eval_shape(init, np.uint32(0))
+    return jax.jit(init, out_shardings=shardings(shapes, mesh, layout))
 
 
 def _state_maker(

@@ -193,7 +193,7 @@ for model in (fsn, Transformer(TransformerConfig(vocab_size=11, num_layers=1, wi
         return jax.export.export(jax.jit(model.apply))(variables, tokens)
 
     logits = exported("b, 4").call(variables, tokens)
-    same = jnp.allclose(logits, model.apply(variables, tokens), atol=1e-5)
+    same = jnp.allclose(logits, jax.jit(model.apply)(variables, tokens), atol=1e-5)
     try:
         exported("2, l")
     except ValueError as error:

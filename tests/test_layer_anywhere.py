@@ -116,17 +116,13 @@ def test_second_derivatives_of_the_reference():
     assert np.abs(hessian).max() > 0.1
 
 
-@pytest.mark.parametrize("debug", ["jax_debug_nans", "jax_debug_infs"])
 @every_model
-def test_nothing_is_nan_on_the_way(name, debug):
+def test_nothing_is_nan_or_infinite_on_the_way(name):
     tokens = cases.tokens(1, 4)
     model = MODELS[name](num_layers=1)
     variables = cases.random_variables(model, tokens)
-    jax.config.update(debug, True)
-    try:
+    with jax.debug_nans(True), jax.debug_infs(True):
         gradient = jax.grad(lambda v: jnp.sin(model.apply(v, tokens)).sum())(variables)
-    finally:
-        jax.config.update(debug, False)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 

@@ -168,8 +168,8 @@ def fold_values_transposed(
     The same as ``jax.vjp`` of it, which would trace each platform's program several times over.
 
     Args:
-      z: see ``fold_values``.
-      kappa: see ``fold_values``.
+      z: phasors, ``[B, H, L, P]``.
+      kappa: the kernel by head, ``[T, M, H, P]``.
       follows: see ``fold_values``.
       d_value: the cotangent of its result, whose dtype it has.
     """

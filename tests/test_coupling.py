@@ -11,7 +11,7 @@ import oracle
 import pytest
 
 from fsn_jax import coupling
-from fsn_jax.coupling import _fold_parts, _fold_rows
+from fsn_jax.coupling import _fold_parts, _fold_rows, fold_values_transposed
 from fsn_jax.torus import Complex
 
 coupling_update = jax.jit(coupling.coupling_update)
@@ -212,11 +212,13 @@ def test_accelerators_fold_the_same_values(blocks, segments):
     follows = jnp.asarray(rng.integers(2, size=(2, 1, 5, 1)), jnp.float32) if segments else None
 
     def both(fold):
-        loss = lambda z, kappa: jnp.sum(jnp.sin(fold(z, kappa, follows)))  # noqa: E731
-        return jax.tree.leaves((fold(z, kappa, follows), jax.grad(loss, (0, 1))(z, kappa)))
+        def value(z, kappa):
+            return fold("float32", z, kappa, follows)
 
-    def parts(*arrays):
-        return jnp.concatenate(_fold_parts(*arrays), axis=-1)
+        loss = lambda z, kappa: jnp.sum(jnp.sin(value(z, kappa)))  # noqa: E731
+        return jax.tree.leaves((value(z, kappa), jax.grad(loss, (0, 1))(z, kappa)))
 
-    for ours, plain in zip(both(parts), both(_fold_rows), strict=True):
+    (value, *gradients), parts = both(_fold_rows), both(_fold_parts)
+    transposed = jax.tree.leaves(fold_values_transposed(z, kappa, follows, jnp.cos(value)))
+    for ours, plain in zip((*parts, *transposed), (value, *2 * gradients), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)

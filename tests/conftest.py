@@ -48,11 +48,11 @@ def pytest_configure(config: pytest.Config) -> None:
         # In the environment too, so that the programs a test starts stay on the CPU; the number
         # of devices is not, so that they see one device, as a user's would.
         os.environ["JAX_PLATFORMS"] = "cpu"
-        if "not slow" in marks and jax.__version_info__[:2] == (0, 10):
-            flags = os.environ.get("XLA_FLAGS", "").replace(QUICK_CODE, "")
-            os.environ["XLA_FLAGS"] = f"{flags} {QUICK_CODE}".strip()
         if "not slow" in marks:
             os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+            if jax.__version_info__[:2] == (0, 10):
+                flags = os.environ.get("XLA_FLAGS", "").replace(QUICK_CODE, "")
+                os.environ["XLA_FLAGS"] = f"{flags} {QUICK_CODE}".strip()
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fsn_jax import Transformer, TransformerConfig
-from fsn_jax.dense import sum_in_float32
 from fsn_jax.feedforward import SwiGLU
-from fsn_jax.transformer import RMS_EPSILON, TokenEmbedding
+from fsn_jax.transformer import RMS_EPSILON
 
 
 class FlaxBlock(nn.Module):
@@ -35,20 +34,4 @@ class FlaxBlock(nn.Module):
 class FlaxTransformer(Transformer):
     """A transformer with Flax' attention, called like ``Transformer``; it has no cache."""
 
-    def setup(self) -> None:
-        """Builds the layers of ``Transformer`` with another block."""
-        c = self.config
-        self.embedding = TokenEmbedding(c)
-        self.dropout = nn.Dropout(c.dropout)
-        self.blocks = [
-            FlaxBlock(c, name=f"block_{i}")  # type: ignore[misc]
-            for i in range(c.num_layers)
-        ]
-        self.final_norm = nn.RMSNorm(epsilon=RMS_EPSILON)
-        if not c.tied_embedding:
-            self.readout = nn.Dense(
-                c.vocab_size,
-                use_bias=False,
-                dtype=jnp.dtype(c.dtype),
-                dot_general=sum_in_float32,
-            )
+    block_class = FlaxBlock

@@ -6,7 +6,7 @@ the FSN; the mixer, the feed-forward and the state differ.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -213,18 +213,20 @@ class Transformer(LanguageModel):
 
     Attributes:
       config: its settings.
+      block_class: of its blocks; a variant with other attention sets its own.
     """
 
     config: TransformerConfig
+    block_class: ClassVar[type[nn.Module]] = TransformerBlock
 
     def setup(self) -> None:
         c = self.config
         check_kind(self, c, TransformerConfig)
         self.embedding = TokenEmbedding(c)
         self.dropout = nn.Dropout(c.dropout)
-        block = TransformerBlock
+        block: Any = self.block_class
         if c.remat:
-            block = nn.remat(TransformerBlock, static_argnums=DETERMINISTIC_ARGUMENT)
+            block = nn.remat(block, static_argnums=DETERMINISTIC_ARGUMENT)
         self.blocks = [block(c, name=f"block_{i}") for i in range(c.num_layers)]
         self.final_norm = nn.RMSNorm(epsilon=RMS_EPSILON)
         if not c.tied_embedding:

@@ -110,8 +110,7 @@ def make_init(
 ) -> jax.stages.Wrapped:
     """Returns the compiled function from a seed, uint32, to the initial state on the mesh."""
     init = _state_maker(model, optimizer)
-    shapes = jax.eval_shape(init, np.uint32(0))
-    return jax.jit(init, out_shardings=shardings(shapes, mesh, layout))
+    return jax.jit(init, out_shardings=_state_shardings(model, optimizer, mesh, layout))
 
 
 def _state_maker(
@@ -147,6 +146,16 @@ def abstract_state(
         shapes,
         shardings(shapes, mesh, layout),
     )
+
+
+def _state_shardings(
+    model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh, layout: Layout
+) -> Any:
+    """Returns the shardings of the state: one for all of it where the layout allows."""
+    if layout == "replicated":
+        return replicated(mesh)
+    like = abstract_state(model, optimizer, mesh=mesh, layout=layout)
+    return jax.tree.map(lambda leaf: leaf.sharding, like)
 
 
 def window_loss(
@@ -325,10 +334,7 @@ def make_train_steps(
         return state, DispatchMetrics(**vars(state.tally), losses=losses)
 
     everywhere, by_rows = replicated(mesh), by_step_and_row(mesh)
-    of_state = everywhere
-    if layout == "sharded":
-        like = abstract_state(model, optimizer, mesh=mesh, layout=layout)
-        of_state = jax.tree.map(lambda leaf: leaf.sharding, like)
+    of_state = _state_shardings(model, optimizer, mesh, layout)
     of_inputs = (everywhere, by_rows) if placement == "resident" else (by_rows,)
     return jax.jit(
         train_steps,

@@ -151,9 +151,13 @@ def write_record(
     curve: Sequence[float] = (3.0, 2.0),
     whole: float | None = None,
     sample: str = "abc",
+    commits: Sequence[str] = ("c0ffee",),
     **facts: Any,
 ) -> Path:
-    """A made-up record with the evaluations of `curve`; facts replace those of its summary."""
+    """A made-up record with the evaluations of `curve`; facts replace those of its summary.
+
+    It was started once at each of `commits`.
+    """
     known = {"parameters": 1000, "characters": 10**6, "sha256": "da7a", "context": 8, "bytes": 99}
     fact = {**known, **facts}
     assert fact.keys() == known.keys()
@@ -182,11 +186,12 @@ def write_record(
         "provenance.json": [
             {
                 "command": ["python", "-m", "train"],
-                "git": {"commit": "c0ffee", "modified": False},
+                "git": {"commit": commit, "modified": False},
                 "packages": {"jax": "1.0"},
                 "device": "1 x abacus",
                 "data": {"name": "enwik8", "sha256": fact["sha256"]},
             }
+            for commit in commits
         ],
     }  # fmt: skip
     for name, content in files.items():

@@ -100,12 +100,12 @@ def records(results, low=2.0, seeds=2, **facts):
         (
             {"parameters": 10},
             "not comparable",
-            "10 of 1k parameters; at this scale the direction holds",
+            "10 of 1k parameters; at this scale: holds",
         ),
         (
             {"characters": 10**5, "low": 3.0},
             "not comparable",
-            "100k of 1M characters; at this scale the direction fails",
+            "100k of 1M characters; at this scale: fails",
         ),
     ],
 )
@@ -180,8 +180,9 @@ def repository(tmp_path):
     shutil.copy(ROOT / "docs" / "claims.toml", tmp_path / "docs")
     for seed in range(2):
         for arm, low in (("fsn", 2.0), ("transformer", 2.5)):
-            curve = (3.0 + low, low + seed / 100)
-            write_record(tmp_path / "results", f"enwik8_{arm}_pocket_long", seed=seed, curve=curve)
+            curve, commits = (3.0 + low, low + seed / 100), ("c0ffee", "decaf", "c0ffee")[seed:]
+            name = f"enwik8_{arm}_pocket_long"
+            write_record(tmp_path / "results", name, seed=seed, curve=curve, commits=commits)
     return tmp_path
 
 
@@ -196,8 +197,11 @@ def test_the_page_is_written_and_a_change_of_either_side_is_noticed(repository, 
     text = page.read_text(encoding="utf-8")
     summary = {row[3:5]: row for row in text.splitlines() if row.startswith("| [C")}
     assert [*summary] == [f"C{i}" for i in range(1, 10)]
-    assert "at this scale the direction holds" in summary["C1"]
-    assert sum("**not yet run**" in row for row in summary.values()) == 8
+    scale = "1k parameters, 1M characters of enwik8"
+    assert summary["C1"].endswith(f"| published form | {scale} | holds | not comparable |")
+    assert sum(row.endswith("| not yet run |") for row in summary.values()) == 8
+    assert "Not yet run: `enwik8_projected_pocket_long`, " in text
+    assert text.count("| c0ffee; decaf | 1 x abacus | da7a | 1,000 |") == 2
     # What is missing beside what there is: the same claim at its own size.
     first, _ = text.split("\n## C2\n")
     assert "**not yet run**: no record of enwik8_fsn_1m." in first

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import textwrap
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,21 @@ class Row:
       claim: the claim's table in ``docs/claims.toml``.
       evidence: the piece of evidence in that table.
       status: whether the claim holds.
-      scale: parameters, characters and corpus of the runs, as text; empty without runs.
-      measured: the measured numbers, as text.
       reason: why the status is what it is; may be empty.
+      scale: parameters, characters and corpus of the runs, as text; empty without runs.
+      there: whether it holds at the scale of the runs, as text; empty without runs.
+      measured: the measured numbers, as text.
       arms: the recorded arms.
     """
 
     claim: Mapping[str, Any]
     evidence: Mapping[str, Any]
     status: Status
-    scale: str
-    measured: str
     reason: str
-    arms: tuple[Arm, ...]
+    scale: str = ""
+    there: str = ""
+    measured: str = ""
+    arms: tuple[Arm, ...] = ()
 
 
 def judge(
@@ -64,25 +66,21 @@ def judge(
     results: Path,
 ) -> Row:
     """Judges one piece of evidence by the records and the tables of the analyses."""
-    arms: tuple[Arm, ...] = ()
     try:
         arms, verdict = _test(evidence, recorded, results)
     except NotRunError as missing:
-        return Row(claim, evidence, "not yet run", "", "", f"no record of {missing}", arms)
+        return Row(claim, evidence, "not yet run", f"no record of {missing}")
     except NotComparableError as unlike:
-        return Row(claim, evidence, "not comparable", "", "", str(unlike), arms)
-    shortfall = _below_scale(claim, arms)
+        return Row(claim, evidence, "not comparable", str(unlike))
+    there = verdict.direction + (f" ({verdict.reason})" if verdict.reason else "")
     status: Status
-    if shortfall:
-        status = "not comparable"
-        what = "is undecided" if verdict.direction == "undecided" else verdict.direction
-        why = f" ({verdict.reason})" if verdict.reason else ""
-        reason = f"{shortfall}; at this scale the direction {what}{why}"
+    if shortfall := _below_scale(claim, arms):
+        status, reason = "not comparable", f"{shortfall}; at this scale: {there}"
     elif verdict.direction == "undecided":
         status, reason = "not comparable", f"undecided: {verdict.reason}"
     else:
         status, reason = verdict.direction, ""
-    return Row(claim, evidence, status, _scale(arms), verdict.measured, reason, arms)
+    return Row(claim, evidence, status, reason, _scale(arms), there, verdict.measured, arms)
 
 
 def _test(
@@ -184,9 +182,12 @@ def evidence_page(
             "difference. A comparison is decided if both arms have two seeds or more and their "
             f"means are more than {verdicts.STANDARD_ERRORS:g} standard errors apart; only then "
             "the direction holds or fails. **Not comparable** means that the runs are smaller or "
-            "shorter than the claim's. Evidence is of the published form (`fsn_*`) unless it names "
-            "another; the projected form is `projected_*`. C9 reads one trained model. Commands "
-            "make seed 0; seed N needs `--config.seed=N --config.name=NAME_seedN`."
+            "shorter than the claim's; the summary then says what they show at their own scale. "
+            "Differences are of means over all seeds of each arm, so where an arm has more seeds "
+            "than the other they differ from those of [results.md](results.md) between equal "
+            "seeds. Evidence is of the published form (`fsn_*`) unless it names another; the "
+            "projected form is `projected_*`. C9 reads one trained model. Commands with `--config` "
+            "alone make seed 0; seed N needs `--config.seed=N --config.name=NAME_seedN`."
         ),
         _summary(ledger, rows),
     ]
@@ -213,24 +214,36 @@ def _wrapped(text: str) -> str:
 
 
 def _summary(ledger: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """Returns a table with one line a claim: the verdicts on its evidence."""
-    lines = ["| claim | | evidence so far |", "|---|---|---|"]
+    """Returns a table of the verdicts, one line for each piece of evidence that there is."""
+    lines = [
+        "| claim | evidence of | measured at | at that scale | verdict on the claim |",
+        "|---|---|---|---|---|",
+    ]
     for claim in ledger["claim"]:
         of_claim = [row for row in rows if row.claim["id"] == claim["id"]]
         done = [row for row in of_claim if row.status != "not yet run"]
         if all("form" in row.evidence for row in done):
             # The published form comes first, even if not yet run.
             done = [of_claim[0], *done]
-        said = "; ".join(map(_verdict_text, done))
-        name = claim["id"]
-        lines.append(f"| [{name}](#{name.lower()}) | {claim['says']} | {said} |")
+        name = f"[{claim['id']}](#{claim['id'].lower()}) {claim['says']}"
+        for row in done:
+            about = ", ".join([row.evidence.get("form", "published form"), *_part(row)])
+            there = row.there or row.reason
+            lines.append(f"| {name} | {about} | {row.scale} | {there} | {row.status} |")
+            name = ""
     return "\n".join(lines) + "\n"
 
 
+def _part(row: Row) -> list[str]:
+    """Returns the part of the claim that the evidence is of, if it is not of all of it."""
+    return [str(row.evidence["part"])] if "part" in row.evidence else []
+
+
 def _verdict_text(row: Row) -> str:
-    """Returns status, form of the network if it is not the published one, and reason."""
-    form = f" ({row.evidence['form']})" if "form" in row.evidence else ""
-    return f"**{row.status}**{form}" + (f": {row.reason}" if row.reason else "")
+    """Returns status, what it is of if not of the whole claim and published form, and reason."""
+    about = [*([row.evidence["form"]] if "form" in row.evidence else []), *_part(row)]
+    text = f"**{row.status}**" + (f" ({', '.join(about)})" if about else "")
+    return text + (f": {row.reason}" if row.reason else "")
 
 
 def _row_text(row: Row) -> str:
@@ -250,26 +263,34 @@ def _row_text(row: Row) -> str:
 
 
 def _records_line(arm: Arm) -> str:
-    start = arm.runs[0].provenance[0]
+    """Returns a line of a table of records, with what all starts of all runs had."""
+    starts = [start for run in arm.runs for start in run.provenance]
     records = ", ".join(f"[{run.path.name}](../results/{run.path.name})" for run in arm.runs)
+    commits = _each_once(str(start["git"]["commit"])[:12] for start in starts)
+    devices = _each_once(str(start["device"]) for start in starts)
+    data = _each_once(str(start["data"]["sha256"])[:12] for start in starts)
     return (
-        f"| {records} | {str(start['git']['commit'])[:12]} | {start['device']} | "
-        f"{start['data']['sha256'][:12]} | {verdicts.parameters(arm):,} | "
+        f"| {records} | {commits} | {devices} | {data} | {verdicts.parameters(arm):,} | "
         f"{verdicts.characters(arm):,} | {arm.config['data']['context']} |"
     )
 
 
+def _each_once(values: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(values))
+
+
 def _arms_table(table: Mapping[str, Any], recorded: Mapping[str, Arm]) -> str:
-    lines = [
+    lines = []
+    header = [
         "| arm | n | parameters | characters | BPC | difference | note |",
         "|---|---|---|---|---|---|---|",
     ]
-    names = [table["reference"], *table["arms"]]
-    for name in names:
+    missing = []
+    for name in [table["reference"], *table["arms"]]:
         try:
             (arm,) = verdicts.wanted(recorded, [name])
         except NotRunError:
-            lines.append(f"| `{name}` | 0 | | | | | not yet run |")
+            missing.append(f"`{name}`")
             continue
         (alone,) = verdicts.final_losses([arm])
         apart, note = "", ""
@@ -292,7 +313,10 @@ def _arms_table(table: Mapping[str, Any], recorded: Mapping[str, Arm]) -> str:
             f"| `{name}` | {len(alone.values)} | {verdicts.parameters(arm):,} | "
             f"{verdicts.characters(arm):,} | {alone.mean:.4f}{spread} ({part}) | {apart} | {note} |"
         )
-    return "\n".join(lines)
+    parts = ["\n".join([*header, *lines])] if lines else []
+    if missing:
+        parts.append(_wrapped(f"Not yet run: {', '.join(missing)}.").rstrip())
+    return "\n\n".join(parts)
 
 
 def page_of(root: Path) -> str:

@@ -17,6 +17,7 @@ from fsn_jax import hub
 from train import export, sample, standalone_sample
 from train.errors import UserError
 from train.evaluate import Evaluation, append_evaluation
+from train.hub import model_card
 from train.load import load
 from train.program import run_program
 
@@ -80,11 +81,13 @@ def test_the_card_has_the_metadata_that_the_hub_reads(exported):
     (result,) = metadata["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == round(row["bpc"], 4) == 3.2199
     assert "3.2199 bits per character on 299 bytes" in text
+    assert "`python sample.py --prompt 'The '`" in text
     kinds = (
         "Frustrated Synchronization Network (score: gated, heads: 2, harmonics: 2)",
         "RoPE-SwiGLU transformer",
     )
     assert sum(f"\nA {kind}, " in text for kind in kinds) == 1
+    assert "sample.py" not in model_card(load(run), with_sampler=False)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] in (["FSN"], ["Transformer"])
 

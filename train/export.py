@@ -100,7 +100,7 @@ def program(argv: Sequence[str]) -> None:
     trained = load(options.run, which=options.checkpoint, data_path=options.data_path)
     sampler = None if options.no_sampler else export_sampler(trained.language_model)
     with writing("the folder", folder), new_folder(folder) as made:
-        write_model(trained, made)
+        write_model(trained, made, with_sampler=sampler is not None)
         if sampler is not None:
             (made / SAMPLER).write_bytes(sampler)
             shutil.copyfile(Path(__file__).with_name("standalone_sample.py"), made / SCRIPT)

@@ -27,8 +27,8 @@ from train.run_files import EVALUATIONS
 CARD = "README.md"
 
 
-def write_model(trained: TrainedModel, folder: Path) -> None:
-    """Writes the three files into an existing folder."""
+def write_model(trained: TrainedModel, folder: Path, *, with_sampler: bool) -> None:
+    """Writes the three files into an existing folder; the card says whether it has a sampler."""
     language_model = trained.language_model
     arrays = {
         name: np.ascontiguousarray(jax.device_get(leaf))
@@ -59,10 +59,10 @@ def write_model(trained: TrainedModel, folder: Path) -> None:
         },
     }
     (folder / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(model_card(trained), encoding="utf-8")
+    (folder / CARD).write_text(model_card(trained, with_sampler=with_sampler), encoding="utf-8")
 
 
-def model_card(trained: TrainedModel) -> str:
+def model_card(trained: TrainedModel, *, with_sampler: bool) -> str:
     """Returns the README of an exported model, with the metadata that the hub reads."""
     experiment, corpus = trained.experiment, trained.corpus
     rows = [
@@ -90,6 +90,12 @@ def model_card(trained: TrainedModel) -> str:
         kind = f"Frustrated Synchronization Network (score: {model.score}, heads: "
         kind += f"{model.num_heads}, harmonics: {model.num_harmonics})"
     unit = "byte values" if corpus.vocabulary.unit == "bytes" else "Unicode characters"
+    sampling = "In a checkout of fsn_jax, `python -m train sample FOLDER` writes text."
+    if with_sampler:
+        sampling += (
+            " Without the package `python sample.py --prompt 'The '` does; it needs jax, numpy and "
+            "flatbuffers."
+        )
     return f"""---
 {header}---
 
@@ -114,9 +120,7 @@ print(trained.sample("The ", num_tokens=200))
 logits = trained.logits("The ")  # [1, L, V]; trained.model and trained.params are the Flax model
 ```
 
-In a checkout of fsn_jax, `python -m train sample FOLDER` writes text. Without the package, if \
-`sampler.jax_export` is here: `python sample.py --prompt 'The '`, which needs jax, numpy and \
-flatbuffers.
+{sampling}
 """
 
 

@@ -59,4 +59,4 @@ clean:  ## Remove caches and build products (keeps .venv, runs and prepared data
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## Remove .venv too
-	rm -rf .venv
+	rm -rf .venv .venv-newest

@@ -30,7 +30,7 @@ from train.data.corpus import Corpus
 from train.data.prepare import open_corpus
 from train.errors import UserError
 from train.evaluate import Evaluator, evaluate
-from train.load import load, load_language_model
+from train.load import load, load_without_data
 from train.step import build_model, make_evaluate_rows, window_loss
 
 LETTERS = b"\0" + ALPHABET
@@ -200,7 +200,7 @@ def _lengths(tokens, separator):
 
 def test_what_is_made_of_the_model_sees_its_own_document_alone(run, tmp_path):
     export.program(["export", str(run), str(tmp_path / "shared")])
-    trained, shared = load_language_model(run), hub.load(tmp_path / "shared")
+    trained, shared = load_without_data(run).language_model, hub.load(tmp_path / "shared")
     assert trained.separator == shared.separator == 0
     whole = b"abca\0kla"
     np.testing.assert_allclose(shared.logits(whole)[0, 4:], shared.logits(whole[4:])[0], atol=1e-5)

@@ -17,7 +17,6 @@ from fsn_jax import hub
 from train import export, sample, standalone_sample
 from train.errors import UserError
 from train.evaluate import Evaluation, append_evaluation
-from train.hub import model_card
 from train.load import load
 from train.program import run_program
 
@@ -87,7 +86,7 @@ def test_the_card_has_the_metadata_that_the_hub_reads(exported):
         "RoPE-SwiGLU transformer",
     )
     assert sum(f"\nA {kind}, " in text for kind in kinds) == 1
-    assert "sample.py" not in model_card(load(run), with_sampler=False)
+    assert "sample.py" not in export.model_card(load(run), with_sampler=False)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] in (["FSN"], ["Transformer"])
 
@@ -142,6 +141,15 @@ def test_the_bare_sampler_refuses_what_the_program_does(monkeypatch, capsys, opt
         standalone_sample.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_the_bare_sampler_names_the_file_that_it_lacks(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(standalone_sample, "__file__", str(tmp_path / "sample.py"))
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    with pytest.raises(SystemExit):
+        standalone_sample.main()
+    lacking = tmp_path / "config.json"
+    assert capsys.readouterr().err == f"error: {lacking}: No such file or directory\n"
 
 
 CHARACTERS = "abcdefßж€日𝄞😀"

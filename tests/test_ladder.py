@@ -109,7 +109,8 @@ def test_a_failed_arm_is_reported_the_rest_run_on_and_a_finished_one_is_skipped(
 
 
 @pytest.mark.parametrize(
-    ("status", "error"), [(75, TryAgain), (130, KeyboardInterrupt), (-2, KeyboardInterrupt)]
+    ("status", "error"),
+    [(75, TryAgain), (-15, TryAgain), (130, KeyboardInterrupt), (-2, KeyboardInterrupt)],
 )
 def test_a_stopped_run_stops_the_ladder(arms, monkeypatch, status, error):
     """Not a failure of the arm: the others must not begin on a machine that is wanted back."""
@@ -151,6 +152,24 @@ def test_seeds_and_settings_reach_every_arm(arms):
     ]  # fmt: skip
     assert [job.experiment.seed for job in jobs] == [0, 2, 0, 2]
     assert {job.experiment.training.num_steps for job in jobs} == {10}
+
+
+def test_seed_0_is_one_that_was_asked_for(arms):
+    arms.write_text(
+        arms.read_text(encoding="utf-8").replace("return config", "config.seed = 1; return config"),
+        encoding="utf-8",
+    )
+    jobs = ladder.plan(str(arms), ["fsn"], [0, 1], [])
+    assert [(job.name, job.experiment.seed) for job in jobs] == [
+        ("tiny_fsn", 0),
+        ("tiny_fsn_seed1", 1),
+    ]
+
+
+def test_an_end_without_a_summary_is_a_failure(arms, monkeypatch, capsys):
+    monkeypatch.setattr(ladder, "train_one", lambda *_: 0)
+    failed = ladder.run_all(ladder.plan(str(arms), ["fsn"], [0], []))
+    assert failed == {"tiny_fsn": "it ended without a summary of these settings"}
 
 
 def test_arms_of_two_corpora_are_not_one_ladder(in_process, tmp_path, monkeypatch, capsys):
@@ -210,6 +229,22 @@ def test_a_vocabulary_taken_from_the_corpus_is_finished_too(arms, in_process):
     ] == ["tiny_fsn"]
 
 
+def test_a_matched_size_is_finished_and_planned_as_it_is_trained(arms, in_process, capsys):
+    """Also where the vocabulary is named, so that the corpus does not decide it."""
+    config = f"--config={ROOT / 'configs' / 'text.py'}"
+    small = ["--config.data.path=a.txt", "--config.training.num_steps=10"]
+    Path("a.txt").write_text("abcdefgh" * 5000, encoding="utf-8")
+    (job,) = ladder.plan(config[9:], ["transformer"], [0], [*small, "--config.model.vocab_size=8"])
+    trained = job.experiment.with_vocabulary(8)
+    assert trained.model != job.experiment.model
+    assert f" {trained.model.num_params():,} " in ladder.plan_text([job])
+    folder = Path("runs") / job.name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(trained.to_dict()), encoding="utf-8")
+    (folder / "summary.json").touch()
+    assert ladder.is_finished(job)
+
+
 def test_a_file_without_arms_is_a_mistake(tmp_path):
     file = tmp_path / "none.py"
     file.write_text("", encoding="utf-8")
@@ -237,6 +272,7 @@ print("trained", arm)
 def test_runs_side_by_side_have_cores_of_their_own(arms, monkeypatch):
     """Each of two stand-ins for a training ends only when it has seen the other begin."""
     program = Path("stand_in").absolute()
+    monkeypatch.setattr(ladder, "is_finished", lambda job: Path(f"runs/{job.name}.log").exists())
     program.write_text(MEETS_ANOTHER.format(python=sys.executable), encoding="utf-8")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))

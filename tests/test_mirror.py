@@ -24,7 +24,7 @@ from small_runs import (
     write_corpus,
 )
 
-from train import bucket, evaluate, integrity, loop, mirror, preemption
+from train import bucket, evaluate, final_evaluation, integrity, loop, mirror, preemption
 from train.data.prepare import open_corpus
 from train.errors import TryAgain, UserError
 from train.metrics import read_rows
@@ -308,8 +308,10 @@ def test_a_copy_of_another_run_and_one_ahead_are_refused(corpus, tmp_path, stora
     mirrored = {"mirror_dir": "gs://bucket/runs"}
     run_to_the_end(tiny_experiment(corpus.folder, tmp_path / "one", **mirrored), corpus)
     (tmp_path / "one").rename(tmp_path / "first")
-    with pytest.raises(UserError, match="other settings: seed 0 -> 1"):
+    said = "is the copy of a run with other settings: seed 0 -> 1; give"
+    with pytest.raises(UserError, match=said):
         start(seed=1, **mirrored)
+    assert not tree(tmp_path / "one")
     shutil.rmtree(tmp_path / "one")
 
     shutil.copytree(tmp_path / "first", tmp_path / "one")
@@ -485,3 +487,49 @@ def test_an_evaluation_of_a_run_in_a_bucket_is_added_to_the_run_there(
     with pytest.raises(UserError, match="the run=gs://bucket/fsn cannot be .*read only"):
         evaluate.program(["evaluate", "gs://bucket/fsn"])
     assert "validation 2.0000 BPC" in capsys.readouterr().out
+
+
+def test_results_of_several_machines_are_all_kept(corpus, tmp_path, storage, monkeypatch, capsys):
+    """Of a run and of its copy: neither a restart nor an evaluation replaces rows of the other."""
+    monkeypatch.setenv("FSN_JAX_CACHE", str(tmp_path / "cache"))
+    experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
+    run_to_the_end(experiment, corpus)
+
+    def evaluated(trained, tokens, *, stride):
+        return evaluate.Evaluation(trained.step, 2.0, 2.0, len(tokens) - 1, 16, stride, 0.1)
+
+    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    here, there = (
+        folder / "one" / "evaluations.jsonl"
+        for folder in (tmp_path, storage.folder / "bucket" / "runs")
+    )
+    for run, stride in ((str(tmp_path / "one"), 4), ("gs://bucket/runs/one", 8)):
+        evaluate.program(["evaluate", run, f"--stride={stride}"])
+    assert [row["stride"] for row in read_rows(here)] == [4]
+    assert [row["stride"] for row in read_rows(there)] == [4, 8]
+    Mirror(tmp_path / "one", "gs://bucket/runs").push()  # as a restart does
+    assert [row["stride"] for row in read_rows(here)] == [4, 8]
+    assert there.read_bytes() == here.read_bytes()
+
+    storage.away_for = ["evaluations"]
+    evaluate.program(["evaluate", str(tmp_path / "one"), "--stride=2"])
+    assert "warning: the copy of the run is without this result" in capsys.readouterr().err
+    assert [row["stride"] for row in read_rows(here)] == [4, 8, 2]
+
+
+def test_the_test_split_that_was_read_here_is_known_in_the_copy(corpus, tmp_path, storage):
+    experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
+    run_to_the_end(experiment, corpus)
+    (tmp_path / "one" / "summary.json").write_text("{}", encoding="utf-8")
+    final_evaluation.program(["test", str(tmp_path / "one")])
+    here, there = tmp_path / "one", storage.folder / "bucket" / "runs" / "one"
+    assert (there / "test_reads.jsonl").read_bytes() == (here / "test_reads.jsonl").read_bytes()
+
+
+def test_checkpoints_that_a_run_has_removed_leave_the_cache(finished_arms, tmp_path, storage):
+    there = storage.folder / "bucket" / "fsn"
+    shutil.copytree(finished_arms["fsn"], there)
+    here = mirror.fetched_run("gs://bucket/fsn", tmp_path)
+    shutil.rmtree(there / "checkpoints" / "20")
+    mirror.fetched_run("gs://bucket/fsn", tmp_path)
+    assert [folder.name for folder in (here / "checkpoints").iterdir()] == ["30"]

@@ -23,6 +23,22 @@ def test_a_users_mistake_is_one_line_and_status_2(capsys):
     assert capsys.readouterr() == ("", "error: it is wrong\n")
 
 
+def test_what_was_printed_stands_before_the_error_in_a_log(tmp_path, monkeypatch):
+    """Where both go to one file, as in the logs of a ladder, which reads the last line."""
+
+    def program(argv):
+        print("preparing")
+        raise UserError("wrong")
+
+    log = tmp_path / "log"
+    with log.open("a", encoding="utf-8") as out, log.open("a", 1, encoding="utf-8") as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        assert run_program(program, []) == 2
+        monkeypatch.undo()
+    assert log.read_text(encoding="utf-8") == "preparing\nerror: wrong\n"
+
+
 @pytest.mark.parametrize("kept", ["", "the checkpoint of step 7 is kept"])
 def test_an_interruption_says_what_is_kept(capsys, monkeypatch, kept):
     def program(argv):
@@ -170,3 +186,10 @@ def test_a_module_run_as_a_program_says_how_programs_are_run():
     assert ended.stderr == (
         "error: programs are run as python -m train NAME; python -m train --help lists them\n"
     )
+
+
+def test_the_folder_run_as_a_program_says_so_too():
+    command = [sys.executable, "train", "--config=configs/quickstart.py"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: write python -m train, in the folder that holds train/\n"

@@ -44,9 +44,9 @@ def test_copies_the_evidence_and_nothing_else(finished, tmp_path):
         assert (target / name).read_bytes() == (finished / name).read_bytes()
 
 
-@pytest.mark.parametrize("git", [{"commit": "c0ffee", "modified": True}, {"commit": None}])
+@pytest.mark.parametrize("git", [{"modified": True}, {"modified": None}, {"commit": None}])
 def test_refuses_code_that_no_commit_holds(finished, tmp_path, git):
-    set_git(finished, **{"modified": None, **git})
+    set_git(finished, **{"commit": "c0ffee", "modified": False, **git})
     with pytest.raises(UserError, match="clean tree"):
         record(finished, tmp_path / "results")
     assert not (tmp_path / "results").exists()

@@ -1,5 +1,11 @@
 """``python -m train --config=FILE[:ARM]`` trains; ``python -m train NAME ...`` runs a program."""
 
+import sys
+
+if not __package__:  # python train
+    print("error: write python -m train, in the folder that holds train/", file=sys.stderr)
+    sys.exit(2)
+
 from train import streams
 from train.interruption import interruptions
 
@@ -9,7 +15,6 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
 import difflib  # noqa: E402
 import importlib  # noqa: E402
-import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from typing import NamedTuple  # noqa: E402
 

@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train.bucket import is_remote
 from train.config import ExperimentConfig
 from train.data.suffix_match import match_suffixes
 from train.data.windows import check_evaluation, evaluation_windows
@@ -214,5 +213,4 @@ def program(argv: Sequence[str]) -> None:
     log = trained.run.path / EVALUATIONS
     print(f"validation {result}")
     append_evaluation(log, trained, result)
-    if is_remote(options.run):
-        send_back(log, options.run)
+    send_back(log, options.run, trained.experiment.mirror_dir)

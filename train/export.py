@@ -1,29 +1,44 @@
-"""``python -m train export RUN FOLDER``: writes a trained model in the hub's layout.
+"""``python -m train export RUN FOLDER``: writes a trained model in the Hugging Face hub's layout.
 
-The folder holds ``model.safetensors``, ``config.json`` and a model card, and a sampler that runs
-without this package: ``sampler.jax_export`` (StableHLO for CPU, CUDA and TPU) and ``sample.py``.
+::
+
+    model.safetensors    the parameters, named by their path (block_0.attention.kernel_real)
+    config.json          the model's config, vocabulary, context and provenance
+    README.md            the model card
+    sampler.jax_export   a sampler that runs without this package: StableHLO for CPU, CUDA and TPU
+    sample.py            its command line
+
+``fsn_jax.hub`` reads the first two back.
 """
 
+import dataclasses
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax.traverse_util import flatten_dict
 from jax import Array
 
+import fsn_jax
+from fsn_jax import FSNConfig, hub
 from fsn_jax.generate import sample_token
 from fsn_jax.hub import Pretrained
 from train.errors import UserError
 from train.files import new_folder, user_path, writing
-from train.hub import write_model
-from train.load import load
+from train.load import RunModel, load_without_data
+from train.metrics import read_rows
 from train.program import Arguments, start_jax
+from train.run_files import EVALUATIONS
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-SAMPLER, SCRIPT = "sampler.jax_export", "sample.py"
+SAMPLER, SCRIPT, CARD = "sampler.jax_export", "sample.py", "README.md"
 
 
 def export_sampler(trained: Pretrained) -> bytes:
@@ -85,6 +100,118 @@ def export_sampler(trained: Pretrained) -> bytes:
     return bytes(exported.serialize())
 
 
+def write_model(trained: RunModel, folder: Path, *, with_sampler: bool) -> None:
+    """Writes weights, config and card into a folder; the card says whether it has a sampler."""
+    arrays = {
+        name: np.ascontiguousarray(jax.device_get(leaf))
+        for name, leaf in flatten_dict(trained.params, sep=".").items()
+    }
+    # save_file would leave the file to its owner alone, whatever the umask.
+    (folder / hub.WEIGHTS).write_bytes(safetensors.numpy.save(arrays, {"format": "flax"}))
+    architecture = type(trained.model).__name__
+    config = {
+        "architectures": [architecture],
+        "model_type": trained.experiment.architecture,
+        "library_name": "fsn_jax",
+        "fsn_jax_version": fsn_jax.__version__,
+        "format": hub.FORMAT,
+        "model": dataclasses.asdict(trained.experiment.model),
+        "context": trained.experiment.data.context,
+        "segments": trained.experiment.data.segments,
+        "vocabulary": {
+            "of": trained.experiment.data.name,
+            "unit": trained.vocabulary.unit,
+            "values": trained.vocabulary.to_text(),
+        },
+        "run": {
+            "name": trained.experiment.name,
+            "step": trained.step,
+            "seed": trained.experiment.seed,
+            "data_sha256": trained.data_sha256,
+        },
+    }
+    (folder / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(model_card(trained, with_sampler=with_sampler), encoding="utf-8")
+
+
+def model_card(trained: RunModel, *, with_sampler: bool) -> str:
+    """Returns the README of an exported model, with the metadata that the hub reads."""
+    experiment, corpus = trained.experiment, trained.experiment.data.name
+    rows = [
+        row
+        for row in read_rows(trained.run.path / EVALUATIONS)
+        if row["step"] == trained.step and row["data_sha256"] == trained.data_sha256
+    ]
+    metadata: dict[str, Any] = {
+        "library_name": "fsn_jax",
+        "pipeline_tag": "text-generation",
+        "tags": ["jax", "flax", "character-level", experiment.architecture],
+    }
+    measured = "Not yet evaluated on the whole validation split: `python -m train evaluate RUN`."
+    if rows:
+        metadata["model-index"] = [_model_index(experiment.name, corpus, rows[-1])]
+        measured = (
+            f"{rows[-1]['bpc']:.4f} bits per character on {rows[-1]['num_bytes']:,} bytes of "
+            f"validation (context {rows[-1]['context']}, stride {rows[-1]['stride']})."
+        )
+    # JSON is YAML: one key a line, each value in JSON.
+    header = "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items())
+    model = experiment.model
+    kind = "RoPE-SwiGLU transformer"
+    if isinstance(model, FSNConfig):
+        kind = f"Frustrated Synchronization Network (score: {model.score}, heads: "
+        kind += f"{model.num_heads}, harmonics: {model.num_harmonics})"
+    unit = "byte values" if trained.vocabulary.unit == "bytes" else "Unicode characters"
+    sampling = "In a checkout of fsn_jax, `python -m train sample FOLDER` writes text."
+    if with_sampler:
+        sampling += (
+            " Without the package `python sample.py --prompt 'The '` does; it needs jax, numpy and "
+            "flatbuffers."
+        )
+    return f"""---
+{header}---
+
+# {experiment.name}
+
+A {kind}, {model.num_params():,} parameters, trained by fsn_jax \
+{fsn_jax.__version__} on the corpus `{corpus}` for {trained.step:,} steps of \
+{experiment.training.batch_size} windows of {experiment.data.context} characters, seed \
+{experiment.seed}. Its {len(trained.vocabulary)} tokens are {unit} of the corpus (SHA-256 \
+`{trained.data_sha256}`).
+
+{measured}
+It was trained as an experiment on architectures; it knows nothing but the statistics of its corpus.
+
+With the package:
+
+```python
+from fsn_jax import hub
+
+trained = hub.load(".")  # this folder
+print(trained.sample("The ", num_tokens=200))
+logits = trained.logits("The ")  # [1, L, V]; trained.model and trained.params are the Flax model
+```
+
+{sampling}
+"""
+
+
+def _model_index(name: str, corpus: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the hub's entry of an evaluation on the validation split."""
+    setting = f"context {row['context']}, stride {row['stride']}"
+    metric = {
+        "type": "bpc",
+        "name": f"bits per character, {setting}",
+        "value": round(row["bpc"], 4),
+    }
+    result = {
+        "task": {"type": "text-generation"},
+        "dataset": {"name": corpus, "type": corpus, "split": "validation"},
+        "metrics": [metric],
+    }
+    return {"name": name, "results": [result]}
+
+
 def program(argv: Sequence[str]) -> None:
     """Runs the program with the arguments of its command line."""
     p = Arguments(prog="python -m train export", description=__doc__)
@@ -97,7 +224,7 @@ def program(argv: Sequence[str]) -> None:
     if folder.exists():
         raise UserError(f"{folder} is there already; remove it or name another folder")
     start_jax()
-    trained = load(options.run, which=options.checkpoint, data_path=options.data_path)
+    trained = load_without_data(options.run, which=options.checkpoint, data_path=options.data_path)
     sampler = None if options.no_sampler else export_sampler(trained.language_model)
     with writing("the folder", folder), new_folder(folder) as made:
         write_model(trained, made, with_sampler=sampler is not None)

@@ -1,4 +1,4 @@
-"""Writes small files completely or not at all."""
+"""Files and folders that the user names, outputs, and writing that is complete or not done."""
 
 import contextlib
 import glob
@@ -79,23 +79,27 @@ def writing(setting: str, path: Path) -> Iterator[None]:
         raise UserError(f"{setting}={path} cannot be written ({reason}); name another") from None
 
 
-def check_output(output: str | Path, suffix: str) -> Path:
+def check_output(output: str | Path, suffix: str, *, beside: Sequence[str] = ()) -> Path:
     """Creates the folder of ``--output`` before the work starts, and tries to write to it.
 
     Args:
       output: the file that the user named.
       suffix: what its name has to end in.
+      beside: what takes the suffix's place in the names of other files to be written.
 
     Returns:
       The path, with ``~`` for the home folder.
 
     Raises:
-      UserError: the path does not end in the suffix, is a folder, or its folder cannot be created
-        or written.
+      UserError: the path does not end in the suffix, it or a file beside it is a folder, or its
+        folder cannot be created or written.
     """
     output = user_path("--output", output)
     if output.suffix != suffix or output.is_dir():
         raise UserError(f"--output={output} must be a file whose name ends in {suffix}")
+    for other in (output.with_name(output.stem + end) for end in beside):
+        if other.is_dir():
+            raise UserError(f"--output={output}: {other} beside it is a folder; name another")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -113,16 +117,8 @@ BESIDE_JSON = (".txt", ".png")
 
 
 def check_json_output(output: str | Path) -> Path:
-    """Checks ``--output`` as ``check_output`` does, and the files beside it.
-
-    Raises:
-      UserError: see ``check_output``; or a folder has the name of a file to be written.
-    """
-    output = check_output(output, ".json")
-    for other in map(output.with_suffix, BESIDE_JSON):
-        if other.is_dir():
-            raise UserError(f"--output={output}: {other} beside it is a folder; name another")
-    return output
+    """Checks ``--output`` of a result that ``write_result`` writes, see ``check_output``."""
+    return check_output(output, ".json", beside=BESIDE_JSON)
 
 
 def default_output(runs: Sequence[str], name: str) -> Path:

@@ -12,6 +12,7 @@ from train.errors import UserError
 from train.evaluate import append_evaluation, checked_stride, evaluate, parser
 from train.load import load
 from train.metrics import check_appendable, read_rows
+from train.mirror import send_back
 from train.program import num_cores, start_jax
 from train.run_files import TEST_READS
 
@@ -40,3 +41,4 @@ def program(argv: Sequence[str]) -> None:
     result = evaluate(trained, trained.corpus.tokens("test", allow_test=True), stride=stride)
     append_evaluation(log, trained, result)
     print(f"test {result}")
+    send_back(log, options.run, trained.experiment.mirror_dir)

@@ -40,14 +40,17 @@ class Job(NamedTuple):
     """One run to train.
 
     Attributes:
-      name: name of the run.
       arguments: arguments of ``python -m train``.
       experiment: the settings that the arguments describe.
     """
 
-    name: str
     arguments: tuple[str, ...]
     experiment: ExperimentConfig
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.experiment.name
 
 
 def plan(file: str, arms: Sequence[str], seeds: Sequence[int], changes: Sequence[str]) -> list[Job]:
@@ -74,11 +77,12 @@ def plan(file: str, arms: Sequence[str], seeds: Sequence[int], changes: Sequence
     for arm in arms or known:
         for seed in seeds:
             arguments = [f"--config={file}:{arm}", *changes]
+            experiment = parse_config(["train", *arguments, f"--config.seed={seed}"])
+            arguments.append(f"--config.seed={seed}")
             if seed:
-                name = parse_config(["train", *arguments]).name
-                arguments += [f"--config.seed={seed}", f"--config.name={name}_seed{seed}"]
-            experiment = parse_config(["train", *arguments])
-            jobs.append(Job(experiment.name, tuple(arguments), experiment))
+                arguments.append(f"--config.name={experiment.name}_seed{seed}")
+                experiment = parse_config(["train", *arguments])
+            jobs.append(Job(tuple(arguments), experiment))
     by_folder: dict[Path, str] = {}
     for job in jobs:
         folder = default_folder(job.experiment)
@@ -113,7 +117,7 @@ def plan_text(jobs: Sequence[Job]) -> str:
     rows: list[Sequence[str]] = [("run", "parameters", "steps", "characters", "training FLOPs")]
     for job in jobs:
         experiment = job.experiment
-        if experiment.vocabulary_from_corpus:
+        if experiment.vocabulary_from_corpus or experiment.match:
             experiment = experiment.with_vocabulary(experiment.model.vocab_size)
         model, data = experiment.model, experiment.data
         steps = experiment.training.num_steps
@@ -130,7 +134,7 @@ def is_finished(job: Job) -> bool:
     if not (folder / SUMMARY).is_file():
         return False
     trained, wanted = open_run(folder).read_config(), job.experiment
-    if wanted.vocabulary_from_corpus:
+    if wanted.vocabulary_from_corpus or wanted.match:
         wanted = wanted.with_vocabulary(trained.model.vocab_size)
     return trained.to_dict() == wanted.to_dict()
 
@@ -233,11 +237,13 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
             shares.append(cores)
         if status in (EXIT_INTERRUPTED, -signal.SIGINT):
             stopped.append(KeyboardInterrupt())
-        elif status == EXIT_TRY_AGAIN:
+        elif status in (EXIT_TRY_AGAIN, -signal.SIGTERM):
             line = f"{job.name} was stopped; the same command resumes it"
             stopped.append(TryAgain(line, everywhere=False))
         elif status:
             fail(head, job, reason_of(status, log))
+        elif not is_finished(job):
+            fail(head, job, "it ended without a summary of these settings")
 
     with ThreadPoolExecutor(at_once) as pool:
         try:

@@ -25,22 +25,22 @@ from train.step import abstract_state, build_model
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedModel:
-    """A run's model at one checkpoint.
+class RunModel:
+    """A run's model at one checkpoint, without the run's data.
 
     Attributes:
       run: the run's folder.
       experiment: the run's settings.
-      corpus: the data that the model was trained on.
+      vocabulary: of its data.
       model: the Flax module.
-      params: its parameters.
+      params: its parameters, laid out as in training.
       step: step of the checkpoint.
       mesh: the devices that hold the parameters.
     """
 
     run: RunFolder
     experiment: ExperimentConfig
-    corpus: Corpus
+    vocabulary: Vocabulary
     model: FSN | Transformer
     params: Any
     step: int
@@ -59,9 +59,25 @@ class TrainedModel:
         }
 
     @property
+    def data_sha256(self) -> str:
+        """The identity of the data that the run began with."""
+        return str(self.run.read_provenance()[0]["data"]["sha256"])
+
+    @property
     def language_model(self) -> Pretrained:
-        """The model alone, without the run and its data."""
-        return pretrained(self.experiment, self.params, self.corpus.vocabulary)
+        """The model alone."""
+        return pretrained(self.experiment, self.params, self.vocabulary)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel(RunModel):
+    """A run's model at one checkpoint, and the run's data.
+
+    Attributes:
+      corpus: the data that the model was trained on.
+    """
+
+    corpus: Corpus
 
 
 def pretrained(experiment: ExperimentConfig, params: Any, vocabulary: Vocabulary) -> Pretrained:
@@ -106,9 +122,8 @@ def load(run_dir: str | Path, *, which: str = "best", data_path: str = "") -> Tr
             raise
         raise UserError(f"{error}; if the data of {run.path} has moved, say --data_path") from None
     refuse_other_data(run, corpus)
-    mesh = data_mesh()
-    model, params, step = _restored(run, experiment, which, mesh)
-    return TrainedModel(run, experiment, corpus, model, params, step, mesh)
+    found = _restored(run, experiment, corpus.vocabulary, which)
+    return TrainedModel(**vars(found), corpus=corpus)
 
 
 def with_data_at(experiment: ExperimentConfig, data_path: str) -> ExperimentConfig:
@@ -125,9 +140,7 @@ def with_data_at(experiment: ExperimentConfig, data_path: str) -> ExperimentConf
     return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, path=path))
 
 
-def load_language_model(
-    run_dir: str | Path, *, which: str = "best", data_path: str = ""
-) -> Pretrained:
+def load_without_data(run_dir: str | Path, *, which: str = "best", data_path: str = "") -> RunModel:
     """Loads the model of a run without its data, which only runs of earlier versions need.
 
     Args:
@@ -141,29 +154,30 @@ def load_language_model(
     run = open_run(run_dir)
     vocabulary = run.read_vocabulary()
     if vocabulary is None:
-        return load(run_dir, which=which, data_path=data_path).language_model
+        return load(run_dir, which=which, data_path=data_path)
     experiment = run.read_config()
     if len(vocabulary) != experiment.model.vocab_size:
         raise UserError(
             f"{run.path / VOCABULARY} holds {len(vocabulary)} tokens, and the model of the run has "
             f"{experiment.model.vocab_size}; restore it, or remove it to take them from the data"
         )
-    _, params, _ = _restored(run, experiment, which, data_mesh())
-    return pretrained(experiment, params, vocabulary)
+    return _restored(run, experiment, vocabulary, which)
 
 
 def _restored(
-    run: RunFolder, experiment: ExperimentConfig, which: str, mesh: Mesh
-) -> tuple[FSN | Transformer, Any, int]:
-    """Returns the model, its parameters at a checkpoint, and the checkpoint's step."""
-    model = build_model(experiment.model)
+    run: RunFolder, experiment: ExperimentConfig, vocabulary: Vocabulary, which: str
+) -> RunModel:
+    """Returns the model with its parameters at a checkpoint."""
+    mesh, model = data_mesh(), build_model(experiment.model)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps)
     if not run.checkpoints.is_dir():
         raise _no_checkpoint(run)
+    layout = experiment.training.layout
     with Checkpoints(run.checkpoints, experiment.checkpoints, read_only=True) as checkpoints:
         step = _choose(checkpoints, which, run)
-        state = checkpoints.restore(step, abstract_state(model, optimizer, mesh=mesh))
-    return model, state.params, step
+        like = abstract_state(model, optimizer, mesh=mesh, layout=layout)
+        state = checkpoints.restore(step, like)
+    return RunModel(run, experiment, vocabulary, model, state.params, step, mesh)
 
 
 def _choose(checkpoints: Checkpoints, which: str, run: RunFolder) -> int:

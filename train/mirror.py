@@ -31,10 +31,21 @@ from train.bucket import (
 from train.errors import UserError, no_run
 from train.files import saved_steps, user_path
 from train.integrity import STEP_METADATA, damage
-from train.run_files import CHECKPOINTS, CONFIG, DAMAGED_CHECKPOINTS, LOCK, PROVENANCE, SUMMARY
+from train.run_files import (
+    CHECKPOINTS,
+    CONFIG,
+    DAMAGED_CHECKPOINTS,
+    EVALUATIONS,
+    LOCK,
+    PROVENANCE,
+    SUMMARY,
+    TEST_READS,
+)
 
 _FETCHED = "fetched_checkpoints"
 _OF_THIS_MACHINE = (LOCK, DAMAGED_CHECKPOINTS, _FETCHED)
+_OF_ANY_MACHINE = (EVALUATIONS, TEST_READS)
+"""Logs to which other programs append, also those of other machines."""
 
 
 class Mirror:
@@ -62,10 +73,14 @@ class Mirror:
                 f"{'itself' if inside else 'a folder around it'}; name another place"
             )
 
-    def fetch(self) -> bool:
+    def fetch(self, check: Callable[[str], None] = lambda config: None) -> bool:
         """Fetches the copy if there is no local run; returns whether it did.
 
         Of a local run, damaged checkpoints are replaced by their copies, if those are intact.
+
+        Args:
+          check: is given the text of the copy's config before anything is fetched; it raises if
+            the copy is not of the wanted run.
 
         Raises:
           UserError: the copy is of another run, or ahead of the local one, or holds checkpoints of
@@ -79,6 +94,7 @@ class Mirror:
                 self._refuse_another_run()
                 self._replace_damaged()
                 return False
+            check((self.place / CONFIG).read_text(encoding="utf-8"))
             _copy_run(self.place, self.folder)
             (self.folder / CHECKPOINTS).mkdir(exist_ok=True)  # an empty one was not copied
         return True
@@ -125,6 +141,8 @@ class Mirror:
                     (self.place / CHECKPOINTS / str(step)).rmtree()
 
     def _copy_if_changed(self, source: epath.Path, target: epath.Path) -> None:
+        if source.name in _OF_ANY_MACHINE:
+            add_rows_of(target, source)
         stat = source.stat()
         state = (stat.mtime, stat.length)
         if self._sent.get(str(source)) != state:
@@ -197,17 +215,50 @@ def fetched_run(remote: str, cache: Path) -> Path:
             if copy.exists() and _first_start(copy) != _first_start(source):
                 copy.rmtree()  # of a run that was there before
             _copy_run(source, copy, replace_file)
+            there = set(saved_steps(source / CHECKPOINTS))
+            for step in set(saved_steps(copy / CHECKPOINTS)) - there:
+                (copy / CHECKPOINTS / str(step)).rmtree()
     return target
 
 
-def send_back(file: Path, remote: str) -> None:
-    """Copies a file of a fetched run into the remote folder that the run came from.
+def send_back(file: Path, run: str, mirror_dir: str) -> None:
+    """Adds the rows of a log to the run in a bucket, or to the copy of a local run.
+
+    Args:
+      file: the log in the local folder of the run.
+      run: the run as the user named it.
+      mirror_dir: its ``config.mirror_dir``.
 
     Raises:
-      UserError: the remote folder cannot be written.
+      UserError: the run's remote folder cannot be written. A copy that cannot is a warning.
     """
-    with reaching("the run", remote):
-        copy_file(epath.Path(file), epath.Path(remote) / file.name)
+    local = epath.Path(file)
+    if is_remote(run):
+        with reaching("the run", run):
+            _send_rows(local, epath.Path(run) / file.name)
+    elif mirror_dir:
+        try:
+            place = Mirror(file.parent, mirror_dir).place
+            with reaching("config.mirror_dir", str(place)):
+                if (place / CONFIG).exists() and _first_start(place) == _first_start(local.parent):
+                    _send_rows(local, place / file.name)
+        except UserError as error:
+            print(f"warning: the copy of the run is without this result: {error}", file=sys.stderr)
+
+
+def _send_rows(source: epath.Path, target: epath.Path) -> None:
+    add_rows_of(target, source)
+    copy_file(source, target)
+
+
+def add_rows_of(other: epath.Path, file: epath.Path) -> None:
+    """Appends to a log, whose rows are lines, those of another that it lacks."""
+    if not other.exists():
+        return
+    text = file.read_text(encoding="utf-8")
+    lacking = [row for row in other.read_text(encoding="utf-8").splitlines() if row not in text]
+    if lacking:
+        file.write_text(text + "".join(f"{row}\n" for row in lacking), encoding="utf-8")
 
 
 def _copy_run(

@@ -49,9 +49,11 @@ class Profiler(contextlib.ExitStack):
         if self._traced and not self._running and self._traced.first < step:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # each Python call: slow, and drowns the rest
+            # JAX makes the trace for Perfetto of the newest folder, which processes share.
+            alone = jax.process_count() == 1
             self.enter_context(
                 jax.profiler.trace(
-                    str(self._folder), create_perfetto_trace=True, profiler_options=options
+                    str(self._folder), create_perfetto_trace=alone, profiler_options=options
                 )
             )
             self._running = True

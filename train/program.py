@@ -78,6 +78,8 @@ def num_cores() -> int:
 
 
 def _end(line: str, status: int, *, together: bool) -> int:
+    with contextlib.suppress(OSError):  # what was printed before stands before the line in a log
+        sys.stdout.flush()
     print(line, file=sys.stderr, flush=True)
     if not together and _others_wait():
         # Python would end JAX first, which waits for the other processes, which wait for this one
@@ -145,6 +147,6 @@ def start_jax(joining: "Joining | None" = None, *, cpu_devices: int = 1) -> None
         ) from None
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UserError(
-            f"this is one of {jax.process_count()} processes of a slice: start the same command in "
-            f"each of them with --distributed"
+            f"this is one of {jax.process_count()} processes of a slice: train in each of them "
+            f"with --distributed, and run any other program with JAX_PLATFORMS=cpu or on one host"
         )

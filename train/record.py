@@ -39,7 +39,7 @@ def record(run_dir: str | Path, results: Path, *, allow_modified: bool = False) 
     run.check_finished()
     for start in run.read_provenance():
         git = start["git"]
-        if not allow_modified and (git["commit"] is None or git["modified"]):
+        if not allow_modified and (git["commit"] is None or git["modified"] is not False):
             raise UserError(
                 f"the run {run.path} started on code that differs from any commit; run it again "
                 f"from a clean tree, or say --allow_modified"

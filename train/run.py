@@ -191,10 +191,14 @@ def _open_to_write(path: Path, experiment: ExperimentConfig, corpus: Corpus) -> 
     config_file = path / CONFIG
     try:
         _take_lock(lock, path)
-        if mirror and mirror.fetch():
+        if mirror and mirror.fetch(lambda text: _refuse_other_copy(mirror, text, experiment)):
             print(f"the run is fetched from {mirror.place}")
         if config_file.exists():
-            _refuse_other_settings(run, experiment)
+            if differ := _differing(run.read_config(), experiment):
+                raise UserError(
+                    f"the run folder {run.path} holds a run with other settings: {differ}; give "
+                    f"this one its own folder with --config.run_dir=FOLDER"
+                )
             refuse_other_data(run, corpus)
         words = {"unit": corpus.vocabulary.unit, "values": corpus.vocabulary.to_text()}
         write_atomically(path / VOCABULARY, json.dumps(words, indent=2) + "\n")
@@ -258,19 +262,30 @@ def _take_lock(lock: IO[str], path: Path) -> None:
     os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
-def _refuse_other_settings(run: RunFolder, experiment: ExperimentConfig) -> None:
-    before, now = (flatten_dict(e.to_dict(), sep=".") for e in (run.read_config(), experiment))
+def _differing(before: ExperimentConfig, now: ExperimentConfig) -> str:
+    """Returns the settings of two runs that differ, as text; empty if none does."""
+    old, new = (flatten_dict(experiment.to_dict(), sep=".") for experiment in (before, now))
     differ = [
         name
-        for name in sorted(before.keys() | now.keys())
-        if name not in WITHOUT_EFFECT and before.get(name) != now.get(name)
+        for name in sorted(old.keys() | new.keys())
+        if name not in WITHOUT_EFFECT and old.get(name) != new.get(name)
     ]
-    if differ:
-        changes = ", ".join(f"{n} {before.get(n)!r} -> {now.get(n)!r}" for n in differ[:3])
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+    changes = ", ".join(f"{n} {old.get(n)!r} -> {new.get(n)!r}" for n in differ[:3])
+    return changes + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
+
+
+def _refuse_other_copy(mirror: Mirror, config: str, experiment: ExperimentConfig) -> None:
+    try:
+        before = read_experiment(config)
+    except (TypeError, LookupError, ValueError) as error:
         raise UserError(
-            f"the run folder {run.path} holds a run with other settings: {changes}{more}; give "
-            f"this one its own folder with --config.run_dir=FOLDER"
+            f"{mirror.place / CONFIG} cannot be read ({error}); restore it or name another place "
+            f"with --config.mirror_dir"
+        ) from error
+    if differ := _differing(before, experiment):
+        raise UserError(
+            f"config.mirror_dir: {mirror.place} is the copy of a run with other settings: "
+            f"{differ}; give this one a folder of another name with --config.run_dir=FOLDER"
         )
 
 

@@ -13,7 +13,7 @@ from train.bucket import is_remote
 from train.errors import UserError
 from train.files import user_path
 from train.interruption import interruptions
-from train.load import load_language_model
+from train.load import load_without_data
 from train.program import Arguments, start_jax
 from train.standalone_sample import add_options, check_options
 
@@ -79,9 +79,9 @@ def program(argv: Sequence[str]) -> None:
         raise UserError("--stop must not be empty: name the text that ends the sample")
     start_jax()
     if is_remote(options.run) or not hub.is_exported(user_path("the run", options.run)):
-        trained = load_language_model(
+        trained = load_without_data(
             options.run, which=options.checkpoint, data_path=options.data_path
-        )
+        ).language_model
     elif options.checkpoint != "best" or options.data_path:
         option = "--data_path" if options.checkpoint == "best" else "--checkpoint"
         raise UserError(

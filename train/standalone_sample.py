@@ -63,7 +63,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.stdout = None  # not to be flushed again
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason: object = error
+        if isinstance(error, OSError):
+            reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)
 

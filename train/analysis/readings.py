@@ -35,7 +35,7 @@ from fsn_jax.torus import order_parameter
 from train.analysis.copy_depth import spread_windows
 from train.analysis.figures import STYLE, panels
 from train.errors import UserError
-from train.files import check_json_output, default_output, write_atomically, writing
+from train.files import check_output, default_output, write_atomically, writing
 from train.load import load
 from train.program import Arguments, start_jax
 from train.provenance import provenance
@@ -300,7 +300,8 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--windows", type=int, default=16, help="of the validation split")
     p.add_argument("--length", type=int, default=0, help="characters each; 0: context, at most 256")
     options = p.parse_args(argv[1:])
-    output = check_json_output(options.output or default_output([options.run], "readings.json"))
+    wanted = options.output or default_output([options.run], "readings.json")
+    output = check_output(wanted, ".json", beside=("_kernels.png", "_depth.png"))
     start_jax()
     page = read(
         options.run,
@@ -309,8 +310,7 @@ def program(argv: Sequence[str]) -> None:
         length=options.length,
         data_path=options.data_path,
     )
-    kernels = output.with_name(f"{output.stem}_kernels.png")
-    depth = output.with_name(f"{output.stem}_depth.png")
+    kernels, depth = (output.with_name(output.stem + end) for end in ("_kernels.png", "_depth.png"))
     with writing("--output", output):
         write_atomically(output, json.dumps(page) + "\n")
         draw_kernels(page, kernels)

@@ -40,7 +40,7 @@ from train.loop import DivergedError
 from train.mesh import replicated
 from train.metrics import RowLog, append_row, read_rows
 from train.plan import check_devices, cpu_devices, parts_of_batch
-from train.recorded import read_experiment
+from train.old_settings import read_experiment
 from train.run import RunFolder, open_run
 from train.step import build_model, make_evaluate_rows
 
@@ -465,6 +465,19 @@ def test_a_diverged_run_stops_and_says_where_it_was_good(poisoned, tmp_path):
     assert [row["skipped"] for row in rows_of(tmp_path / "run", "train")] == [0, 1, 1]
     assert int(outcome.state.tally.skipped) == 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome.state.params))
+
+
+def test_a_row_of_skipped_steps_alone_is_not_written(poisoned, tmp_path):
+    """Its mean is of nothing, and a loss of zero would be a wrong one."""
+    by_one = {"training__skipped_limit": 1, "training__steps_per_dispatch": 1}
+    experiment = tiny_experiment(
+        poisoned.folder, tmp_path / "run", training__log_every=1, training__num_steps=15, **by_one
+    )
+    run_to_the_end(experiment, poisoned)
+    rows = rows_of(tmp_path / "run", "train")
+    assert [row["step"] for row in rows] == [*range(1, 13), 14, 15]
+    assert min(row["loss"] for row in rows) > 0
+    assert [row["skipped"] for row in rows] == [0] * 12 + [1, 1]
 
 
 def test_a_run_that_diverges_before_its_first_checkpoint_says_so(poisoned, tmp_path):

@@ -15,7 +15,7 @@ from configs import ablations, designs, enwik8, ladder, long, pycode
 from fsn_jax import FSN, FSNConfig, Transformer
 from fsn_jax.config import recorded_fields
 from train.config import ExperimentConfig
-from train.recorded import in_todays_names, read_experiment
+from train.old_settings import in_todays_names, read_experiment
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 RECORDS = sorted(file.parent for file in RESULTS.rglob("config.json"))

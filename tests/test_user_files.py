@@ -178,3 +178,16 @@ def test_a_name_that_is_no_utf_8_is_taken(own, tmp_path):
 def test_what_cannot_be_a_path_is_refused(tmp_path, path, said):
     with pytest.raises(UserError, match=said):
         open_corpus(name="text", path=path, cache_dir=str(tmp_path))
+
+
+def test_files_that_change_while_they_are_read_are_not_kept_under_another_name(own, tmp_path):
+    """The cache names a corpus by its files as they were found first."""
+    cache = tmp_path / "cache"
+
+    def written_to(line):
+        (own / "later.txt").write_text("more of it\n" * 500, encoding="utf-8")
+
+    with pytest.raises(UserError, match="changed while they were read; run it again"):
+        open_corpus(name="text", path=str(own), cache_dir=str(cache), progress=written_to)
+    assert not list(cache.iterdir())
+    assert open_corpus(name="text", path=str(own), cache_dir=str(cache)).folder.parent == cache

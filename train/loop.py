@@ -254,7 +254,9 @@ class _Loop:
         self.metrics.losses(step - len(tally.losses), np.asarray(tally.losses))
         if step % training.log_every and step != training.num_steps:
             return
-        steps = max(int(tally.steps), 1)
+        steps = int(tally.steps)
+        if steps == 0:  # all were skipped, so there is no mean
+            return
         self.metrics.train(
             step,
             epoch=round(self.order.epoch(step), 6),

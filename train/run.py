@@ -22,7 +22,7 @@ from train.files import saved_steps, user_path, write_atomically
 from train.metrics import read_rows
 from train.mirror import Mirror, fetched_run
 from train.processes import first_does, together
-from train.recorded import read_experiment
+from train.old_settings import read_experiment
 from train.run_files import CHECKPOINTS, CONFIG, LOCK, METRICS, PROVENANCE, SUMMARY, VOCABULARY
 
 

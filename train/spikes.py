@@ -16,12 +16,11 @@ def find_spikes(expected: float | None, before: int, losses: np.ndarray) -> list
     uninterrupted one. Losses that are not finite are counted elsewhere.
 
     Args:
-      expected: mean loss of the last row in nats; None, or 0 after a row of skipped steps, finds
-        nothing.
+      expected: mean loss of the last row in nats; None before the first, which finds nothing.
       before: the step before the first of the K steps.
       losses: float32[K], nats.
     """
-    if not expected:
+    if expected is None:
         return []
     limit = max(FACTOR * expected, expected + LEAST)
     found = enumerate(map(float, losses), before + 1)

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from train.config import WITHOUT_EFFECT
 from train.errors import UserError, unfinished
 from train.metrics import read_rows
-from train.recorded import in_todays_names
+from train.old_settings import in_todays_names
 from train.run import open_run
 from train.run_files import CONFIG, EVALUATIONS, METRICS, PROVENANCE, SUMMARY, TEST_READS, TIMING
 

@@ -39,13 +39,16 @@ DATASET = "dataset"
 """Folder, in that of a corpus, of its tensorflow-datasets dataset."""
 
 
+_say = functools.partial(print, flush=True)
+
+
 def open_corpus(
     *,
     name: str,
     path: str = "",
     cache_dir: str = "",
     unit: Unit = "bytes",
-    progress: Progress = print,
+    progress: Progress = _say,
 ) -> Corpus:
     """Opens a corpus from the cache; prepares it there first if needed.
 
@@ -115,7 +118,7 @@ def _refuse_other_files(name: str, path: str, unit: Unit) -> None:
 
 
 def prepare_corpus(
-    name: str, path: str, cache: Path, *, unit: Unit = "bytes", progress: Progress = print
+    name: str, path: str, cache: Path, *, unit: Unit = "bytes", progress: Progress = _say
 ) -> Path:
     """Prepares a corpus in the cache and returns its folder.
 
@@ -137,6 +140,8 @@ def prepare_corpus(
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as scratch_name:
             scratch = Path(scratch_name)
             recipe = recipe_of(name, path, scratch, unit, progress)
+            if name not in PINNED and f"-{recipe.sha256[:8]}" not in folder.name:
+                raise UserError(f"the files at {path} changed while they were read; run it again")
             made = scratch / "corpus"
             made.mkdir()
             corpus = _write_splits(name, recipe, made, unit)
@@ -190,9 +195,6 @@ def _move_into_place(made: Path, folder: Path) -> None:
         # Another process may have prepared the same corpus meanwhile: its folder is as good.
         if not (folder / MANIFEST).is_file():
             raise
-
-
-_say = functools.partial(print, flush=True)
 
 
 def program(argv: Sequence[str]) -> None:

@@ -22,9 +22,9 @@ from train.config import ExperimentConfig, ModelConfig
 from train.errors import UserError
 from train.flags import load_config, parse_config
 from train.ladder import plan
+from train.old_settings import read_experiment
 from train.optimizer import make_optimizer
 from train.plan import check_devices, train_steps_of
-from train.old_settings import read_experiment
 from train.step import abstract_state, build_model, init_state
 
 ROOT = Path(__file__).resolve().parent.parent

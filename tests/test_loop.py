@@ -39,8 +39,8 @@ from train.finish import finish
 from train.loop import DivergedError
 from train.mesh import replicated
 from train.metrics import RowLog, append_row, read_rows
-from train.plan import check_devices, cpu_devices, parts_of_batch
 from train.old_settings import read_experiment
+from train.plan import check_devices, cpu_devices, parts_of_batch
 from train.run import RunFolder, open_run
 from train.step import build_model, make_evaluate_rows
 

@@ -21,8 +21,8 @@ from train.errors import UserError, no_run, unfinished
 from train.files import saved_steps, user_path, write_atomically
 from train.metrics import read_rows
 from train.mirror import Mirror, fetched_run
-from train.processes import first_does, together
 from train.old_settings import read_experiment
+from train.processes import first_does, together
 from train.run_files import CHECKPOINTS, CONFIG, LOCK, METRICS, PROVENANCE, SUMMARY, VOCABULARY
 
 

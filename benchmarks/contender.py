@@ -12,7 +12,8 @@ import numpy as np
 
 from benchmarks.flax_attention import FlaxTransformer
 from fsn_jax import TransformerConfig
-from fsn_jax.config import Implementation
+from fsn_jax.config import TRAINING_FLOPS_FACTOR
+from fsn_jax.fields import Implementation
 from fsn_jax.generate import CHUNK, stream
 from train.config import ExperimentConfig
 from train.errors import UserError
@@ -125,7 +126,9 @@ def forward_contender(name: str, experiment: ExperimentConfig, steps: int) -> Co
         name=name,
         seconds=seconds,
         params=sum(leaf.size for leaf in jax.tree.leaves(variables)),
-        flops=experiment.model.flops_per_token(experiment.data.context) * batch.size / 3,
+        flops=experiment.model.flops_per_token(experiment.data.context)
+        * batch.size
+        / TRAINING_FLOPS_FACTOR,
         compile_seconds=compile_seconds,
         memory_bytes=memory,
     )

@@ -21,10 +21,10 @@ ITEM_SIZE = {
 
 PARTS = {
     "sum": r"causal_sum|fsn_forward|fsn_backward",
-    "scores": r"attention/(score|query|key|_project|_rotate)|score/",
-    "coupling": r"attention",
-    "feed-forward": r"feedforward",
-    "readout": r"readout|embedding|_logits|final_norm|cross_entropy|log_softmax|window_loss",
+    "scores": r"/score/|attention\._(project|rotate|rotary)",
+    "coupling": r"/attention[./]",
+    "feed-forward": r"/feedforward/|\._feed_forward/",
+    "readout": r"_read_out|embedding|cross_entropy|log_softmax|window_loss",
     "model, other": r"FSN|Transformer|shard_map",
 }
 """Which part of the step an operation belongs to: the first that its name matches."""
@@ -51,14 +51,12 @@ class Instruction:
       part: key of ``PARTS``, ``OPTIMIZER`` or ``UNNAMED``.
       cycles: the TPU compiler's estimate, or None.
       num_bytes: of operands and results.
-      name: of the operation in the Python program.
     """
 
     opcode: str
     part: str
     cycles: int | None
     num_bytes: int
-    name: str
 
 
 def step_instructions(text: str) -> list[Instruction]:
@@ -95,7 +93,6 @@ def _instructions(computation: str) -> list[Instruction]:
                 part_of(name.group(1) if name else ""),
                 int(cycles.group(1)) if cycles else None,
                 _size(shape) + sum(_read(s, shape) for s in arrays),
-                name.group(1) if name else "",
             )
         )
     return found

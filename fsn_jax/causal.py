@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fsn_jax import kernels
-from fsn_jax.config import Implementation
+from fsn_jax.fields import Implementation
 from fsn_jax.kernels import choice
 from fsn_jax.kernels.xla import MASKED, combine, inner, own_inner
 from fsn_jax.recompute import match_varying_axes
@@ -56,12 +56,8 @@ def attention_weights(
     seen = np.tri(query.shape[2], dtype=bool)
     if segment_ids is not None:
         seen = seen[None, None] & (segment_ids[:, None, :, None] == segment_ids[:, None, None])
-    return _softmax(inner(query, key), seen)
-
-
-def _softmax(scores: Array, causal: Array | np.ndarray) -> Array:
     # float32 whatever the inputs: the normalizer sums up to L terms.
-    return jax.nn.softmax(jnp.where(causal, scores, MASKED), axis=-1)
+    return jax.nn.softmax(jnp.where(seen, inner(query, key), MASKED), axis=-1)
 
 
 def causal_sum(
@@ -90,9 +86,11 @@ def causal_sum(
         device, or in ``shard_map``. It takes ``xla`` where several processes run one program, since
         they might not agree.
     """
+    if 0 in query.shape[:3]:
+        implementation = "reference"
     if implementation == "auto":
         implementation = choice.of_auto(query, value.shape[3], segments=segment_ids is not None)
-    if implementation == "reference" or 0 in query.shape[:3]:
+    if implementation == "reference":
         return _causal_sum_reference(query, key, value, segment_ids, include_self=include_self)
     segments = None if segment_ids is None else segment_ids[:, None]
     query, key, value = reverse_mode_only(match_varying_axes((query, key, value)))

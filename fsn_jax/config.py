@@ -17,25 +17,18 @@ from typing import Any, Literal
 from fsn_jax.fields import (
     ConfigError,
     CouplingFields,
-    DType,
     Frozen,
-    Implementation,
     ModelFields,
     ModesFields,
     SwiGLUFields,
-    check_fields,
     documented,
     setting,
 )
 
 __all__ = [
     "ARCHITECTURES",
-    "ConfigError",
-    "DType",
     "FSNConfig",
-    "Implementation",
     "TransformerConfig",
-    "check_fields",
     "match_parameters",
     "recorded_fields",
 ]
@@ -73,7 +66,7 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
     field_features: bool = setting(
         False,
         "whether the feed-forward reads, besides the phases, the local field of the coupling: "
-        "coherence and torque of each phase",
+        "coherence and torque of each phase; no effect without a feed-forward",
     )
     feedforward: FeedForward = setting(
         "swiglu", "feed-forward: ``swiglu``, ``collective_modes`` (no MLP) or ``none``"
@@ -120,8 +113,9 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
         quadratures = 0 if self.features == "phasor" else 2 * groups * self.num_phases
         return self._inputs * outputs + quadratures
 
-    def _mode_matrices(self, modes: int) -> int:
+    def _mode_matrices(self) -> int:
         """Number of parameters of K collective modes without biases."""
+        modes = self.num_modes
         if self.mode_weights == "coherence":
             return 6 * modes * self.num_phases
         return self._phasor_dense(modes) + 2 * modes * self.num_phases
@@ -129,7 +123,7 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
     def num_params(self) -> int:
         """Returns the number of learned scalars, the size of the parameter tree."""
         n, h, v = self.num_phases, self.num_heads, self.vocab_size
-        gates = self.num_score_pairs(n) * h
+        gates = self.score_pairs * h
         score = {
             "gated": (2 if self.score_angles else 1) * gates + h,
             "content_gated": 2 * (self._phasor_dense(gates) + gates) + h,
@@ -149,7 +143,7 @@ class FSNConfig(Frozen, ModelFields, CouplingFields, SwiGLUFields, ModesFields):
         gains = 2 * n if self.field_features else 0
         feedforward = {
             "swiglu": 2 * (self._phasor_dense(width) + gains) + width * n,
-            "collective_modes": self._mode_matrices(modes) + gains + modes,
+            "collective_modes": self._mode_matrices() + gains + modes,
             "none": 0,
         }[self.feedforward]
         ends = v * n + 2 * n * v + v
@@ -257,7 +251,8 @@ def recorded_fields(
 
     Args:
       kind: the class of the config.
-      fields: what ``dataclasses.asdict`` gave; what it lacks gets its default.
+      fields: what ``dataclasses.asdict`` gave; what it lacks gets what it was before it was
+        a field, else its default.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     if fields.get("feedforward") == "collective_modes" and "mode_weights" not in fields:

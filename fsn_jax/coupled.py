@@ -11,8 +11,8 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from fsn_jax import kernels
-from fsn_jax.config import Implementation
 from fsn_jax.coupling import next_in_segment
+from fsn_jax.fields import Implementation
 from fsn_jax.kernels import choice
 from fsn_jax.kernels.arrays import CouplingInputs, CouplingSums
 from fsn_jax.recompute import match_varying_axes

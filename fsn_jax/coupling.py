@@ -77,10 +77,10 @@ def local_field(
     """
     batch, length, num_phases = theta.shape
     num_heads = attention.shape[1]
-    if kappa.ndim != 3:
+    if kappa.ndim != 3 or kappa.shape[2] != num_phases:
         raise ValueError(
-            f"kappa must be [T, M, N], of FrustratedAttention.kappa() the part [:, :, j]; got "
-            f"shape {kappa.shape}"
+            f"kappa must be [T, M, N] with N = {num_phases}, of FrustratedAttention.kappa() the "
+            f"part [:, :, j]; got shape {kappa.shape}"
         )
     num_delays, num_harmonics, _ = kappa.shape
     if num_phases % num_heads:
@@ -140,7 +140,8 @@ def fold_values(
     """Folds the kernel into the values: ``v[u, m] = kappa[0, m] z_u**m + kappa[1, m] z_{u+1}**m``.
 
     For ``u < t`` both delays share the weight ``A[t, u]``, so a single sum serves them. It must be
-    over the strict past: the value of token t holds its successor, which t must not see.
+    over the strict past: the value of token t holds its successor, which t must not see. On a CPU
+    it has derivatives of reverse mode alone; ``coupling_update`` has all.
 
     Args:
       z: phasors of the phases that each head couples, ``[B, H, L, P]``; one head stands for all if

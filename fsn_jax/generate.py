@@ -20,8 +20,8 @@ import numpy.typing as npt
 from jaxtyping import Array, Bool, Float, Int
 
 from fsn_jax.cache import Cache
-from fsn_jax.config import ConfigError
 from fsn_jax.documents import document_ids
+from fsn_jax.fields import ConfigError
 from fsn_jax.fsn import FSN
 from fsn_jax.transformer import Transformer
 
@@ -259,7 +259,7 @@ def _checked_prompt(prompt: npt.ArrayLike, vocab_size: int) -> npt.NDArray[Any]:
             f"prompt must hold tokens from 0 to {vocab_size - 1}, the model's vocabulary; got "
             f"{text.min()} to {text.max()}"
         )
-    return text
+    return text.astype(np.int32)
 
 
 def _drawn(
@@ -300,19 +300,14 @@ def _drawn(
                 return
 
 
-def _check_stop(stop: Sequence[Any]) -> None:
-    for sequence in stop:
-        if np.ndim(sequence) != 1 or not len(sequence):
-            raise ConfigError("stop must hold sequences of one token or more")
-
-
 class _Ending:
     """Finds the ends of rows that are drawn chunk by chunk."""
 
-    def __init__(self, stop: Sequence[Tokens], batch: int) -> None:
-        _check_stop(stop)
+    def __init__(self, stop: Sequence[Any], batch: int) -> None:
         self._stop = [np.asarray(sequence) for sequence in stop]
-        longest = max(map(len, self._stop), default=1)
+        if any(sequence.ndim != 1 or not sequence.size for sequence in self._stop):
+            raise ConfigError("stop must hold sequences of one token or more")
+        longest = max(map(len, self._stop))
         self._tail = np.full((batch, longest - 1), NO_TOKEN)
         self.rows = np.zeros(batch, bool)
 

@@ -103,14 +103,14 @@ class Pretrained:
         chunks = stream(
             self.model,
             {"params": self.params},
-            jnp.asarray(self.encode(prompt))[None],
+            self.encode(prompt)[None],
             num_tokens=num_tokens,
             key=jax.random.key(seed),
             context=self.context,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            stop=[self.encode(text).tolist() for text in stops],
+            stop=[self.encode(text) for text in stops],
             separator=self.separator,
         )
         for chunk in chunks:
@@ -156,7 +156,7 @@ def load(folder: str | Path) -> Pretrained:
         raise ValueError(f"{folder / CONFIG} is not that of an exported model ({error})") from error
     try:
         arrays = safetensors.numpy.load_file(folder / WEIGHTS)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, LookupError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}); export it again") from error
     model = FSN(settings) if isinstance(settings, FSNConfig) else Transformer(settings)
     params = _params(arrays, model, folder / WEIGHTS)

@@ -43,7 +43,8 @@ class LanguageModel(nn.Module):
         """Computes the logits, float32.
 
         Args:
-          tokens: token ids; one that is not in the vocabulary makes its whole row NaN.
+          tokens: token ids; one that is not in the vocabulary makes its row NaN from there on, and
+            may do so before.
           segment_ids: tokens see those of their own segment alone, so that documents can be packed
             into one row. Padding is a segment of its own, of any ids in the vocabulary. None: all
             are in one.

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 from jaxtyping import Array
 
-from fsn_jax.config import Implementation
+from fsn_jax.fields import Implementation
 from fsn_jax.reverse_mode import reverse_mode_only
 
 Tree = TypeVar("Tree")

@@ -104,7 +104,7 @@ def token_phasor(theta: Float[Array, "B L N"]) -> Complex:
 
 def in_float32(z: Complex) -> Complex:
     """Converts complex numbers of any shape and dtype to float32."""
-    return Complex(z.re.astype(jnp.float32), z.im.astype(jnp.float32))
+    return kept_in(z, "float32")
 
 
 def kept_in(z: Complex, dtype: str) -> Complex:
@@ -255,5 +255,5 @@ def order_parameter(theta: Float[Array, "*shape N"], harmonic: int = 1) -> Float
 
     The Kuramoto order parameter for ``harmonic`` m = 1, Daido's for m > 1.
     """
-    z = phasor(harmonic * jnp.asarray(theta, jnp.float32))
+    z = powers(phasor(jnp.asarray(theta, jnp.float32)), harmonic)[-1]
     return jnp.sqrt(z.re.mean(axis=-1) ** 2 + z.im.mean(axis=-1) ** 2)

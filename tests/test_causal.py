@@ -14,7 +14,7 @@ from fsn_jax.causal import (
     merge_heads,
     split_heads,
 )
-from fsn_jax.kernels import xla
+from fsn_jax.kernels import choice, xla
 from fsn_jax.kernels.xla import BLOCK, MAX_STRETCHES
 from train.mesh import data_mesh
 
@@ -100,6 +100,20 @@ def test_packed_segments_are_what_each_is_alone(monkeypatch, include_self):
     alone = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *alone)
     for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_has_the_dtype_of_its_array():
+    """Also where queries and keys are kept in fewer bits than values."""
+    arrays, weights = inputs(13, "bfloat16")
+    mixed = [*arrays[:2], arrays[2].astype(jnp.float32)]
+    _, gradients = value_and_gradients("xla", mixed, weights, include_self=False)
+    assert [x.dtype.name for x in gradients] == ["bfloat16", "bfloat16", "float32"]
+
+
+def test_for_no_tokens_no_kernel_is_measured(monkeypatch):
+    monkeypatch.setattr(choice, "of_auto", None)
+    empty = [jnp.zeros((2, 3, 0, width)) for width in (6, 6, 10)]
+    assert causal_sum(*empty, include_self=True).total.shape == (2, 3, 0, 10)
 
 
 def test_the_first_token_has_only_itself():

@@ -6,13 +6,17 @@ Skipped without them: ``pip install --no-deps -r benchmarks/requirements-compile
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
+import cases
+import jax
 import pytest
 
 from benchmarks import hlo
 from benchmarks.compiled import as_table, program
+from fsn_jax import FSN, Transformer
 from train.errors import UserError
 from train.program import run_program
 
@@ -129,6 +133,34 @@ PACKING
 """.replace("\\\n", "").replace(
     "PACKING", "\n".join(f"  %c{i} = f32[1]{{0}} copy(%state)" for i in range(9))
 )
+
+
+@pytest.mark.parametrize("kind", ["fsn", "transformer"])
+def test_operations_of_a_model_are_of_its_parts(kind):
+    """By the names that the operations of a real program have."""
+    model = {
+        "fsn": lambda: FSN(cases.fsn_config(num_layers=1)),
+        "transformer": lambda: Transformer(cases.transformer_config(num_layers=1)),
+    }[kind]()
+    tokens = cases.tokens(1, 6)
+    variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    gradient = jax.jit(jax.grad(lambda variables: model.apply(variables, tokens).sum()))
+    text = gradient.lower(variables).as_text(debug_info=True)
+    parts: dict[str, set[str]] = {}
+    for name in re.findall(r'loc\("(jit[^"]*/[^"]*)"', text):
+        parts.setdefault(hlo.part_of(name), set()).add(name)
+    for part, module in (
+        ("sum", "/causal_sum/"),
+        ("scores", "/score/" if kind == "fsn" else "attention._project/query/"),
+        ("coupling", "/attention"),
+        ("feed-forward", "/feedforward/"),
+        ("readout", "._read_out/"),
+        ("model, other", "/block_0/" if kind == "fsn" else "/attention_norm/"),
+    ):
+        assert any(module in name for name in parts[part]), part
+        if part not in ("coupling", "model, other"):
+            for other in parts.keys() - {part}:
+                assert not any(module in name for name in parts[other]), (part, other)
 
 
 def test_what_is_read_from_a_program():

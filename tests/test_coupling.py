@@ -182,20 +182,22 @@ def test_refuses_shapes_that_do_not_fit(heads, delays, said):
         coupling_update(theta, attention, random_kernel(delays, 1, 8))
 
 
-def test_a_kernel_of_several_heads_heard_is_refused_in_one_line():
+def test_a_kernel_of_another_shape_is_refused_in_one_line():
     """In a process of its own: the run-time type checks of the tests would speak first."""
     script = """
 import jax, jax.numpy as jnp
 from fsn_jax.coupling import coupling_update
-kappa = jnp.ones((2, 1, 2, 8), complex)
-try:
-    jax.eval_shape(coupling_update, jnp.zeros((1, 5, 8)), jnp.zeros((1, 2, 5, 5)), kappa)
-except ValueError as error:
-    print(error)
+for shape in ((2, 1, 2, 8), (2, 1, 1)):
+    kappa = jnp.ones(shape, complex)
+    try:
+        jax.eval_shape(coupling_update, jnp.zeros((1, 5, 8)), jnp.zeros((1, 2, 5, 5)), kappa)
+    except ValueError as error:
+        print(error)
 """
     command = [sys.executable, "-c", script]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert printed.startswith("kappa must be [T, M, N], of FrustratedAttention.kappa() the part")
+    said = "kappa must be [T, M, N] with N = 8, of FrustratedAttention.kappa() the part [:, :, j]"
+    assert printed == f"{said}; got shape (2, 1, 2, 8)\n{said}; got shape (2, 1, 1)\n"
 
 
 @pytest.mark.parametrize("segments", [False, True])

@@ -414,8 +414,19 @@ def test_refuses_what_is_no_number(value):
     generation._check_real(temperature=1, top_p=jnp.float32(0.9))
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint64"])
+def test_a_prompt_of_any_integers_gives_the_same_text(dtype):
+    """Also when it is read again because the context is full."""
+    model, variables = built("two_layers")
+    texts = [
+        generate(model, variables, prompt, num_tokens=12, key=jax.random.key(0), context=4, stop=())
+        for prompt in (np.array([[1, 2]], "int32"), np.array([[1, 2]], dtype))
+    ]
+    np.testing.assert_array_equal(*texts)
+
+
 @pytest.mark.parametrize("stop", [[3], [[[1, 2]]]])
 def test_refuses_stops_that_are_no_sequences_of_tokens(stop):
     """Past the run-time type checks too."""
     with pytest.raises(ConfigError, match="stop must hold sequences of one token or more"):
-        generation._check_stop(stop)
+        generation._Ending(stop, 1)

@@ -228,6 +228,13 @@ def without_a_parameter(folder):
     safetensors.numpy.save_file(arrays, folder / "model.safetensors")
 
 
+def of_another_dtype(folder):
+    """With weights of four bits, which NumPy has not."""
+    header = b'{"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'
+    content = len(header).to_bytes(8, "little") + header + bytes(1)
+    (folder / "model.safetensors").write_bytes(content)
+
+
 def changed(**changes):
     """A damage to ``config.json``: some of its fields have other values."""
 
@@ -245,6 +252,7 @@ DAMAGES = {
         lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 20),
         "model.safetensors cannot be read",
     ),
+    "weights of four bits": (of_another_dtype, "model.safetensors cannot be read"),
     "a parameter less": (without_a_parameter, "does not fit its config.json: .* is absent in"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is not that"),
     "another config": (

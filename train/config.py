@@ -12,7 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fsn_jax import FSNConfig, TransformerConfig
-from fsn_jax.config import ARCHITECTURES, ConfigError, check_fields, match_parameters
+from fsn_jax.config import ARCHITECTURES, match_parameters
+from fsn_jax.fields import ConfigError, check_fields
 from train.bucket import is_remote
 from train.data.suffix_match import LONGEST
 from train.errors import UserError

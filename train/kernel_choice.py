@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from fsn_jax import FSNConfig, kernels
-from fsn_jax.config import Implementation
+from fsn_jax.fields import Implementation
 from fsn_jax.kernels.choice import Sizes, fastest
 from train.config import ModelConfig
 from train.files import write_atomically

@@ -7,8 +7,7 @@ Each default stands here, once, with its range. The settings of the models are i
 import dataclasses
 from typing import Any, Literal
 
-from fsn_jax.config import ConfigError, check_fields
-from fsn_jax.fields import documented, setting
+from fsn_jax.fields import ConfigError, check_fields, documented, setting
 from fsn_jax.vocabulary import Unit, Vocabulary
 from train.errors import UserError
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from fsn_jax.config import Implementation
+from fsn_jax.fields import Implementation
 from fsn_jax.kernels import parts, xla
 from fsn_jax.kernels.arrays import CouplingInputs, CouplingSums
 from fsn_jax.torus import Complex
@@ -54,9 +54,9 @@ def forward(
       ``[B, H, L, G]`` in the dtype of ``value``, and float32 ``[B, H, L]`` twice. Sums are
       float32 on the way.
     """
-    return _by_platform(
-        "forward", implementation, xla.forward, PLATFORMS, query, key, value, segments
-    )
+    arrays = (query, key, value, segments)
+    with jax.named_scope("causal_sum"):
+        return _by_platform("forward", implementation, xla.forward, PLATFORMS, *arrays)
 
 
 def backward(
@@ -85,7 +85,8 @@ def backward(
       implementation: see ``forward``.
     """
     arrays = (query, key, value, log_normalizer, d_total, mean, d_own_score, segments)
-    return _by_platform("backward", implementation, xla.backward, PLATFORMS, *arrays)
+    with jax.named_scope("causal_sum"):
+        return _by_platform("backward", implementation, xla.backward, PLATFORMS, *arrays)
 
 
 def coupling_forward(

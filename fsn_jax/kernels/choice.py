@@ -12,8 +12,8 @@ import numpy as np
 from jax import Array
 
 from fsn_jax import kernels
-from fsn_jax.config import Implementation
 from fsn_jax.coupling import next_in_segment
+from fsn_jax.fields import Implementation
 from fsn_jax.kernels.arrays import CouplingInputs
 from fsn_jax.torus import Complex, imaginary_product, kept_in, phasor
 
@@ -77,7 +77,7 @@ def of_auto(
 
 
 def _is_wholly_manual(mesh: jax.sharding.AbstractMesh) -> bool:
-    """Whether ``jax.shard_map`` (or ``jax.pmap``, which has no mesh) divides over all axes."""
+    """Whether ``jax.shard_map`` (or ``jax.pmap``) divides over all axes."""
     return bool(mesh.manual_axes) and {*mesh.axis_names} <= {*mesh.manual_axes}
 
 

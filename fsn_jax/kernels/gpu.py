@@ -73,7 +73,7 @@ def backward(
             d_scores = jnp.exp(scores - log) * (tiles.product(d_total, value) - mean)
             return tiles.add_product(d_query, d_scores, key)
 
-        own = [d_own * tiles.in_float32(k) for k in tiles.load(key_ref, at.own)]
+        own = [d_own * k.astype(jnp.float32) for k in tiles.load(key_ref, at.own)]
         tiles.store(outputs[0], at.own, at.over_past(add, own))
 
     def key_kernel(at: At, inputs: Sequence[Ref], outputs: Sequence[Ref]) -> None:
@@ -92,7 +92,7 @@ def backward(
             return d_key, tiles.add_product(sums[1], weights, d_total)
 
         d_own = _row(d_own_ref, at.own)[:, None]
-        own = [d_own * tiles.in_float32(q) for q in tiles.load(query_ref, at.own)]
+        own = [d_own * q.astype(jnp.float32) for q in tiles.load(query_ref, at.own)]
         zeros = [jnp.zeros(x.shape, jnp.float32) for x in value]
         for ref, pieces in zip(outputs, at.over_future(add, (own, zeros)), strict=True):
             tiles.store(ref, at.own, pieces)

@@ -69,7 +69,7 @@ def forward(inputs: CouplingInputs, *, interpret: bool) -> tuple[Complex, Coupli
     phases = kappa.re.shape[3]
     part = Shape((*query.shape[:3], phases), query.dtype)
     row = Shape(query.shape[:3], jnp.float32)
-    call = _caller(inputs, SUMS, interpret)
+    call = _caller(inputs, SUMS, interpret, by_tile=True)
     *parts, log = call(_forward_kernel, "fsn_forward", [], [*[part] * 4, row])
     by_head, turning = Complex(*parts[:2]), Complex(*parts[2:])
     sums = CouplingSums.of(inputs, log, field=by_head, turning=turning)
@@ -82,7 +82,8 @@ def backward(
     """Differentiates the local field; see ``fsn_jax.kernels.coupling_backward``."""
     query, key, z, kappa, _, _ = inputs
     batch, heads, length, _ = query.shape
-    by_scores, by_sums = (_caller(inputs, cuts, interpret) for cuts in (SCORES, SUMS))
+    by_scores = _caller(inputs, SCORES, interpret, by_tile=False)
+    by_sums = _caller(inputs, SUMS, interpret, by_tile=True)
     row = Shape(query.shape[:3], jnp.float32)
     like_query, like_key = (Shape(x.shape, x.dtype) for x in (query, key))
     # In the dtype that cotangents of the sums have: three kernels read it.
@@ -126,9 +127,12 @@ def _for_phases(by_head: Complex, z: Complex) -> Complex:
 
 
 def _caller(
-    inputs: CouplingInputs, cuts: dict[int, Cut], interpret: bool
+    inputs: CouplingInputs, cuts: dict[int, Cut], interpret: bool, *, by_tile: bool
 ) -> Callable[..., Sequence[Array]]:
-    """Returns how a kernel of a coupling is called, with more arrays of its tokens."""
+    """Returns how a kernel of a coupling is called, with more arrays of its tokens.
+
+    With ``by_tile`` there is a program for each tile of phases, not one that goes over all tiles.
+    """
     delays, harmonics, heads, phases = inputs.kappa.re.shape
     cut = cuts[inputs.query.dtype.itemsize]
     width = cut.phases(inputs.kappa)
@@ -153,7 +157,7 @@ def _caller(
             inputs.segments,
             outputs,
             tile=cut.tile,
-            num_parts=pl.cdiv(phases, width) if cuts is SUMS else 1,
+            num_parts=pl.cdiv(phases, width) if by_tile else 1,
             interpret=interpret,
         )
 
@@ -210,7 +214,7 @@ def _query_kernel(coupling: Coupling, more: Sequence[Ref], outputs: Sequence[Ref
         return tiles.add_product(d_query, d_scores, key)
 
     d_own_score = (own * (d_own - mean))[:, None]
-    d_query = at.over_past(add_keys, [d_own_score * tiles.in_float32(k) for k in own_key])
+    d_query = at.over_past(add_keys, [d_own_score * k.astype(jnp.float32) for k in own_key])
     tiles.store(outputs[0], at.own, d_query)
     tiles.store_at(outputs[1], (0, 0), mean, at.own)
 
@@ -235,7 +239,7 @@ def _key_kernel(coupling: Coupling, more: Sequence[Ref], outputs: Sequence[Ref])
         return tiles.add_product(d_key, jnp.exp(scores - log) * (d_weights - mean), query)
 
     d_own_score = (own * (d_own - tiles.load_at(mean_ref, (0, 0), at.own)))[:, None]
-    d_key = at.over_future(add_queries, [d_own_score * tiles.in_float32(q) for q in own_query])
+    d_key = at.over_future(add_queries, [d_own_score * q.astype(jnp.float32) for q in own_query])
     tiles.store(outputs[0], at.own, d_key)
 
 

@@ -24,11 +24,11 @@ class Coupling(NamedTuple):
     Attributes:
       at: where the program is.
       width: phases of a tile.
-      query: references to queries ``[1, 1, L, E]``,
-      key: keys,
-      z: phasors ``[1, 1, L, P]``,
-      kappa: the coefficients ``[T, M, 1, P]``,
-      follows: and whether tokens have a successor in their segment ``[1, 1, L]``, or None.
+      query: reference to the queries ``[1, 1, L, E]``.
+      key: reference to the keys ``[1, 1, L, E]``.
+      z: references to the phasors ``[1, 1, L, P]``.
+      kappa: references to the coefficients ``[T, M, 1, P]``.
+      follows: reference to whether a token has a successor in its segment ``[1, 1, L]``, or None.
     """
 
     at: At

@@ -199,16 +199,6 @@ class At(NamedTuple):
         return seen & (own[:, None] == other[None, :])
 
 
-def zipped(*pieces: Pieces) -> Any:
-    """Goes through pieces side by side."""
-    return zip(*pieces, strict=True)
-
-
-def in_float32(x: Array) -> Array:
-    """Converts an array to float32."""
-    return x.astype(jnp.float32)
-
-
 def total(arrays: Any) -> Array:
     """Adds arrays."""
     return functools.reduce(jnp.add, arrays)
@@ -216,17 +206,20 @@ def total(arrays: Any) -> Array:
 
 def product(x: Pieces, y: Pieces) -> Array:
     """Returns ``x[i] . y[j]`` of all rows, ``[rows of x, rows of y]``."""
-    return total(dot(a, b, (1, 1)) for a, b in zipped(x, y))
+    return total(dot(a, b, (1, 1)) for a, b in zip(x, y, strict=True))
 
 
 def row_product(x: Pieces, y: Pieces) -> Array:
     """Returns ``x[i] . y[i]`` of each row, ``[rows]``."""
-    return total(jnp.sum(in_float32(a) * in_float32(b), axis=1) for a, b in zipped(x, y))
+    return total(
+        jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=1)
+        for a, b in zip(x, y, strict=True)
+    )
 
 
 def add_product(sums: Pieces, weights: Array, rows: Pieces) -> Pieces:
     """Adds ``weights @ rows``, the weights in the dtype of the rows."""
-    return [s + dot(weights.astype(x.dtype), x, (1, 0)) for s, x in zipped(sums, rows)]
+    return [s + dot(weights.astype(x.dtype), x, (1, 0)) for s, x in zip(sums, rows, strict=True)]
 
 
 def call(

@@ -38,11 +38,15 @@ def forward(
         tile.run(add_keys(tile, query, key, value, segments, state, finish))
 
     row = jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32)
-    value = tiles.turned(value)
+    value = tiles.features_first(value)
     total, own, log = tiles.call(
         kernel,
         "fsn_forward",
-        [(tiles.turned(query), BY_QUERY), (tiles.turned(key), BY_KEY), (value, BY_KEY)],
+        [
+            (tiles.features_first(query), BY_QUERY),
+            (tiles.features_first(key), BY_KEY),
+            (value, BY_KEY),
+        ],
         segments,
         [
             (jax.ShapeDtypeStruct(value.shape, value.dtype), BY_QUERY),
@@ -53,7 +57,7 @@ def forward(
         scratch=sum_state(value.shape[2], length),
         interpret=interpret,
     )
-    return tiles.turned_back(total, width), own[:, :, 0], log[:, :, 0]
+    return tiles.tokens_first(total, width), own[:, :, 0], log[:, :, 0]
 
 
 def backward(
@@ -75,7 +79,7 @@ def backward(
         rows = (log, mean, d_own)
         tile.run(add_cotangents(tile, query, key, value, d_total, rows, segments, outputs))
 
-    by_query, by_key, values, d_totals = map(tiles.turned, (query, key, value, d_total))
+    by_query, by_key, values, d_totals = map(tiles.features_first, (query, key, value, d_total))
     rows = [x[:, :, None] for x in (log_normalizer, mean, d_own_score)]
     cotangents = tiles.call(
         kernel,
@@ -91,7 +95,7 @@ def backward(
         interpret=interpret,
     )
     return tuple(
-        tiles.turned_back(d, x.shape[3]).astype(x.dtype)
+        tiles.tokens_first(d, x.shape[3]).astype(x.dtype)
         for d, x in zip(cotangents, (query, key, value), strict=True)
     )
 

@@ -39,7 +39,7 @@ def forward(inputs: CouplingInputs, *, interpret: bool) -> tuple[Complex, Coupli
     re, im, total, own, log = tiles.call(
         functools.partial(_forward_kernel, _Case.of(inputs)),
         "fsn_forward",
-        [(tiles.turned(query), BY_QUERY), (tiles.turned(key), BY_KEY), *phasors],
+        [(tiles.features_first(query), BY_QUERY), (tiles.features_first(key), BY_KEY), *phasors],
         segments,
         [(part, WHOLE), (part, WHOLE), (sums, BY_QUERY), (row, BY_QUERY), (row, BY_QUERY)],
         keys_outside=False,
@@ -50,7 +50,7 @@ def forward(inputs: CouplingInputs, *, interpret: bool) -> tuple[Complex, Coupli
         ],
         interpret=interpret,
     )
-    field = Complex(*(tiles.turned_back(x, z.re.shape[3]) for x in (re, im)))
+    field = Complex(*(tiles.tokens_first(x, z.re.shape[3]) for x in (re, im)))
     total = _with_phases(total, kappa, z.re.shape[3]).swapaxes(2, 3)
     return field, CouplingSums.of(inputs, log[:, :, 0], total=total, self_weight=own[:, :, 0])
 
@@ -62,23 +62,21 @@ def backward(
     query, key, z, kappa, _, segments = inputs
     length, phasors = query.shape[2], _phasors(inputs)
     phases = phasors[1][0].shape[2]
-    turned_query, turned_key = tiles.turned(query), tiles.turned(key)
+    wide_query, wide_key = tiles.features_first(query), tiles.features_first(key)
     total = _with_phases(sums.total.swapaxes(2, 3), kappa, phases)
     by_query = [total, *(x[:, :, None] for x in (sums.self_weight, sums.log_normalizer))]
-    by_query += [tiles.turned(part, SUBLANES) for part in d_field]
+    by_query += [tiles.features_first(part, SUBLANES) for part in d_field]
     coefficients = (query.shape[0], *phasors[0][0].shape[1:])
     d_query, d_key, d_kappa, d_theta = tiles.call(
         functools.partial(_backward_kernel, _Case.of(inputs)),
         "fsn_backward",
-        [(turned_query, BY_QUERY), (turned_key, BY_KEY)]
-        + [(x, BY_QUERY) for x in by_query]
-        + phasors,
+        [(wide_query, BY_QUERY), (wide_key, BY_KEY)] + [(x, BY_QUERY) for x in by_query] + phasors,
         segments,
         [
             (jax.ShapeDtypeStruct(shape, jnp.float32), columns)
             for shape, columns in (
-                (turned_query.shape, WHOLE),
-                (turned_key.shape, BY_KEY),
+                (wide_query.shape, WHOLE),
+                (wide_key.shape, BY_KEY),
                 (coefficients, FIXED),
                 (phasors[1][0].shape, WHOLE),
             )
@@ -89,11 +87,11 @@ def backward(
         + [_scratch(phases, length)] * 3 * (kappa.re.shape[0] - 1),
         interpret=interpret,
     )
-    d_theta = tiles.turned_back(d_theta, z.re.shape[3])
+    d_theta = tiles.tokens_first(d_theta, z.re.shape[3])
     d_z = along_circle(z, d_theta)  # phasors stay on the circle
     return CouplingInputs(
-        tiles.turned_back(d_query, query.shape[3]).astype(query.dtype),
-        tiles.turned_back(d_key, key.shape[3]).astype(key.dtype),
+        tiles.tokens_first(d_query, query.shape[3]).astype(query.dtype),
+        tiles.tokens_first(d_key, key.shape[3]).astype(key.dtype),
         kept_in(d_z, z.re.dtype.name),
         _from_columns(d_kappa.sum(axis=0), kappa),
     )
@@ -187,7 +185,7 @@ def _phasors(inputs: CouplingInputs) -> Inputs:
     """What both kernels read of phasors and kernel, for ``_Case.parse``."""
     _, _, z, kappa, follows, _ = inputs
     kinds = [BY_QUERY, BY_KEY, AFTER_KEY][: 1 + kappa.re.shape[0]]
-    phasors = [tiles.turned(part, SUBLANES) for part in z]
+    phasors = [tiles.features_first(part, SUBLANES) for part in z]
     arrays = [(x, columns) for columns in kinds for x in phasors]
     if follows is not None:
         arrays.append((follows.swapaxes(2, 3), BY_KEY))

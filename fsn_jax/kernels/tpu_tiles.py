@@ -116,15 +116,15 @@ def scores(
     return found
 
 
-def turned(x: Array, multiple: int = 1) -> Array:
+def features_first(x: Array, multiple: int = 1) -> Array:
     """``[B, H, L, W]`` as the kernels take it, ``[B, H, W, L]``, of at least one row."""
     x = x.swapaxes(2, 3)
     rows = x.shape[2]
     return jnp.pad(x, ((0, 0), (0, 0), (0, max(rows, 1) - rows + -rows % multiple), (0, 0)))
 
 
-def turned_back(x: Array, width: int) -> Array:
-    """The inverse of ``turned``, given W."""
+def tokens_first(x: Array, width: int) -> Array:
+    """The inverse of ``features_first``, given W."""
     return x[:, :, :width].swapaxes(2, 3)
 
 

@@ -63,7 +63,7 @@ def backward(
         for x in (query, key, value, log_normalizer, d_total, mean, d_own_score)
     )
     segments = None if segments is None else _pad_rows(segments, length)
-    own_query, own_key = query, key
+    own_query, own_key, own_value = query, key, value
     query, key, value = delay_until(d_total, (query, key, value))
     d_query = []
     zeros = [jnp.zeros_like(x, jnp.float32) for x in (key, value)]
@@ -80,7 +80,10 @@ def backward(
         d_key + d_own_score * own_query,
         d_value,
     )
-    return tuple(x[:, :, :length].astype(query.dtype) for x in cotangents)
+    return tuple(
+        x[:, :, :length].astype(own.dtype)
+        for x, own in zip(cotangents, (own_query, own_key, own_value), strict=True)
+    )
 
 
 def _prefix(

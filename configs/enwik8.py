@@ -16,7 +16,7 @@ kind                model
 ``projected_base``  the same without frustration (pocket rung)
 ``projected_modes`` the same with collective modes (pocket rung)
 ``transformer``     RoPE-SwiGLU transformer
-``shifted``         the same, whose queries and keys see the token before
+``shifted``         the same with token shift: queries and keys see the token before
 ==================  ================================================================================
 """
 

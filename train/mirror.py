@@ -31,6 +31,7 @@ from train.bucket import (
 from train.errors import UserError, no_run
 from train.files import saved_steps, user_path
 from train.integrity import STEP_METADATA, damage
+from train.metrics import append_row, read_rows
 from train.run_files import (
     CHECKPOINTS,
     CONFIG,
@@ -142,7 +143,7 @@ class Mirror:
 
     def _copy_if_changed(self, source: epath.Path, target: epath.Path) -> None:
         if source.name in _OF_ANY_MACHINE:
-            add_rows_of(target, source)
+            _add_rows_of(target, source)
         stat = source.stat()
         state = (stat.mtime, stat.length)
         if self._sent.get(str(source)) != state:
@@ -247,18 +248,17 @@ def send_back(file: Path, run: str, mirror_dir: str) -> None:
 
 
 def _send_rows(source: epath.Path, target: epath.Path) -> None:
-    add_rows_of(target, source)
+    _add_rows_of(target, source)
     copy_file(source, target)
 
 
-def add_rows_of(other: epath.Path, file: epath.Path) -> None:
-    """Appends to a log, whose rows are lines, those of another that it lacks."""
-    if not other.exists():
-        return
-    text = file.read_text(encoding="utf-8")
-    lacking = [row for row in other.read_text(encoding="utf-8").splitlines() if row not in text]
-    if lacking:
-        file.write_text(text + "".join(f"{row}\n" for row in lacking), encoding="utf-8")
+def _add_rows_of(other: epath.Path, log: epath.Path) -> None:
+    """Appends to a local log the rows of another that it lacks."""
+    here = Path(log)
+    known = read_rows(here)
+    for row in read_rows(other):
+        if row not in known:
+            append_row(here, row)
 
 
 def _copy_run(

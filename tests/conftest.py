@@ -37,6 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the pages under docs/ that tests make, instead of comparing them",
     )
+    parser.addoption(
+        "--first-cases",
+        action="store_true",
+        help="of each parametrized test run the first case alone",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,6 +62,18 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     gc.set_threshold(50_000)  # tracing makes many small objects, and few of them are garbage
+
+
+@pytest.hookimpl(trylast=True)  # of the cases that -m and -k leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps the first case of each test with ``--first-cases``."""
+    if not config.getoption("--first-cases"):
+        return
+    first: dict[str, pytest.Item] = {}
+    for item in items:
+        first.setdefault(item.nodeid.partition("[")[0], item)
+    config.hook.pytest_deselected(items=[x for x in items if x not in set(first.values())])
+    items[:] = first.values()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 
@@ -11,8 +11,10 @@ def lookup(table: Float[Array, "V N"], ids: Int[Array, "*shape"]) -> Float[Array
 
     On a mesh of Explicit axes the rows are divided as their ids are.
     """
-    spec = jax.typeof(ids).sharding.spec
-    sharding = PartitionSpec(*spec, None) if any(spec) else None
+    of_ids = jax.typeof(ids).sharding
+    sharding = None
+    if any(of_ids.spec):
+        sharding = NamedSharding(of_ids.mesh, PartitionSpec(*of_ids.spec, None))
     return table.at[ids].get(
         mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=sharding
     )

@@ -554,7 +554,7 @@ CASES = [
         "a run folder in use",
         TRAIN,
         "the run folder run is in use by process 4242 on elsewhere; wait for it, or "
-        "choose another with --config.run_dir=FOLDER",
+        "choose another with --config.run_dir=FOLDER; if that machine is gone, remove run/lock",
         in_use,
     ),
     Case(

@@ -17,8 +17,9 @@ GUIDES = (
     "docs/commands.md",
     "docs/data.md",
     "docs/gpu.md",
+    "docs/reliability.md",
 )
-COMMAND = re.compile(r"python -m train ([^\n;&#\"|]*)")
+COMMAND = re.compile(r"python -m train ([^\n;&#\"|>]*)")
 
 
 def commands():

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fsn_jax import FSN, FrustratedAttention, KuramotoAttention, Transformer, TransformerConfig
 from fsn_jax.base_layer import LinearValueAttention
+from fsn_jax.lookup import lookup
 
 BATCH, LENGTH = 4, 9
 CONFIG = cases.fsn_config(num_layers=1)
@@ -72,6 +73,14 @@ def test_a_batch_divided_over_a_mesh_of_either_kind(name, kind):
         assert found[1].sharding.spec[0] == "data"
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_a_table_are_divided_as_their_ids_are():
+    """Also where no mesh is set around the program."""
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    table = jax.device_put(jnp.ones((5, 3)), NamedSharding(mesh, PartitionSpec()))
+    ids = jax.device_put(jnp.zeros((8, 2), int), NamedSharding(mesh, PartitionSpec("data")))
+    assert jax.jit(lookup)(table, ids).sharding.spec[0] == "data"
 
 
 @pytest.mark.parametrize(

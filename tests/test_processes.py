@@ -2,6 +2,7 @@
 
 import re
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import real_runs
 from small_runs import SAME_LOSS, assert_equal_trees, largest_difference, rows_of
 
-from train import processes
+from train import processes, run
 from train.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, UserError
 from train.flags import parse_options
 from train.processes import Joining
@@ -53,6 +54,18 @@ def test_the_flags_say_how_the_processes_join():
 def test_flags_that_cannot_join_are_refused(flags, says):
     with pytest.raises(UserError, match=says):
         parse_options(["train", *flags])
+
+
+def test_the_folder_of_process_0_may_be_seen_late(tmp_path, monkeypatch):
+    """A network file system can remember for a while that it was not there."""
+    monkeypatch.setattr(run, "SEEN_SECONDS", 0.2)
+    with pytest.raises(UserError, match=r"of process 0 is not here: name one that all .* share"):
+        run._open_beside(tmp_path)
+    monkeypatch.setattr(run, "SEEN_SECONDS", 60.0)
+    late = threading.Timer(0.2, (tmp_path / "config.json").touch)
+    late.start()
+    assert run._open_beside(tmp_path).path == tmp_path
+    late.join()
 
 
 # Real processes

@@ -53,17 +53,21 @@ def test_a_trace_holds_the_chosen_steps_and_changes_nothing(tmp_path):
     assert logs[0] == logs[1]
 
 
-def test_processes_that_share_a_folder_make_no_trace_of_all_of_it(tmp_path, monkeypatch):
+def test_processes_that_share_a_run_folder_have_traces_of_their_own(tmp_path, monkeypatch):
+    """JAX names a trace by host and second, and two processes of a host can end in the same."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    profiler = Profiler(tmp_path, TracedSteps(0, 5))
-    with profiler.dispatch(0, 5):
-        result = jax.numpy.ones(3)
-    # Another process of the run ends its trace in the same second.
-    for folder in tmp_path.glob("profile/plugins/profile/*"):
-        (folder / "other.trace.json.gz").touch()
-    assert profiler.after(5, result) == tmp_path / "profile"
-    assert len(list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))) == 1
-    assert not list(tmp_path.glob("profile/plugins/profile/*/perfetto_trace.json.gz"))
+    for process in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        profiler = Profiler(tmp_path, TracedSteps(0, 5))
+        with profiler.dispatch(0, 5):
+            result = jax.numpy.ones(3)
+        assert profiler.after(5, result) == tmp_path / "profile" / f"process_{process}"
+    for file in ("*.xplane.pb", "perfetto_trace.json.gz"):
+        found = tmp_path.glob(f"profile/process_*/plugins/profile/*/{file}")
+        assert sorted(path.relative_to(tmp_path).parts[1] for path in found) == [
+            "process_0",
+            "process_1",
+        ]
 
 
 def test_a_trace_under_way_is_ended_with_the_run(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from train import processes
 from train.errors import UserError
 from train.interruption import interruptions
 from train.program import run_program, start_jax
@@ -177,6 +178,18 @@ def test_a_cpu_has_the_requested_number_of_devices_unless_the_user_sets_it(flags
         text=True,
     )
     assert int(done.stdout) == devices
+
+
+def test_processes_meet_as_soon_as_they_have_joined(monkeypatch):
+    """A first exchange on CPUs gives up after 30 s, and the first work may take longer."""
+    met = []
+    monkeypatch.setattr(processes, "join", lambda joining: None)
+    monkeypatch.setattr(processes, "together", lambda work: met.append(work()))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    for count in (1, 2):
+        monkeypatch.setattr(jax, "process_count", lambda count=count: count)
+        start_jax(processes.Joining(distributed=count > 1))
+        assert len(met) == count - 1
 
 
 def test_a_module_run_as_a_program_says_how_programs_are_run():

@@ -48,13 +48,19 @@ WITHOUT_EFFECT = frozenset(
         "data.cache_dir",
         "data.path",
         "data.placement",
+        "model.implementation",
+        "model.remat",
+        "training.accumulation_steps",
         "training.layout",
         "training.patience",
         "training.skipped_limit",
+        "evaluation.batch_size",
+        "checkpoints.every",
         "checkpoints.keep",
     }
 )
-"""Settings that do not affect the numbers of a step; they may change when a run resumes."""
+"""Settings that may change when a run resumes, for instance on another machine: they decide where
+it lies, how long it trains, and by which operations it computes a step, up to the last bits."""
 
 
 @dataclasses.dataclass(frozen=True)

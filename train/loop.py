@@ -125,7 +125,8 @@ def _train(
         step = start
         if start < num_steps and not patience.is_over:
             begun_before = run.has_begun
-            write_provenance(run, corpus, resume_step=start)
+            path = model.config.implementation
+            write_provenance(run, corpus, resume_step=start, implementation=path)
             if run.writes:  # of an early end, after which it now trains on
                 (run.path / SUMMARY).unlink(missing_ok=True)
             loop = _Loop(

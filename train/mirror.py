@@ -10,6 +10,7 @@ copy at the end, once it holds a newer one.
 
 import contextlib
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -64,7 +65,7 @@ class Mirror:
             epath.Path(parent if is_remote(parent) else user_path("config.mirror_dir", parent))
             / folder.absolute().name
         )
-        self._sent: dict[str, tuple[float, int]] = {}  # time of change and length when copied
+        self._sent: dict[str, tuple[int, int]] = {}  # time of change and length when copied
         self._thread: threading.Thread | None = None
         here, there = folder.resolve(), Path(self.place).resolve()
         inside = here == there or here in there.parents
@@ -144,8 +145,8 @@ class Mirror:
     def _copy_if_changed(self, source: epath.Path, target: epath.Path) -> None:
         if source.name in _OF_ANY_MACHINE:
             _add_rows_of(target, source)
-        stat = source.stat()
-        state = (stat.mtime, stat.length)
+        stat = os.stat(source)  # epath's asks for the name of the owner, who may have none
+        state = (stat.st_mtime_ns, stat.st_size)
         if self._sent.get(str(source)) != state:
             copy_file(source, target)
             self._sent[str(source)] = state

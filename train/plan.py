@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 
+from fsn_jax import FSN, Transformer
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus
 from train.data.windows import WindowOrder, check_evaluation, check_placement
@@ -84,7 +85,7 @@ def window_order(experiment: ExperimentConfig, corpus: Corpus) -> WindowOrder:
     )
 
 
-def model_for(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> nn.Module:
+def model_for(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> FSN | Transformer:
     """Returns the run's model, with the faster path of the causal sum on the mesh."""
     rows = experiment.training.batch_size // mesh.size // parts_of_batch(experiment, mesh)
     model = with_implementation(

@@ -39,7 +39,10 @@ class Profiler(contextlib.ExitStack):
     def __init__(self, run_folder: Path, traced: TracedSteps | None):
         """Traces nothing if ``traced`` is None."""
         super().__init__()
-        self._folder, self._traced, self._running = run_folder / "profile", traced, False
+        self._folder = run_folder / "profile"
+        if jax.process_count() > 1:  # JAX names traces by host and second
+            self._folder /= f"process_{jax.process_index()}"
+        self._traced, self._running = traced, False
 
     @contextlib.contextmanager
     def dispatch(self, before: int, step: int) -> Iterator[None]:
@@ -49,11 +52,9 @@ class Profiler(contextlib.ExitStack):
         if self._traced and not self._running and self._traced.first < step:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # each Python call: slow, and drowns the rest
-            # JAX makes the trace for Perfetto of the newest folder, which processes share.
-            alone = jax.process_count() == 1
             self.enter_context(
                 jax.profiler.trace(
-                    str(self._folder), create_perfetto_trace=alone, profiler_options=options
+                    str(self._folder), create_perfetto_trace=True, profiler_options=options
                 )
             )
             self._running = True

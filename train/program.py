@@ -148,5 +148,11 @@ def start_jax(joining: "Joining | None" = None, *, cpu_devices: int = 1) -> None
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UserError(
             f"this is one of {jax.process_count()} processes of a slice: train in each of them "
-            f"with --distributed, and run any other program with JAX_PLATFORMS=cpu or on one host"
+            f"with --distributed, and run any other program with JAX_PLATFORMS=cpu"
         )
+    if jax.process_count() > 1:
+        from train.processes import together
+
+        # Connects them while all are here: on CPUs the first exchange waits 30 s for the others at
+        # most, and later ones as long as they need.
+        together(lambda: None)

@@ -21,13 +21,23 @@ from train.run_files import PROVENANCE
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def write_provenance(run: RunFolder, corpus: Corpus, *, resume_step: int) -> None:
-    """Appends an entry for this start to the run's provenance."""
+def write_provenance(
+    run: RunFolder, corpus: Corpus, *, resume_step: int, implementation: str
+) -> None:
+    """Appends an entry for this start to the run's provenance.
+
+    Args:
+      run: its folder.
+      corpus: its data.
+      resume_step: number of steps done before.
+      implementation: of the causal sum: the measured choice where the setting is ``auto``.
+    """
     if not run.writes:
         return
     file = run.path / PROVENANCE
     starts = run.read_provenance() if file.exists() else []
-    starts.append({"step": resume_step, **provenance(corpus)})
+    this = {"step": resume_step, **provenance(corpus), "implementation": implementation}
+    starts.append(this)
     write_atomically(file, json.dumps(starts, indent=2) + "\n")
 
 

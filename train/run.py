@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,9 @@ from train.mirror import Mirror, fetched_run
 from train.old_settings import read_experiment
 from train.processes import first_does, together
 from train.run_files import CHECKPOINTS, CONFIG, LOCK, METRICS, PROVENANCE, SUMMARY, VOCABULARY
+
+SEEN_SECONDS = 90.0
+"""How long a new folder may take to be seen by another host: NFS remembers a name's absence."""
 
 
 class RunFolder:
@@ -165,11 +169,14 @@ def create_or_resume(experiment: ExperimentConfig, corpus: Corpus) -> RunFolder:
 
 
 def _open_beside(path: Path) -> RunFolder:
-    if not (path / CONFIG).is_file():
-        raise UserError(
-            f"the run folder {path} of process 0 is not here: name one that all processes share, "
-            f"with --config.run_dir=FOLDER"
-        )
+    end = time.monotonic() + SEEN_SECONDS
+    while not (path / CONFIG).is_file():
+        if time.monotonic() > end:
+            raise UserError(
+                f"the run folder {path} of process 0 is not here: name one that all processes "
+                f"share, with --config.run_dir=FOLDER"
+            )
+        time.sleep(0.1)
     return RunFolder(path)
 
 
@@ -249,7 +256,7 @@ def _take_lock(lock: IO[str], path: Path) -> None:
         holder = lock.read().strip() or "an unknown process"
         raise UserError(
             f"the run folder {path} is in use by {holder}; wait for it, or choose another with "
-            f"--config.run_dir=FOLDER"
+            f"--config.run_dir=FOLDER; if that machine is gone, remove {path / LOCK}"
         ) from None
     except OSError as error:  # as on Lustre, unless it was mounted for it
         print(

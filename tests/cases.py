@@ -104,9 +104,9 @@ WITHIN_A_TOKEN = {
     "unscaled", "one_quadrature", "content_gated_one_quadrature", "modes_one_quadrature",
     "collective_modes", "dense_modes", "modes_field", "no_feedforward", "positive",
     "gated_no_angles", "gated_block_harmonics", "content_gated_all", "content_gated_similarity",
-    "content_gated_linear_values",
+    "content_gated_linear_values", "wide_score", "similarity_head", "gated_block", "no_angles",
 }  # fmt: skip
-"""Variants that change what happens within a token, or join two changes of what lies between."""
+"""Variants that change what happens within a token, or combine two that are tested alone."""
 TOKENS_MEET = tuple(name for name in FSN_VARIANTS if name not in WITHIN_A_TOKEN)
 """For tests of causality and of the cache."""
 TRANSFORMER_VARIANTS: dict[str, dict[str, Any]] = {

@@ -158,7 +158,8 @@ def write_record(
 
     It was started once at each of `commits`.
     """
-    known = {"parameters": 1000, "characters": 10**6, "sha256": "da7a", "context": 8, "bytes": 99}
+    known = {"parameters": 1000, "characters": 10**6, "sha256": "da7a", "context": 8, "stride": 8}
+    known["bytes"] = 99
     fact = {**known, **facts}
     assert fact.keys() == known.keys()
     folder = results / (f"{arm}_seed{seed}" if seed else arm)
@@ -180,7 +181,7 @@ def write_record(
             "characters_per_second": fact["characters"] // 10,
             "data_sha256": fact["sha256"],
             "validation": {
-                "bpc": curve[-1], "bytes": fact["bytes"], "stride": 8, "context": fact["context"],
+                "bpc": curve[-1], **{name: fact[name] for name in ("bytes", "stride", "context")},
             },
         },
         "provenance.json": [

@@ -307,3 +307,13 @@ def test_gradients_against_central_differences(score, implementation):
 
     at = {"params": variables["params"], "theta": theta}
     cases.check_gradients(jax.jit(jax.grad(library))(at), exact, oracle.as_float64(at))
+
+
+def test_how_a_score_begins():
+    """Its temperature, and angles in all heads but the similarity head."""
+    layer = FrustratedAttention(num_heads=4, score_angle=0.3, score_sharpness=2.0)
+    init = jax.jit(layer.init)(jax.random.key(0), cases.angles(1, 2, 1600))
+    score = init["params"]["score"]
+    np.testing.assert_allclose(score["log_beta"], np.log(2 / np.sqrt(400)), rtol=1e-6)
+    similarity, *others = np.split(np.asarray(score["gate_angle"]), 4)
+    assert not similarity.any() and np.std(others) == pytest.approx(0.3, abs=0.02)

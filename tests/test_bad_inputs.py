@@ -551,6 +551,12 @@ CASES = [
         "place",
     ),
     Case(
+        "the final test of a run in a bucket",
+        "train test gs://bucket/run",
+        "the test split is read once and each use recorded in the run's folder; copy "
+        "gs://bucket/run to this machine, and the folder back afterwards",
+    ),
+    Case(
         "a run folder in use",
         TRAIN,
         "the run folder run is in use by process 4242 on elsewhere; wait for it, or "

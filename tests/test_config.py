@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import random
 import re
 
 import cases
@@ -147,29 +148,32 @@ def test_frozen_hashable_and_checked_again_when_replaced(config):
 
 
 def fsn_grid():
-    """Every score with every value pathway and feed-forward; the rest varies along the way."""
+    """Every score with every value pathway and feed-forward; the rest is drawn, each by itself."""
     kinds = itertools.product(
         ("projected", "gated", "content_gated", "none"),
         ("circular", "linear"),
         ("swiglu", "collective_modes", "none"),
     )
     for i, (score, values, feedforward) in enumerate(kinds):
+        draw = random.Random(i).choice
+        heads, heard = draw([(1, 1), (3, 1), (3, 2), (3, 3), (9, 2), (9, 3)])
         yield cases.fsn_config(
             score=score,
             values=values,
             feedforward=feedforward,
-            heads_per_phase=(1, 2, 3)[i % 3],
-            features=("phasor", "quadrature")[i % 2],
-            delay=i % 2 == 0,
-            static_angles=i % 5 < 3,
-            num_harmonics=1 + i % 3,
-            num_layers=1 + i % 2,
-            num_heads=(1, 3, 9)[i % 3],
-            vocab_size=5 + i % 4,
-            score_scope=("all", "block")[i % 2],
-            score_harmonics=1 + i % 2 if score == "gated" else 1,
-            score_phases=i % 3 if score == "projected" else 0,
-            similarity_heads=i % 2,
+            num_heads=heads,
+            heads_per_phase=heard,
+            features=draw(["phasor", "quadrature"]),
+            delay=draw([True, False]),
+            static_angles=draw([True, False]),
+            num_harmonics=draw([1, 2, 3]),
+            num_layers=draw([1, 2]),
+            vocab_size=draw([5, 6, 7]),
+            score_scope=draw(["all", "block"]),
+            score_harmonics=draw([1, 2]) if score == "gated" else 1,
+            score_angles=draw([True, False]),
+            score_phases=draw([0, 1, 2]) if score == "projected" else 0,
+            similarity_heads=draw([0, 1]),
         )
 
 

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from small_runs import mesh_of
 
 from configs import ablations, designs, enwik8, ladder, long
+from fsn_jax import TransformerConfig
 from train.config import ExperimentConfig, ModelConfig
 from train.errors import UserError
 from train.flags import load_config, parse_config
@@ -367,16 +368,14 @@ def test_every_value_of_a_switch_is_the_reference_or_an_arm(form):
 
 
 def program_of(config: ExperimentConfig) -> Any:
-    """What makes the step but for sizes, rates and the corpus: the settings that choose code."""
-    sizes = {
-        "num_layers", "num_phases", "score_phases", "feedforward_width", "num_modes", "width",
-        "vocab_size",
-    }  # fmt: skip
-    switches = {n: v for n, v in dataclasses.asdict(config.model).items() if n not in sizes}
+    """The settings that choose the code of the step, but for those that test_fsn.py combines."""
+    names = ("score", "values", "feedforward", "mode_weights", "field_features", "features")
+    if isinstance(config.model, TransformerConfig):
+        names = ("token_shift", "tied_embedding")
     training = config.training
     return (
         type(config.model),
-        *sorted(switches.items()),
+        *(getattr(config.model, name) for name in (*names, "remat")),
         config.optimizer.matrices,
         (training.layout, training.accumulation_steps, training.steps_per_dispatch == 1),
     )
@@ -389,7 +388,7 @@ DISTINCT = {program_of(experiment_of(argument)): argument for argument in ARMS}
 def test_a_step_of_a_config_can_be_traced(argument):
     """With its own batch and context, and one of its layers, which are all alike.
 
-    Arms that differ in size alone are one; the slow test below takes a step of each.
+    One arm for each program; the slow test below takes a step of every arm.
     """
     config = shallow(experiment_of(argument))
     context = config.data.context

@@ -100,6 +100,7 @@ def test_a_run_that_was_moved_is_sampled_without_its_data(finished, tmp_path, ca
     shutil.copytree(run, moved)
     config = json.loads((moved / "config.json").read_text(encoding="utf-8"))
     config["data"]["path"] = "gone"
+    config["evaluation"]["batch_size"] = 12  # no multiple of the devices
     (moved / "config.json").write_text(json.dumps(config), encoding="utf-8")
     sample.program(["sample", str(moved), *options])
     assert capfdbinary.readouterr().out == expected

@@ -28,8 +28,7 @@ def gradient(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "platform"), [("float32", "tpu"), ("bfloat16", "cuda")])
 def test_forward_and_backward_lower(dtype, platform, name):
     tokens = cases.tokens(2, 8)
     model = MODELS[name](dtype)

@@ -14,7 +14,9 @@ from train.files import (
     check_json_output,
     check_output,
     default_output,
+    new_folder,
     user_path,
+    write_atomically,
     write_result,
 )
 from train.run import create_or_resume
@@ -192,3 +194,24 @@ def test_a_full_disk_under_the_output_is_reported_after_the_work(tmp_path):
 def test_a_closed_stream_costs_nothing(tmp_path, closed):
     """Nor does the file that is opened next take its place."""
     assert streamed(tmp_path, closed)[0] == 0
+
+
+def test_a_new_folder_is_whole_or_not_there(tmp_path):
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "new") as made:
+        (made / "part").touch()
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with new_folder(tmp_path / "new"):
+        pass
+    (tmp_path / "other").mkdir()
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "x.json"
+    write_atomically(file, "before")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(os, "replace", lambda *_: 1 // 0)
+        patch.setattr(Path, "replace", lambda *_: 1 // 0)
+        write_atomically(file, "after")
+    assert file.read_text(encoding="utf-8") == "before"

@@ -2,16 +2,20 @@
 
 import json
 
+import cases
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
 from configs import enwik8
+from fsn_jax.kernels import choice
 from fsn_jax.kernels.choice import Sizes
 from train import kernel_choice
-from train.kernel_choice import FILE, sum_widths, with_implementation
+from train.kernel_choice import FILE, sizes_of, with_implementation
 from train.mesh import data_mesh
+from train.step import build_model
 
 MODEL = enwik8.FSN_1M
 
@@ -55,7 +59,7 @@ def test_measured_once_and_remembered_beside_the_compilation_cache(machine, tmp_
     mesh, timed = machine
     assert [choose(mesh), choose(mesh)] == ["pallas", "pallas"]
     assert (MODEL.num_heads, MODEL.num_harmonics, MODEL.heads_per_phase) == (2, 2, 2)
-    assert timed == [Sizes(8, 2, 512, *sum_widths(MODEL), "float32", (2, 2, 1))]
+    assert timed == [Sizes(8, 2, 512, 112, 448, "float32", (2, 2, 1))]
     file = tmp_path / FILE
     file.write_text(
         json.dumps(dict.fromkeys(json.loads(file.read_text(encoding="utf-8")), "xla")),
@@ -73,6 +77,25 @@ def test_measured_again_for_segments_and_for_other_kernels(machine, monkeypatch)
     monkeypatch.setattr(kernel_choice, "_kernels_hash", lambda: "of another version")
     choose(mesh)
     assert [sizes.segments for sizes in timed] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        cases.fsn_config(num_layers=1, num_heads=3, num_phases=12, heads_per_phase=2),
+        cases.fsn_config(num_layers=1, values="linear"),
+        cases.transformer_config(num_layers=1),
+    ],
+    ids=["fsn", "linear_values", "transformer"],
+)
+def test_a_model_asks_for_what_is_measured_for_it(monkeypatch, config):
+    asked = []
+    monkeypatch.setattr(choice, "fastest", lambda sizes: asked.append(sizes) or "xla")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    jax.eval_shape(build_model(config).init, jax.random.key(0), tokens)
+    assert asked[-1] == sizes_of(config, rows=2, context=8)
 
 
 @pytest.mark.parametrize("first_says", [0, 1])

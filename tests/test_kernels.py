@@ -201,8 +201,7 @@ def test_coupling_kernel_against_reference(switches, length, num_segments):
 
 
 @pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize("coupling", [(2, 2, 1), None])
+@pytest.mark.parametrize(("coupling", "segments"), [((2, 2, 1), True), (None, False)])
 def test_the_measured_kernels_are_right_in_bfloat16(monkeypatch, coupling, segments):
     """The cotangents are those of the blocks; a warning, here an error, says if they are not."""
     monkeypatch.setattr(choice, "REPEATS", 1)
@@ -261,10 +260,8 @@ def test_a_gpu_without_a_kernel_gets_the_blocks_and_interprets_nothing():
 @pytest.mark.parametrize(
     ("platform", "calls", "dtype", "x64"),
     [
-        ("tpu", 2, "float32", False),
         ("tpu", 2, "bfloat16", False),
         ("tpu", 2, "float32", True),
-        ("cuda", 4, "float32", False),
         ("cuda", 4, "bfloat16", False),
     ],
 )

@@ -40,6 +40,7 @@ from train.loop import DivergedError
 from train.mesh import replicated
 from train.metrics import RowLog, append_row, read_rows
 from train.old_settings import read_experiment
+from train.optimizer import learning_rate
 from train.plan import check_devices, cpu_devices, parts_of_batch
 from train.run import RunFolder, open_run
 from train.step import build_model, make_evaluate_rows
@@ -202,7 +203,11 @@ def test_the_last_step_has_a_row_and_every_step_a_time(corpus, tmp_path):
 
     rows = rows_of(tmp_path / "run", "train")
     assert [row["step"] for row in rows] == [10, 20, 25]
-    assert rows[-1] == rows_of(tmp_path / "every_dispatch", "train")[-1]  # of steps 21 to 25
+    by_dispatch = rows_of(tmp_path / "every_dispatch", "train")
+    assert rows[-1] == by_dispatch[-1]  # of steps 21 to 25
+    for column in ("loss", "grad_norm"):
+        mean = (by_dispatch[0][column] + by_dispatch[1][column]) / 2
+        assert rows[0][column] == pytest.approx(mean, rel=1e-5)
     for name in ("run", "crashed"):
         assert read_rows(tmp_path / name / "metrics.jsonl") == read_rows(
             tmp_path / "run" / "metrics.jsonl"
@@ -411,7 +416,11 @@ def test_the_step_is_compiled_once_in_a_run(corpus, tmp_path, monkeypatch, caplo
     for module, name in small_runs.MAKERS:  # as in a process of its own
         monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     experiment = tiny_experiment(
-        corpus.folder, tmp_path / "run", data__placement=placement, training__num_steps=20
+        corpus.folder,
+        tmp_path / "run",
+        data__placement=placement,
+        training__num_steps=20,
+        evaluation__num_tokens=100,
     )
     with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
         run_to_the_end(experiment, corpus)
@@ -419,6 +428,7 @@ def test_the_step_is_compiled_once_in_a_run(corpus, tmp_path, monkeypatch, caplo
     assert compiled.count("train_steps") == 1
     assert compiled.count("local") == 1  # of evaluation
     assert compiled.count("init") == 1
+    assert {row["bytes"] for row in rows_of(tmp_path / "run", "validation")} == {99}
 
 
 class Poisoned(nn.Module):
@@ -463,7 +473,11 @@ def test_a_diverged_run_stops_and_says_where_it_was_good(poisoned, tmp_path):
     allowed = tiny_experiment(poisoned.folder, tmp_path / "run", training__skipped_limit=1)
     outcome = run_to_the_end(allowed, poisoned)
     assert outcome.resumed_from == 10
-    assert [row["skipped"] for row in rows_of(tmp_path / "run", "train")] == [0, 1, 1]
+    rows = rows_of(tmp_path / "run", "train")
+    assert [row["skipped"] for row in rows] == [0, 1, 1]
+    rate = learning_rate(allowed.optimizer, 30)  # which waits for the skipped step
+    expected = [float(rate(step)) for step in (9, 18, 28)]
+    assert [row["learning_rate"] for row in rows] == pytest.approx(expected)
     assert int(outcome.state.tally.skipped) == 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome.state.params))
 

@@ -516,6 +516,15 @@ def test_results_of_several_machines_are_all_kept(corpus, tmp_path, storage, mon
     assert "warning: the copy of the run is without this result" in capsys.readouterr().err
     assert [row["stride"] for row in read_rows(here)] == [4, 8, 2]
 
+    storage.away_for = []
+    starts = there.with_name("provenance.json")  # now the copy is of another run
+    starts.write_text(
+        starts.read_text(encoding="utf-8").replace('"time": "2', '"time": "3', 1), encoding="utf-8"
+    )
+    before = there.read_bytes()
+    evaluate.program(["evaluate", str(tmp_path / "one"), "--stride=1"])
+    assert there.read_bytes() == before
+
 
 def test_the_test_split_that_was_read_here_is_known_in_the_copy(corpus, tmp_path, storage):
     experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")

@@ -228,7 +228,9 @@ class PlainMuon:
 @pytest.mark.parametrize("devices", [None, 1, 3, 8, "accelerator"])
 def test_muon_in_stacks_is_muon_matrix_by_matrix(devices):
     """Whatever number of devices share the work, or in one stack padded with zeros."""
-    config = dataclasses.replace(PLAIN, matrices="muon", clip_norm=1e9, weight_decay=0.0)
+    config = dataclasses.replace(
+        PLAIN, matrices="muon", muon_beta=0.8, clip_norm=1e9, weight_decay=0.0
+    )
     mesh = ACCELERATOR if devices == "accelerator" else mesh_of(devices) if devices else None
     optimizer, rate = make_optimizer(config, NUM_STEPS, mesh=mesh), learning_rate(config, NUM_STEPS)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes_of(TWO_BLOCKS))
@@ -244,6 +246,27 @@ def test_muon_in_stacks_is_muon_matrix_by_matrix(devices):
             np.testing.assert_allclose(
                 -changes[name] / size, directions[name](leaf), atol=1e-4, err_msg=name
             )
+
+
+def test_adam_is_that_of_its_settings():
+    """Three steps of a vector against Adam's equations, with no setting at its default."""
+    beta1, beta2, epsilon = 0.7, 0.8, 0.3
+    config = dataclasses.replace(PLAIN, weight_decay=0.0, clip_norm=1e9)
+    config = dataclasses.replace(config, beta1=beta1, beta2=beta2, epsilon=epsilon)
+    optimizer, rate = make_optimizer(config, NUM_STEPS), learning_rate(config, NUM_STEPS)
+    params = {"readout": {"bias": jnp.zeros(3)}}
+    state, mean, square = optimizer.init(params), np.zeros(3), np.zeros(3)
+    rng = np.random.default_rng(0)
+    for step in range(1, 4):
+        gradient = rng.normal(size=3)
+        mean = beta1 * mean + (1 - beta1) * gradient
+        square = beta2 * square + (1 - beta2) * gradient**2
+        changes, state = optimizer.update(
+            {"readout": {"bias": jnp.asarray(gradient, jnp.float32)}}, state, params
+        )
+        size = np.sqrt(square / (1 - beta2**step)) + epsilon
+        expected = -rate(step - 1) * mean / (1 - beta1**step) / size
+        np.testing.assert_allclose(changes["readout"]["bias"], expected, rtol=1e-4)
 
 
 def test_devices_share_the_matrices_of_muon():
@@ -268,7 +291,8 @@ def test_the_schedule_warms_up_peaks_and_ends_where_it_should():
 
 def test_a_warm_up_longer_than_the_run_still_gives_a_schedule():
     rate = learning_rate(OptimizerConfig(warmup_steps=1000), 10)
-    assert np.all(np.isfinite([float(rate(step)) for step in range(11)]))
+    rates = [float(rate(step)) for step in range(11)]
+    assert np.all(np.isfinite(rates)) and np.argmax(rates) == 9  # it grows up to the last step
 
 
 def test_the_optimizer_follows_the_schedule():

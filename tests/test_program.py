@@ -190,6 +190,9 @@ def test_processes_meet_as_soon_as_they_have_joined(monkeypatch):
         monkeypatch.setattr(jax, "process_count", lambda count=count: count)
         start_jax(processes.Joining(distributed=count > 1))
         assert len(met) == count - 1
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    with pytest.raises(UserError, match=r"one of 2 processes of a slice: train .*--distributed"):
+        start_jax()
 
 
 def test_a_module_run_as_a_program_says_how_programs_are_run():

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from small_runs import (
     ALPHABET,
@@ -166,7 +166,7 @@ def trains_or_is_refused(
     return ""
 
 
-@FEW
+@settings(FEW, phases=[Phase.explicit])  # the slow test below draws
 @given(CONFIGS)
 @example(((TINY_FSN, {}), {"data.context": 3}, 2))  # trains
 @example(((TINY_FSN, {"num_heads": 3}), {}, 1))  # is refused

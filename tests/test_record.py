@@ -13,7 +13,7 @@ from train import finish
 from train.analysis import figures
 from train.analysis.records import read_run
 from train.errors import UserError
-from train.record import EVIDENCE, record
+from train.record import EVIDENCE, IF_THERE, record
 
 
 @pytest.fixture
@@ -27,26 +27,30 @@ def finished(tmp_path):
         (folder / name).write_text(name, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(experiment.to_dict()), encoding="utf-8")
     (folder / "loss.png").write_text("a picture", encoding="utf-8")
-    set_git(folder, commit="c0ffee", modified=False)
+    set_git(folder, {"commit": "c0ffee", "modified": False})
     return folder
 
 
-def set_git(folder, **git):
-    start = {"step": 0, "git": git, "data": {"sha256": "da7a"}}
-    (folder / "provenance.json").write_text(json.dumps([start]), encoding="utf-8")
+def set_git(folder, *states):
+    starts = [{"step": 0, "git": git, "data": {"sha256": "da7a"}} for git in states]
+    (folder / "provenance.json").write_text(json.dumps(starts), encoding="utf-8")
 
 
 def test_copies_the_evidence_and_nothing_else(finished, tmp_path):
+    for name in IF_THERE:
+        (finished / name).write_text(name, encoding="utf-8")
     target = record(finished, tmp_path / "results")
     assert target == tmp_path / "results" / "tiny"
-    assert sorted(p.name for p in target.iterdir()) == sorted(EVIDENCE)
-    for name in EVIDENCE:
+    assert sorted(p.name for p in target.iterdir()) == sorted((*EVIDENCE, *IF_THERE))
+    for name in (*EVIDENCE, *IF_THERE):
         assert (target / name).read_bytes() == (finished / name).read_bytes()
 
 
 @pytest.mark.parametrize("git", [{"modified": True}, {"modified": None}, {"commit": None}])
 def test_refuses_code_that_no_commit_holds(finished, tmp_path, git):
-    set_git(finished, **{"commit": "c0ffee", "modified": False, **git})
+    """Also if it was only resumed on such code."""
+    clean = {"commit": "c0ffee", "modified": False}
+    set_git(finished, clean, {**clean, **git})
     with pytest.raises(UserError, match="clean tree"):
         record(finished, tmp_path / "results")
     assert not (tmp_path / "results").exists()

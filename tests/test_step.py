@@ -222,15 +222,18 @@ def test_the_step_follows_the_gradient_of_the_mean_loss():
             lambda params: window_loss(model, params, windows).mean()
         )(params)
         changes, opt_state = OPTIMIZER.update(gradient, opt_state, params)
-        return jax.tree.map(jnp.add, params, changes), opt_state, loss
+        norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)))
+        return jax.tree.map(jnp.add, params, changes), opt_state, loss, norm
 
-    params, opt_state, losses = state.params, state.opt_state, []
+    params, opt_state, losses, norms = state.params, state.opt_state, [], []
     for windows in WINDOWS:
-        params, opt_state, loss = plain_step(params, opt_state, windows)
+        params, opt_state, loss, norm = plain_step(params, opt_state, windows)
         losses.append(float(loss))
+        norms.append(float(norm))
     done = five_steps()
     assert largest_difference(done.params, params) <= SUM_ORDER
     assert float(done.tally.loss) == pytest.approx(sum(losses), rel=1e-6)
+    assert float(done.tally.grad_norm) == pytest.approx(sum(norms), rel=1e-4)  # before clipping
     assert (int(done.step), int(done.tally.steps), int(done.tally.skipped)) == (STEPS, STEPS, 0)
 
 

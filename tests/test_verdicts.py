@@ -133,6 +133,7 @@ def test_the_whole_split_counts_where_every_run_has_it(tmp_path):
         ({"context": 9}, "different context"),
         ({"characters": 2 * 10**6}, "different budget"),
         ({"bytes": 98}, "different evaluated characters"),
+        ({"stride": 4}, "different evaluation stride"),
         ({"parameters": 1011}, "different numbers of parameters"),
     ],
 )

@@ -169,8 +169,14 @@ def rotation_error(kind, **changes):
     return np.abs(moved - weights).max(), np.abs(updated - update).max()
 
 
-@pytest.mark.parametrize("score", INVARIANT)
-@pytest.mark.parametrize("kernel", [{}, cases.BASE_LAYER, {"num_harmonics": 5}])
+@pytest.mark.parametrize(
+    ("score", "kernel"),
+    [
+        *((score, {}) for score in INVARIANT),
+        ("gated", cases.BASE_LAYER),
+        ("gated", {"num_harmonics": 5}),
+    ],
+)
 def test_attention_and_coupling_commute_with_a_global_rotation(score, kernel):
     """For every harmonic. The rest is rounding of the angles (1e-7 rad) times sums of order ten."""
     of_weights, of_update = rotation_error(FrustratedAttention, **SCORES[score], **kernel)

@@ -56,6 +56,7 @@ def test_the_parameters_come_back_bit_for_bit(exported):
     assert all(array.dtype == np.float32 for array in arrays.values())
 
 
+@pytest.mark.parametrize("exported", ["fsn"], indirect=True)
 def test_one_stop_is_a_text_and_not_its_letters(exported):
     model = hub.load(exported[1])
     text = model.sample("abcd", num_tokens=30, seed=1)
@@ -191,6 +192,7 @@ def test_a_model_of_characters_writes_the_same_tokens_as_its_own_characters(
         assert err.startswith(b"error: --prompt: " + said)
 
 
+@pytest.mark.parametrize("exported", ["fsn"], indirect=True)
 def test_the_bare_sampler_survives_its_reader_and_names_a_full_disk(exported):
     _, folder = exported
     command = [sys.executable, str(folder / "sample.py"), "--prompt=abc", "--num_tokens=40"]
@@ -203,11 +205,13 @@ def test_the_bare_sampler_survives_its_reader_and_names_a_full_disk(exported):
     assert (done.returncode, done.stderr) == (2, b"error: No space left on device\n")
 
 
+@pytest.mark.parametrize("exported", ["fsn"], indirect=True)
 def test_an_export_may_be_read_by_whoever_may_read_its_neighbours(exported):
     modes = {file.stat().st_mode for file in exported[1].iterdir()}
     assert len(modes) == 1
 
 
+@pytest.mark.parametrize("exported", ["fsn"], indirect=True)
 def test_a_program_that_takes_runs_says_what_it_wants_of_an_export(exported):
     _, folder = exported
     with pytest.raises(UserError, match=r"is an exported model, .* train sample takes either"):

@@ -270,7 +270,7 @@ def test_score_angles_of_zero_are_no_score_angles():
     )
 
 
-def names_a_direction(config):
+def breaks_global_rotation(config):
     """Whether a block of this config has a dense layer, whose features are not differences."""
     dense_modes = config.feedforward == "collective_modes" and config.mode_weights == "dense"
     return (
@@ -291,11 +291,11 @@ def test_a_block_commutes_with_a_rotation_unless_a_switch_names_a_direction(vari
     variables = cases.random_variables(block, theta)
     after, turned = block.apply(variables, jnp.concatenate([theta, theta + turn]))
     error = np.abs(turned - turn - after).max()
-    assert error > 1e-3 if names_a_direction(config) else error < 1e-4, error
+    assert error > 1e-3 if breaks_global_rotation(config) else error < 1e-4, error
 
 
 @pytest.mark.parametrize("angles", [True, False], ids=["score_angles", "no_score_angles"])
-def test_only_the_readout_of_the_invariant_model_names_a_direction(angles):
+def test_only_the_readout_of_the_invariant_model_breaks_global_rotation(angles):
     """Embedding angles plus one angle turn every state; a readout turned alike undoes it."""
     model, params = build(
         score="gated", score_angles=angles, feedforward="collective_modes", num_harmonics=5

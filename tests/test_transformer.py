@@ -29,7 +29,7 @@ def test_against_oracle(batch, length, shape, variant):
     np.testing.assert_allclose(logits, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("variant", cases.TRANSFORMER_VARIANTS)
+@pytest.mark.parametrize("variant", ["shifted", "tied"])
 def test_gradients_against_central_differences(variant):
     tokens = cases.tokens(1, 5)
     config = cases.transformer_config(**cases.TRANSFORMER_VARIANTS[variant])

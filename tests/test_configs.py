@@ -369,7 +369,10 @@ def test_every_value_of_a_switch_is_the_reference_or_an_arm(form):
 
 def program_of(config: ExperimentConfig) -> Any:
     """The settings that choose the code of the step, but for those that test_fsn.py combines."""
-    names = ("score", "values", "feedforward", "mode_weights", "field_features", "features")
+    names = (
+        "score", "values", "feedforward", "mode_weights", "field_features", "features", "delay",
+        "heads_per_phase", "static_angles",
+    )  # fmt: skip
     if isinstance(config.model, TransformerConfig):
         names = ("token_shift", "tied_embedding")
     training = config.training

@@ -12,6 +12,7 @@ from small_runs import (
     CONTEXT,
     SAME_LOSS,
     TINY_FSN,
+    assert_equal_trees,
     largest_difference,
     mesh_of,
     rows_of,
@@ -25,6 +26,7 @@ from train.config import OptimizerConfig
 from train.data.corpus import Corpus
 from train.data.windows import WindowOrder
 from train.errors import TryAgain
+from train.load import load_without_data
 from train.loop import Outcome
 from train.mesh import divided_axis
 from train.optimizer import make_optimizer
@@ -74,6 +76,12 @@ def test_a_run_goes_on_with_other_devices_and_another_layout(corpus, whole, tmp_
 
 def test_sharded_parameters_give_the_losses_of_replicated_ones(corpus, whole, tmp_path):
     outcome = run_on(8, corpus, tmp_path / "run", "sharded")
+    loaded = load_without_data(tmp_path / "run").params
+    assert_equal_trees(jax.device_get(loaded), jax.device_get(outcome.state.params))
+    for leaf, trained in zip(
+        jax.tree.leaves(loaded), jax.tree.leaves(outcome.state.params), strict=True
+    ):
+        assert leaf.sharding.spec == trained.sharding.spec
     assert_as_good(tmp_path / "run", jax.device_get(outcome.state), whole)
     divided = 0
     for leaf in jax.tree.leaves((outcome.state.params, outcome.state.opt_state)):

@@ -513,7 +513,9 @@ def test_results_of_several_machines_are_all_kept(corpus, tmp_path, storage, mon
 
     storage.away_for = ["evaluations"]
     evaluate.program(["evaluate", str(tmp_path / "one"), "--stride=2"])
-    assert "warning: the copy of the run is without this result" in capsys.readouterr().err
+    assert "warning: evaluations.jsonl and that of the run's copy may differ" in (
+        capsys.readouterr().err
+    )
     assert [row["stride"] for row in read_rows(here)] == [4, 8, 2]
 
     storage.away_for = []
@@ -526,19 +528,50 @@ def test_results_of_several_machines_are_all_kept(corpus, tmp_path, storage, mon
     assert there.read_bytes() == before
 
 
-def test_the_test_split_that_was_read_here_is_known_in_the_copy(corpus, tmp_path, storage):
+def test_the_test_split_that_was_read_is_known_to_run_and_copy(
+    corpus, tmp_path, storage, monkeypatch
+):
     experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir="gs://bucket/runs")
     run_to_the_end(experiment, corpus)
     (tmp_path / "one" / "summary.json").write_text("{}", encoding="utf-8")
     final_evaluation.program(["test", str(tmp_path / "one")])
     here, there = tmp_path / "one", storage.folder / "bucket" / "runs" / "one"
-    assert (there / "test_reads.jsonl").read_bytes() == (here / "test_reads.jsonl").read_bytes()
+    read = (here / "test_reads.jsonl").read_bytes()
+    assert (there / "test_reads.jsonl").read_bytes() == read
+    # And what the copy knows is known here: it is not read again.
+    (here / "test_reads.jsonl").unlink()
+    monkeypatch.setattr(final_evaluation, "evaluate", None)
+    final_evaluation.program(["test", str(here)])
+    assert (here / "test_reads.jsonl").read_bytes() == read
+
+
+def test_the_copy_itself_has_no_copy(corpus, tmp_path, capsys):
+    share = tmp_path / "share"
+    experiment = tiny_experiment(corpus.folder, tmp_path / "one", mirror_dir=str(share))
+    run_to_the_end(experiment, corpus)
+    (share / "one" / "evaluations.jsonl").touch()
+    mirror.send_back(share / "one" / "evaluations.jsonl", str(share / "one"), str(share))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_log_of_a_copy_stops_nothing(tmp_path, capsys):
+    folder, there = tmp_path / "one", tmp_path / "copies" / "one"
+    for place in (folder, there):
+        place.mkdir(parents=True)
+        (place / "config.json").write_text("{}", encoding="utf-8")
+    (there / "evaluations.jsonl").write_text("no row\n{}\n", encoding="utf-8")
+    (folder / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    Mirror(folder, str(tmp_path / "copies")).push()
+    assert "evaluations.jsonl cannot be read (line 1" in capsys.readouterr().err
+    assert (there / "metrics.jsonl").is_file()
 
 
 def test_checkpoints_that_a_run_has_removed_leave_the_cache(finished_arms, tmp_path, storage):
     there = storage.folder / "bucket" / "fsn"
     shutil.copytree(finished_arms["fsn"], there)
     here = mirror.fetched_run("gs://bucket/fsn", tmp_path)
+    (here / "checkpoints" / "30").rename(here / "checkpoints" / "10")  # of an earlier fetch
     shutil.rmtree(there / "checkpoints" / "20")
     mirror.fetched_run("gs://bucket/fsn", tmp_path)
-    assert [folder.name for folder in (here / "checkpoints").iterdir()] == ["30"]
+    # All but the newest, which another program may be about to read.
+    assert sorted(folder.name for folder in (here / "checkpoints").iterdir()) == ["20", "30"]

@@ -180,12 +180,14 @@ def test_what_cannot_be_a_path_is_refused(tmp_path, path, said):
         open_corpus(name="text", path=path, cache_dir=str(tmp_path))
 
 
-def test_files_that_change_while_they_are_read_are_not_kept_under_another_name(own, tmp_path):
+@pytest.mark.parametrize("when", ["preparing", "files"])  # before and after they are hashed
+def test_files_that_change_while_they_are_read_are_not_kept_under_another_name(own, tmp_path, when):
     """The cache names a corpus by its files as they were found first."""
     cache = tmp_path / "cache"
 
     def written_to(line):
-        (own / "later.txt").write_text("more of it\n" * 500, encoding="utf-8")
+        if line.startswith(when):
+            (own / "later.txt").write_text("more of it\n" * 500, encoding="utf-8")
 
     with pytest.raises(UserError, match="changed while they were read; run it again"):
         open_corpus(name="text", path=str(own), cache_dir=str(cache), progress=written_to)

@@ -55,12 +55,12 @@ WITHOUT_EFFECT = frozenset(
         "training.patience",
         "training.skipped_limit",
         "evaluation.batch_size",
-        "checkpoints.every",
         "checkpoints.keep",
     }
 )
 """Settings that may change when a run resumes, for instance on another machine: they decide where
-it lies, how long it trains, and by which operations it computes a step, up to the last bits."""
+it lies, how long it trains, and by which operations it computes a step. The last bits may differ,
+and with dropout the masks do if ``accumulation_steps`` does."""
 
 
 @dataclasses.dataclass(frozen=True)

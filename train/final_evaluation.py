@@ -12,7 +12,7 @@ from train.errors import UserError
 from train.evaluate import append_evaluation, checked_stride, evaluate, parser
 from train.load import load
 from train.metrics import check_appendable, read_rows
-from train.mirror import send_back
+from train.mirror import fetch_rows, send_back
 from train.program import num_cores, start_jax
 from train.run_files import TEST_READS
 
@@ -30,6 +30,7 @@ def program(argv: Sequence[str]) -> None:
     trained.run.check_finished()
     stride = checked_stride(options.stride, trained.experiment)
     log = trained.run.path / TEST_READS
+    fetch_rows(log, trained.experiment.mirror_dir)
     reads = read_rows(log)
     for row in reads:
         if (row["step"], row["stride"]) == (trained.step, stride):

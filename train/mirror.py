@@ -132,6 +132,8 @@ class Mirror:
 
     def _push(self) -> None:
         with self._reaching():
+            for name in _OF_ANY_MACHINE:
+                _add_rows_of(self.place / name, self.folder / name)
             _copy_run(self.folder, self.place, self._copy_if_changed)
             here = set(saved_steps(self.folder / CHECKPOINTS))
             there = set(saved_steps(self.place / CHECKPOINTS))
@@ -143,8 +145,6 @@ class Mirror:
                     (self.place / CHECKPOINTS / str(step)).rmtree()
 
     def _copy_if_changed(self, source: epath.Path, target: epath.Path) -> None:
-        if source.name in _OF_ANY_MACHINE:
-            _add_rows_of(target, source)
         stat = os.stat(source)  # epath's asks for the name of the owner, who may have none
         state = (stat.st_mtime_ns, stat.st_size)
         if self._sent.get(str(source)) != state:
@@ -218,48 +218,70 @@ def fetched_run(remote: str, cache: Path) -> Path:
                 copy.rmtree()  # of a run that was there before
             _copy_run(source, copy, replace_file)
             there = set(saved_steps(source / CHECKPOINTS))
-            for step in set(saved_steps(copy / CHECKPOINTS)) - there:
+            gone = sorted(set(saved_steps(copy / CHECKPOINTS)) - there)
+            for step in gone[:-1]:  # another program may be about to read the newest
                 (copy / CHECKPOINTS / str(step)).rmtree()
     return target
 
 
-def send_back(file: Path, run: str, mirror_dir: str) -> None:
+def fetch_rows(log: Path, mirror_dir: str) -> None:
+    """Adds to a log of a local run the rows that its copy has more; a warning if it cannot."""
+    _with_copy(log, mirror_dir, lambda place: _add_rows_of(place / log.name, epath.Path(log)))
+
+
+def send_back(log: Path, run: str, mirror_dir: str) -> None:
     """Adds the rows of a log to the run in a bucket, or to the copy of a local run.
 
     Args:
-      file: the log in the local folder of the run.
+      log: in the local folder of the run.
       run: the run as the user named it.
       mirror_dir: its ``config.mirror_dir``.
 
     Raises:
       UserError: the run's remote folder cannot be written. A copy that cannot is a warning.
     """
-    local = epath.Path(file)
+
+    def send(place: epath.Path) -> None:
+        _add_rows_of(place / log.name, epath.Path(log))
+        copy_file(epath.Path(log), place / log.name)
+
     if is_remote(run):
         with reaching("the run", run):
-            _send_rows(local, epath.Path(run) / file.name)
-    elif mirror_dir:
-        try:
-            place = Mirror(file.parent, mirror_dir).place
-            with reaching("config.mirror_dir", str(place)):
-                if (place / CONFIG).exists() and _first_start(place) == _first_start(local.parent):
-                    _send_rows(local, place / file.name)
-        except UserError as error:
-            print(f"warning: the copy of the run is without this result: {error}", file=sys.stderr)
+            send(epath.Path(run))
+    else:
+        _with_copy(log, mirror_dir, send)
 
 
-def _send_rows(source: epath.Path, target: epath.Path) -> None:
-    _add_rows_of(target, source)
-    copy_file(source, target)
+def _with_copy(log: Path, mirror_dir: str, work: Callable[[epath.Path], None]) -> None:
+    """Does ``work`` with the copy of the run that a log is of, if there is one elsewhere."""
+    folder = epath.Path(log.parent)
+    if not mirror_dir or _is_in(log.parent, mirror_dir):  # the copy itself
+        return
+    try:
+        place = Mirror(log.parent, mirror_dir).place
+        with reaching("config.mirror_dir", str(place)):
+            if (place / CONFIG).exists() and _first_start(place) == _first_start(folder):
+                work(place)
+    except UserError as error:
+        print(
+            f"warning: {log.name} and that of the run's copy may differ: {error}", file=sys.stderr
+        )
+
+
+def _is_in(folder: Path, parent: str) -> bool:
+    return not is_remote(parent) and user_path("config.mirror_dir", parent) in folder.parents
 
 
 def _add_rows_of(other: epath.Path, log: epath.Path) -> None:
-    """Appends to a local log the rows of another that it lacks."""
+    """Appends to a local log the rows of another that it lacks; a damaged one is a warning."""
     here = Path(log)
-    known = read_rows(here)
-    for row in read_rows(other):
-        if row not in known:
-            append_row(here, row)
+    try:
+        known = read_rows(here)
+        for row in read_rows(other):
+            if row not in known:
+                append_row(here, row)
+    except UserError as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def _copy_run(

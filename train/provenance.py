@@ -30,7 +30,8 @@ def write_provenance(
       run: its folder.
       corpus: its data.
       resume_step: number of steps done before.
-      implementation: of the causal sum: the measured choice where the setting is ``auto``.
+      implementation: of the causal sum, measured where the setting is ``auto``; on a CPU, which
+        has one path, ``auto``.
     """
     if not run.writes:
         return

@@ -187,7 +187,8 @@ def evidence_page(
             "than the other they differ from those of [results.md](results.md) between equal "
             "seeds. Evidence is of the published form (`fsn_*`) unless it names another; the "
             "projected form is `projected_*`. C9 reads one trained model. Commands with `--config` "
-            "alone make seed 0; seed N needs `--config.seed=N --config.name=NAME_seedN`."
+            "alone make seed 0; seed N needs `--config.seed=N --config.name=NAME_seedN`. "
+            "`copy_depth` reads seeds 1 and up."
         ),
         _summary(ledger, rows),
     ]

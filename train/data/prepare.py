@@ -140,13 +140,17 @@ def prepare_corpus(
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as scratch_name:
             scratch = Path(scratch_name)
             recipe = recipe_of(name, path, scratch, unit, progress)
-            if name not in PINNED and f"-{recipe.sha256[:8]}" not in folder.name:
-                raise UserError(f"the files at {path} changed while they were read; run it again")
             made = scratch / "corpus"
             made.mkdir()
             corpus = _write_splits(name, recipe, made, unit)
             _check_pins(corpus)
             write_manifest(corpus, recipe.sha256, recipe.rule)
+            if (
+                f"-{recipe.sha256[:8]}" not in folder.name
+                and name not in PINNED
+                or (corpus_folder(name, path, cache, unit) != folder)
+            ):
+                raise UserError(f"the files at {path} changed while they were read; run it again")
             _move_into_place(made, folder)
     except OSError as error:
         raise UserError(

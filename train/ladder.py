@@ -76,9 +76,8 @@ def plan(file: str, arms: Sequence[str], seeds: Sequence[int], changes: Sequence
     jobs = []
     for arm in arms or known:
         for seed in seeds:
-            arguments = [f"--config={file}:{arm}", *changes]
-            experiment = parse_config(["train", *arguments, f"--config.seed={seed}"])
-            arguments.append(f"--config.seed={seed}")
+            arguments = [f"--config={file}:{arm}", *changes, f"--config.seed={seed}"]
+            experiment = parse_config(["train", *arguments])
             if seed:
                 arguments.append(f"--config.name={experiment.name}_seed{seed}")
                 experiment = parse_config(["train", *arguments])

@@ -145,10 +145,9 @@ def prepare_corpus(
             corpus = _write_splits(name, recipe, made, unit)
             _check_pins(corpus)
             write_manifest(corpus, recipe.sha256, recipe.rule)
-            if (
+            if name not in PINNED and (
                 f"-{recipe.sha256[:8]}" not in folder.name
-                and name not in PINNED
-                or (corpus_folder(name, path, cache, unit) != folder)
+                or corpus_folder(name, path, cache, unit) != folder
             ):
                 raise UserError(f"the files at {path} changed while they were read; run it again")
             _move_into_place(made, folder)

@@ -23,6 +23,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "two_harmonics": {"num_harmonics": 2},
     "eight_layers": {"num_layers": 8},
     "fast_drift": {"rotary_base": 100.0},
+    "four_layers": {"num_layers": 4},
+    "wide": {"num_phases": 144},
+    "four_layers_wide": {"num_layers": 4, "num_phases": 144},
 }
 """Settings of the model that each trial changes."""
 RATES: dict[str, float] = {

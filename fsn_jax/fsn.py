@@ -96,6 +96,12 @@ class Block(nn.Module):
             self.sow("diagnostics", "order_parameter", order_parameter(theta))
         return self._feed_forward(theta, field, deterministic)
 
+    def attention_weights(
+        self, theta: Float[Array, "B L N"], segment_ids: Int[Array, "B L"] | None = None
+    ) -> Float[Array, "B H L L"]:
+        """Returns the attention weights of the block at these phases, for inspection."""
+        return self.attention.weights(theta, segment_ids=segment_ids)
+
     def extend(
         self,
         theta: Float[Array, "B S N"],

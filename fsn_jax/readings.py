@@ -1,5 +1,7 @@
 """Reading a trained FSN as a system of coupled oscillators: pure functions of kernels and states.
 
+Attention is read of either kind of model, with ``trace_attention`` and ``attention_targets``.
+
 ``fsn_jax.coupling.coupling_function`` is the kernel as a curve, ``fsn_jax.torus.order_parameter``
 the order of a state; this module has the other readings. Source of the names: a kernel entry
 ``kappa = rho exp(-i alpha)`` acts as ``rho sin(m (theta_u - theta_t) - alpha)``, so alpha is the
@@ -14,6 +16,7 @@ from jaxtyping import Array, Complex, Float, Int
 
 from fsn_jax.fsn import FSN
 from fsn_jax.torus import imaginary_product, phasor, real_product
+from fsn_jax.transformer import Transformer
 
 
 class Coefficients(NamedTuple):
@@ -95,6 +98,32 @@ def trace_layers(
     return states
 
 
+def trace_attention(
+    model: FSN | Transformer,
+    variables: dict[str, Any],
+    tokens: Int[Array, "B L"],
+    segment_ids: Int[Array, "B L"] | None = None,
+) -> list[Float[Array, "B H L L"]]:
+    """Computes the attention weights of every block of a model over some text.
+
+    Args:
+      model: of either architecture.
+      variables: its parameters, under ``params``.
+      tokens: token ids.
+      segment_ids: tokens attend to those of their own segment; None: all are in one.
+    """
+
+    def walk(model: FSN | Transformer, tokens: Array) -> list[Array]:
+        state, weights = model.embedding(tokens), []
+        for block in model.blocks:
+            weights.append(block.attention_weights(state, segment_ids))
+            state = block(state, segment_ids)
+        return weights
+
+    weights: Any = model.apply(variables, tokens, method=walk)
+    return weights
+
+
 class AttentionTargets(NamedTuple):
     """What a head attends to: mean weights, from 0 to 1.
 
@@ -104,11 +133,14 @@ class AttentionTargets(NamedTuple):
       repeat: for all earlier tokens that end the same two characters as the token, together. The
         delayed term couples to their successors: a head with much of it copies (is an induction
         head, in one layer).
+      after_repeat: for the earlier tokens that follow one of those, together: what an induction
+        head of a transformer attends to.
     """
 
     itself: Float[Array, " H"]
     previous: Float[Array, " H"]
     repeat: Float[Array, " H"]
+    after_repeat: Float[Array, " H"]
 
 
 def attention_targets(
@@ -131,7 +163,9 @@ def attention_targets(
         before &= follows[:, :, None] & follows[:, None, :]
     before = jnp.pad(before, ((0, 0), (1, 0), (1, 0)))
     own, one_before = (jnp.eye(length, k=-step, dtype=bool)[None] for step in (0, 1))
-    masks = (own, one_before, same & before & jnp.tri(length, k=-1, dtype=bool)[None])
+    repeat = same & before & jnp.tri(length, k=-1, dtype=bool)[None]
+    after = jnp.pad(repeat[:, :, :-1], ((0, 0), (0, 0), (1, 0))) & ~own
+    masks = (own, one_before, repeat, after)
 
     def mean(mask: Array) -> Array:
         mask = jnp.broadcast_to(mask, (batch, length, length))

@@ -20,7 +20,7 @@ from fsn_jax.cache import (
     shifted,
     weighted_sum,
 )
-from fsn_jax.causal import causal_sum, merge_heads, split_heads
+from fsn_jax.causal import attention_weights, causal_sum, merge_heads, split_heads
 from fsn_jax.config import TransformerConfig
 from fsn_jax.dense import sum_in_float32
 from fsn_jax.feedforward import SwiGLU
@@ -62,13 +62,19 @@ class RotaryAttention(nn.Module):
         positions: Int[Array, "*B L"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Returns the update of the residual stream, float32; arguments as for ``Transformer``."""
-        rotary = self._rotary(x.shape[1], x.shape[1], None, positions)
-        query, key, value = self._project(x, lambda dense, y: shifted(y, segment_ids), rotary)
+        query, key, value = self._of_whole_sequences(x, segment_ids, positions)
         implementation = self.config.implementation
         summed = causal_sum(
             query, key, value, segment_ids, include_self=True, implementation=implementation
         )
         return self._output(summed.total)
+
+    def weights(
+        self, x: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None = None
+    ) -> Float[Array, "B H L L"]:
+        """Returns the attention weights, for inspection: ``__call__`` does not form them."""
+        query, key, _ = self._of_whole_sequences(x, segment_ids, None)
+        return attention_weights(query, key, segment_ids)
 
     def extend(
         self,
@@ -111,6 +117,13 @@ class RotaryAttention(nn.Module):
         c = self.config
         frequencies = rotary_frequencies(c.width // c.num_heads // 2, c.rotary_base)
         return token_rotary(frequencies, length, capacity, position, positions)
+
+    def _of_whole_sequences(
+        self, x: Array, segment_ids: Array | None, positions: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of tokens from the first on."""
+        rotary = self._rotary(x.shape[1], x.shape[1], None, positions)
+        return self._project(x, lambda dense, y: shifted(y, segment_ids), rotary)
 
     def _project(
         self, x: Array, before: Callable[[nn.Dense, Array], Array], rotary: Complex
@@ -166,6 +179,12 @@ class TransformerBlock(nn.Module):
         x = x + self.dropout(update, deterministic=deterministic)
         update = self.feedforward(self.feedforward_norm(x))
         return x + self.dropout(update, deterministic=deterministic)
+
+    def attention_weights(
+        self, x: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None = None
+    ) -> Float[Array, "B H L L"]:
+        """Returns the attention weights of the block at this stream, for inspection."""
+        return self.attention.weights(self.attention_norm(x), segment_ids)
 
     def extend(
         self,

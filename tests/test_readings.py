@@ -12,7 +12,6 @@ from fsn_jax import FSN
 from fsn_jax.base_layer import attention_entropy
 from fsn_jax.coupling import coupling_update
 from fsn_jax.readings import (
-    LayerState,
     attention_targets,
     coefficients,
     data_frustration,
@@ -91,22 +90,6 @@ def test_a_trace_of_documents_sees_its_own_alone(traced):
         np.testing.assert_allclose(packed.attention[:, :, 3:, 3:], alone.attention, atol=1e-5)
 
 
-def test_readings_of_documents_are_those_of_each_alone():
-    """Attention of two documents in a row, the second even and whole, the first of one token."""
-    tokens, ids = jnp.array([[9, 0, 1, 0, 1]]), jnp.array([[0, 1, 1, 1, 1]])
-    weights = np.zeros((1, 1, 5, 5), np.float32)
-    weights[0, 0, 0, 0] = 1
-    weights[0, 0, 1:, 1:] = np.tril(np.ones((4, 4))) / np.arange(1, 5)[:, None]
-    theta, kappa = cases.angles(1, 5, 4), jnp.ones((1, 1, 1, 4), jnp.complex64)
-    state = LayerState(theta, theta, theta, jnp.asarray(weights), kappa)
-    found = readings.measure(state, tokens, ids)
-    np.testing.assert_allclose(found["relative_entropy"], 1, rtol=1e-5)
-    np.testing.assert_allclose(found["entropy"], np.log([2, 3, 4]).mean(), rtol=1e-5)
-    targets = found["attention_to"]
-    np.testing.assert_allclose(targets["previous"], np.mean([1 / 2, 1 / 3, 1 / 4]), rtol=1e-5)
-    np.testing.assert_allclose(targets["repeat"], 1 / 4, rtol=1e-5)
-
-
 def test_the_traced_kernel_and_attention_are_what_moved_the_phases(traced):
     """The definition of the coupling, on what was read, gives the update that was made."""
     for state in traced[3]:
@@ -183,14 +166,25 @@ def test_attention_to_repeats_is_over_the_tokens_that_have_one():
     tokens = jnp.array([[0, 1, 2, 0, 1]])
     attention = np.zeros((1, 2, 5, 5), np.float32)
     attention[0, 0] = np.eye(5)
-    attention[0, 0, 4] = [0.1, 0.7, 0.0, 0.2, 0.0]
+    attention[0, 0, 4] = [0.1, 0.6, 0.1, 0.2, 0.0]
     attention[0, 1] = np.tril(np.ones((5, 5))) / np.arange(1, 6)[:, None]
     found = jax.jit(attention_targets)(jnp.asarray(attention), tokens)
-    np.testing.assert_allclose(found.repeat, [0.7, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(found.repeat, [0.6, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(found.after_repeat, [0.1, 0.2], rtol=1e-6)
     np.testing.assert_allclose(found.itself, [4 / 5, np.mean(1 / np.arange(1, 6))], rtol=1e-6)
     np.testing.assert_allclose(found.previous, [0.2 / 4, np.mean(1 / np.arange(2, 6))], rtol=1e-6)
     nothing = jax.jit(attention_targets)(jnp.asarray(attention), jnp.arange(5)[None])
     np.testing.assert_array_equal(nothing.repeat, 0)
+
+
+def test_a_token_is_not_what_follows_its_own_repeat():
+    """Worked out by hand: of ``aaaa`` the last two a have repeats, the last a successor of one."""
+    attention = np.zeros((1, 1, 4, 4), np.float32)
+    attention[0, 0] = np.eye(4)
+    attention[0, 0, 3] = [0.0, 0.25, 0.5, 0.25]
+    found = jax.jit(attention_targets)(jnp.asarray(attention), jnp.zeros((1, 4), jnp.int32))
+    np.testing.assert_allclose(found.after_repeat, [0.5], rtol=1e-6)
+    np.testing.assert_allclose(found.repeat, [0.75 / 2], rtol=1e-6)
 
 
 def test_a_repeat_lies_in_one_segment():

@@ -17,6 +17,7 @@ from small_runs import write_record
 from fsn_jax.readings import LayerState
 from train.analysis import final_losses, report
 from train.analysis.copy_depth import BUCKETS, FAR, tabulate
+from train.analysis.heads import measure_attention, rounded
 from train.analysis.readings import read_layer
 from train.analysis.records import read_arms
 from train.data.suffix_match import match_suffixes
@@ -49,6 +50,18 @@ def readings_result():
     }  # fmt: skip
 
 
+def heads_result():
+    """What heads writes, of made-up attention of two layers."""
+    layer = rounded(
+        measure_attention(cases.random_attention(1, 2, 5), jnp.array([[0, 1, 2, 0, 1]]))
+    )
+    run = {"name": "fsn", "heads": ["head 1", "head 2"], "layers": [layer, layer]}
+    return {
+        "kind": "heads", "windows": 1, "length": 5, "runs": [run],
+        "even_attention": dict.fromkeys(layer["attention_to"], 0.2),
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The page of two arms, one of them with two seeds, and of every kind of analysis."""
@@ -68,6 +81,7 @@ def made(tmp_path_factory):
         "depth": depth_result(),
         "ladder": final_losses.result(rungs),
         "variants": final_losses.result(runs),
+        "heads": heads_result(),
         "readings": readings_result(),
     }
     for name, result in results.items():
@@ -105,7 +119,7 @@ def test_its_data_are_those_of_the_records(made):
     assert fsn["validation"][0][-1] == 5.5
     assert fsn["sample"] == SAMPLE
     assert [run["commit"] for run in data["runs"]] == ["c0ffee"] * 3
-    assert len(data["copy_depth"]) == len(data["readings"]) == 1
+    assert len(data["copy_depth"]) == len(data["heads"]) == len(data["readings"]) == 1
     assert [found["variants"] for found in data["final_losses"]] == [False, True]
 
 
@@ -169,9 +183,9 @@ def test_every_chart_is_drawn_without_fault_request_or_overflow(made, tab, width
     assert tab.run("document.title") == "A <title> & more"
     assert tab.run("document.documentElement.scrollWidth") <= width
     charts = tab.run("[...document.querySelectorAll('.plot > svg')].map(s => s.ariaLabel)")
-    assert len(charts) == 9 and all(charts)
+    assert len(charts) == 12 and all(charts)
     assert lines(tab, "loss-curves") == 2 and lines(tab, "scale-ladder") == 4
-    assert lines(tab, "copy-depth") == 1
+    assert lines(tab, "copy-depth") == 1 and lines(tab, "heads-fsn") == 6
     beside = "[...document.querySelectorAll('#final-losses-beside-fsn tbody tr')].map"
     assert tab.run(f"{beside}(row => row.cells[4].textContent)") == ["", "+0.400"]
     assert tab.run(f"{beside}(row => row.querySelectorAll('.dots circle').length)") == [3, 2]

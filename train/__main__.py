@@ -46,6 +46,7 @@ PROGRAMS = {
     "compare": Entry("train.analysis.compare", "two arms over their seeds, with standard errors"),
     "final_losses": Entry("train.analysis.final_losses", "final losses of arms, or against size"),
     "copy_depth": Entry("train.analysis.copy_depth", "loss by copy depth"),
+    "heads": Entry("train.analysis.heads", "what the attention heads of models attend to"),
     "readings": Entry("train.analysis.readings", "the coupling of a trained FSN, layer by layer"),
     "figures": Entry("train.analysis.figures", "loss curves of runs"),
     "report": Entry("train.analysis.report", "one interactive HTML page of runs"),

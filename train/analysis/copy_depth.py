@@ -229,7 +229,7 @@ def measure(
         for name, arm in arms.items()
     }
     every = [trained for group in loaded.values() for trained in group]
-    _check_alike(every)
+    check_alike(every)
     corpus = every[0].corpus
     shortest = min(trained.experiment.data.context for trained in every)
     most = min(shortest, LONGEST)
@@ -267,7 +267,7 @@ def measure(
     }
 
 
-def _check_alike(every: Sequence[TrainedModel]) -> None:
+def check_alike(every: Sequence[TrainedModel]) -> None:
     """Raises UserError unless the models see the same data and the same repetitions in it."""
     first = every[0]
     for trained in every:

@@ -19,12 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fsn_jax import FSN, FSNConfig
-from fsn_jax.base_layer import attention_entropy
 from fsn_jax.coupling import coupling_function
-from fsn_jax.documents import document_ids
 from fsn_jax.readings import (
     LayerState,
-    attention_targets,
     coefficients,
     data_frustration,
     repulsiveness,
@@ -32,8 +29,8 @@ from fsn_jax.readings import (
     trace_layers,
 )
 from fsn_jax.torus import order_parameter
-from train.analysis.copy_depth import spread_windows
 from train.analysis.figures import STYLE, panels
+from train.analysis.heads import head_names, measure_attention, rounded, validation_windows
 from train.errors import UserError
 from train.files import check_output, default_output, write_atomically, writing
 from train.load import load
@@ -55,12 +52,6 @@ def measure(
 ) -> dict[str, Any]:
     """Computes all readings of a layer from its kernel and states, as arrays."""
     strength, angle = coefficients(state.kappa)
-    entropy = attention_entropy(state.attention)
-    segments = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
-    alike = segments[:, :, None] == segments[:, None]
-    seen = jnp.tril(alike).sum(axis=-1)[:, None]  # by each token, itself included
-    choice = seen > 1
-    relative = entropy / jnp.log(jnp.maximum(seen, 2))
     frustration = data_frustration(state.before, state.attention, state.kappa.shape[2])
     mean = resultant(frustration)
     states = {"before": state.before, "coupled": state.coupled, "after": state.after}
@@ -69,9 +60,7 @@ def measure(
         "angle": angle,
         "repulsiveness": repulsiveness(strength),
         "curves": coupling_function(state.kappa, POINTS),
-        "entropy": entropy.mean(axis=(0, 2), where=choice),
-        "relative_entropy": relative.mean(axis=(0, 2), where=choice),
-        "attention_to": attention_targets(state.attention, tokens, segment_ids)._asdict(),
+        "attention": measure_attention(state.attention, tokens, segment_ids),
         "order": {
             place: {
                 "token": order_parameter(theta).mean(),
@@ -91,7 +80,7 @@ def read_layer(
     """Returns the readings of one layer on a text, as plain values."""
     measured = jax.device_get(measure(state, tokens, segment_ids))
     frustration = measured.pop("frustration")
-    found = jax.tree.map(_round, measured)
+    found = rounded(measured)
     num_delays, num_harmonics, num_kernels, _ = state.kappa.shape
     return {
         "coefficients": [
@@ -110,20 +99,18 @@ def read_layer(
         "coupling": [
             {"delay": delay, "head": head}
             | {
-                f"p{level}": _round(np.percentile(measured["curves"][delay, head], level, axis=0))
+                f"p{level}": rounded(np.percentile(measured["curves"][delay, head], level, axis=0))
                 for level in BAND
             }
             for delay in range(num_delays)
             for head in range(num_kernels)
         ],
-        "attention_entropy": found["entropy"],
-        "relative_entropy": found["relative_entropy"],
-        "attention_to": found["attention_to"],
+        **found["attention"],
         "order": found["order"],
         "data_frustration": {
             "length": found["mean_length"],
             "direction": found["mean_direction"],
-            "histogram": _round(circle_histogram(**frustration)),
+            "histogram": rounded(circle_histogram(**frustration)),
         },
     }
 
@@ -134,10 +121,6 @@ def circle_histogram(
     """Computes the share of the weight in each of BINS equal arcs from -pi to pi."""
     counts, _ = np.histogram(angle, bins=BINS, range=(-np.pi, np.pi), weights=weight, density=False)
     return np.asarray(counts / max(counts.sum(), 1e-30), np.float64)
-
-
-def _round(values: Any) -> Any:
-    return np.round(np.asarray(values, np.float64), 5).tolist()
 
 
 def read(
@@ -157,21 +140,16 @@ def read(
     trained = load(folder, which=checkpoint, data_path=data_path)
     config = trained.experiment.model
     if not isinstance(config, FSNConfig) or not isinstance(trained.model, FSN):
-        raise UserError(f"the run {folder} is of a transformer, which has no coupling to be read")
+        raise UserError(
+            f"the run {folder} is of a transformer, which has no coupling to be read; what its "
+            f"heads attend to: python -m train heads {folder}"
+        )
     if config.values != "circular":
         raise UserError(
             f"the run {folder} has config.model.values={config.values}, which leaves no coupling "
             f"kernel to be read"
         )
-    context = trained.experiment.data.context
-    length = length or min(context, 256)
-    if not 2 <= length <= context:
-        raise UserError(f"--length must be from 2 to the run's context, {context}; got {length}")
-    text = trained.corpus.tokens("validation")
-    starts = spread_windows(len(text), length, num_windows)
-    tokens = jnp.asarray(text[starts[:, None] + np.arange(length)], jnp.int32)
-    separator = trained.experiment.data.separator(trained.corpus.vocabulary)
-    segment_ids = None if separator is None else document_ids(tokens, separator)
+    tokens, segment_ids = validation_windows(trained, num_windows, length)
     variables = {"params": jax.device_get(trained.params)}
     trace = jax.jit(functools.partial(trace_layers, trained.model))
     states = trace(variables, tokens, segment_ids)
@@ -181,16 +159,13 @@ def read(
         **trained.source,
         "split": "validation",
         "windows": num_windows,
-        "length": length,
+        "length": tokens.shape[1],
         "kernel_coefficients": config.num_layers
         * config.num_delays
         * config.num_harmonics
         * config.num_heads
         * config.phases_per_kernel,
-        "heads": [
-            f"head {h + 1}{' (similarity)' if h < config.similarity_heads else ''}"
-            for h in range(config.num_heads)
-        ],
+        "heads": head_names(config),
         "layers": [read_layer(state, tokens, segment_ids) for state in states],
         "provenance": provenance(trained.corpus),
     }

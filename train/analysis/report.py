@@ -2,7 +2,7 @@
 
 A RUN is a run's folder or its record under ``results/``; runs that differ only in their seed are
 one arm. ``--add`` includes what ``train copy_depth``, ``train final_losses`` (and with it
-``train ladder``) and ``train readings`` wrote.
+``train ladder``), ``train heads`` and ``train readings`` wrote.
 """
 
 import html
@@ -22,7 +22,7 @@ from train.files import check_output, default_output, user_path, write_atomicall
 from train.program import Arguments
 from train.run_files import SAMPLE
 
-KINDS = ("copy_depth", "final_losses", "readings")
+KINDS = ("copy_depth", "final_losses", "heads", "readings")
 MOST_POINTS = 400
 """Largest number of points of a training curve, about one a pixel."""
 

@@ -32,7 +32,7 @@ test-all: setup  ## Run the slow tests too (they fetch enwik8)
 
 test-newest:  ## Run the default tests on the newest packages (PYTHON=/path/to/python3.13)
 	$(or $(PYTHON),python3) -m venv --clear .venv-newest
-	.venv-newest/bin/python -m pip install --quiet -e '.[dev]'
+	.venv-newest/bin/python -m pip install --quiet -e '.[train,dev]'
 	.venv-newest/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: setup  ## Check style and formatting
@@ -48,7 +48,7 @@ types: setup  ## Check types
 
 lock: setup  ## Bring the lock files in line with pyproject.toml (UPGRADE=1: to the newest versions)
 	$(PY) -m pip install --quiet $(UV)
-	$(PY) -m uv pip compile $(LOCK_FLAGS) --extra dev --output-file requirements.lock pyproject.toml
+	$(PY) -m uv pip compile $(LOCK_FLAGS) --extra train --extra dev --output-file requirements.lock pyproject.toml
 	echo setuptools | $(PY) -m uv pip compile $(LOCK_FLAGS) --constraint requirements.lock --output-file requirements-build.lock -
 
 ci:  ## Run everything that continuous integration runs

@@ -105,7 +105,7 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
         start = initial if self.signed_harmonics else softplus_inverse(initial)
         real = self.param("kernel_real", lambda _: jnp.asarray(start, jnp.float32))
         if not self.signed_harmonics:
-            real = jax.nn.softplus(real)
+            real = jax.nn.softplus(real.astype(jnp.float32))
         imag = jnp.zeros_like(real)
         if self.static_angles:
             quadrature = initial_quadrature(self, num_phases)

@@ -217,7 +217,7 @@ class KuramotoAttention(_SummedAttention):
     """The base layer: ``dtheta_t = g * sum_u A[t, u] sin(theta_u - theta_t)``, g > 0 learned.
 
     Written from its own equation; ``FrustratedAttention`` with one harmonic, no delay, one head a
-    phase and a real positive kernel is the same layer.
+    phase, a real positive kernel, and neither score angles nor similarity heads is the same layer.
     """
 
     kernel_scale: float = setting(0.5, "initial gain g", above=0)
@@ -233,7 +233,8 @@ class KuramotoAttention(_SummedAttention):
     def _field_of_sum(self, z: Complex, total: Array) -> Complex:
         mean = Complex(*(merge_heads(part) for part in jnp.split(total, 2, axis=-1)))
         initial = softplus_inverse(np.full(z.re.shape[-1], self.kernel_scale))
-        gain = jax.nn.softplus(self.param("gain", lambda _: jnp.asarray(initial, jnp.float32)))
+        gain = self.param("gain", lambda _: jnp.asarray(initial, jnp.float32))
+        gain = jax.nn.softplus(gain.astype(jnp.float32))
         return times(gain[None, None], seen_from(z, mean))
 
     def _value_width(self, num_phases: int) -> int:

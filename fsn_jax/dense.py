@@ -1,19 +1,41 @@
 """Dense layers that read phasors: both quadratures of every phase, or one."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fsn_jax.fields import DenseFields, documented, setting
+from fsn_jax.fields import DenseFields, DType, documented, setting
 from fsn_jax.recompute import recomputed
 from fsn_jax.torus import Complex, features, in_float32, kept_in
 
-sum_in_float32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-"""Product of any shape summed in float32, for logits: bfloat16 sums would merge close logits."""
+
+class Readout(nn.Module):
+    """Logits from states: a dense layer that sums in float32, where bfloat16 merges close logits.
+
+    Attributes:
+      vocab_size: V.
+      dtype: of the factors of the product.
+      use_bias: whether a bias is added, in float32.
+    """
+
+    vocab_size: int
+    dtype: DType = "float32"
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*shape I"]) -> Float[Array, "*shape V"]:
+        """Returns the logits, float32."""
+        init, shape = nn.initializers.lecun_normal(), (x.shape[-1], self.vocab_size)
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        logits = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+        if self.use_bias:
+            zeros = nn.initializers.zeros
+            bias = self.param("bias", zeros, (self.vocab_size,), jnp.float32)
+            logits += over_tokens(bias.astype(jnp.float32), logits)
+        return logits
 
 
 def _random_quadrature(groups: int, phases: int) -> nn.initializers.Initializer:
@@ -122,8 +144,8 @@ class PhasorDense(DenseFields, nn.Module):
                 read = quadrature[:, 0]
             else:
                 # One product with a matrix made for both quadratures is quicker than G inputs.
-                grouped = kernel.reshape(1, num_phases, self.groups, -1)
-                by_phase = quadrature.swapaxes(1, 2)[..., None]
+                grouped = kernel.astype(jnp.float32).reshape(1, num_phases, self.groups, -1)
+                by_phase = quadrature.astype(jnp.float32).swapaxes(1, 2)[..., None]
                 kernel = (by_phase * grouped).reshape(2 * num_phases, self.outputs)
         z = kept_in(z, self.dtype)
         field = None if field is None else kept_in(field, self.dtype)

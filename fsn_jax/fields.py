@@ -13,6 +13,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 Score = Literal["gated", "content_gated", "projected", "none"]
@@ -133,6 +134,8 @@ class Fields:
             value = getattr(self, field.name)
             if isinstance(value, np.generic):
                 setattr(self, field.name, value.item())
+            if field.name == "dtype" and isinstance(value, (type, np.dtype)):
+                setattr(self, field.name, jnp.dtype(value).name)
         check_fields(self)
         self._check()
         after: Any = getattr(super(), "__post_init__", None)  # of a Flax module
@@ -175,7 +178,8 @@ class DenseFields(ComputeFields):
     )
     feature_scale: float = setting(
         0.5,
-        "factor of what dense layers read: below 1, their updates in training are gentler",
+        "factor of what dense layers read: below 1, their updates in training are gentler; like "
+        "``features`` without effect in a layer that has no dense ones",
         above=0,
     )
 
@@ -193,7 +197,9 @@ class ScoreFields(DenseFields):
         "(dense queries and keys), ``none`` (uniform mean field)",
     )
     score_scope: ScoreScope = setting(
-        "block", "phases that a gated head compares: ``all`` N, or its own ``block`` of N / H"
+        "block",
+        "phases that a gated head compares: ``all`` N, or its own ``block`` of N / H; without "
+        "effect on a projected score",
     )
     score_harmonics: int = setting(
         1, "harmonics of the phases that a gated head compares, each with gates of its own", least=1

@@ -18,7 +18,7 @@ from fsn_jax.attention import FrustratedAttention
 from fsn_jax.base_layer import LinearValueAttention
 from fsn_jax.cache import LayerCache
 from fsn_jax.config import FSNConfig
-from fsn_jax.dense import sum_in_float32
+from fsn_jax.dense import Readout
 from fsn_jax.feedforward import CollectiveModes, PhasorSwiGLU
 from fsn_jax.fields import shared_settings
 from fsn_jax.language_model import DETERMINISTIC_ARGUMENT, LanguageModel, check_kind
@@ -45,7 +45,8 @@ class PhaseEmbedding(nn.Module):
         """
         c = self.config
         init, shape = nn.initializers.normal(c.embedding_scale), (c.vocab_size, c.num_phases)
-        theta = lookup(self.param("angles", init, shape, jnp.float32), tokens)
+        angles = self.param("angles", init, shape, jnp.float32)
+        theta = lookup(angles, tokens).astype(jnp.float32)
         if deterministic or not c.dropout:
             return theta
         drop, angle = jax.random.split(self.make_rng("dropout"))
@@ -97,10 +98,13 @@ class Block(nn.Module):
         return self._feed_forward(theta, field, deterministic)
 
     def attention_weights(
-        self, theta: Float[Array, "B L N"], segment_ids: Int[Array, "B L"] | None = None
+        self,
+        theta: Float[Array, "B L N"],
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "*B L"] | None = None,
     ) -> Float[Array, "B H L L"]:
         """Returns the attention weights of the block at these phases, for inspection."""
-        return self.attention.weights(theta, segment_ids=segment_ids)
+        return self.attention.weights(theta, segment_ids=segment_ids, positions=positions)
 
     def extend(
         self,
@@ -145,7 +149,7 @@ class FSN(LanguageModel):
         self.embedding = PhaseEmbedding(c)
         block = nn.remat(Block, static_argnums=DETERMINISTIC_ARGUMENT) if c.remat else Block
         self.blocks = [block(c, name=f"block_{i}") for i in range(c.num_layers)]
-        self.readout = nn.Dense(c.vocab_size, dtype=jnp.dtype(c.dtype), dot_general=sum_in_float32)
+        self.readout = Readout(c.vocab_size, c.dtype, use_bias=True)
 
     def _embed(self, tokens: Array, deterministic: bool) -> Array:
         return self.embedding(tokens, deterministic)

@@ -1,4 +1,4 @@
-"""Reading a trained FSN as a system of coupled oscillators: pure functions of kernels and states.
+"""Reading a trained FSN as a system of coupled oscillators: its layers, kernels and states.
 
 Attention is read of either kind of model, with ``trace_attention`` and ``attention_targets``.
 
@@ -67,6 +67,7 @@ def trace_layers(
     variables: dict[str, Any],
     tokens: Int[Array, "B L"],
     segment_ids: Int[Array, "B L"] | None = None,
+    positions: Int[Array, "*B L"] | None = None,
 ) -> list[LayerState]:
     """Computes the state of every block of an FSN over some text.
 
@@ -75,6 +76,7 @@ def trace_layers(
       variables: its parameters, under ``params``.
       tokens: token ids.
       segment_ids: tokens couple to those of their own segment; None: all are in one.
+      positions: of the tokens, for the drift; None: 0, 1, 2, ...
 
     Raises:
       ValueError: the model has linear values, so there is no kernel.
@@ -87,9 +89,10 @@ def trace_layers(
         states = []
         for block in model.blocks:
             kappa = jax.lax.complex(*block.attention.kappa())
-            coupled = theta + block.attention(theta, segment_ids=segment_ids)
-            weights = block.attention.weights(theta, segment_ids=segment_ids)
-            after = block(theta, segment_ids)
+            given: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions}
+            coupled = theta + block.attention(theta, **given)
+            weights = block.attention.weights(theta, **given)
+            after = block(theta, segment_ids, positions)
             states.append(LayerState(theta, coupled, after, weights, kappa))
             theta = after
         return states
@@ -103,6 +106,7 @@ def trace_attention(
     variables: dict[str, Any],
     tokens: Int[Array, "B L"],
     segment_ids: Int[Array, "B L"] | None = None,
+    positions: Int[Array, "*B L"] | None = None,
 ) -> list[Float[Array, "B H L L"]]:
     """Computes the attention weights of every block of a model over some text.
 
@@ -111,13 +115,14 @@ def trace_attention(
       variables: its parameters, under ``params``.
       tokens: token ids.
       segment_ids: tokens attend to those of their own segment; None: all are in one.
+      positions: of the tokens, for the drift; None: 0, 1, 2, ...
     """
 
     def walk(model: FSN | Transformer, tokens: Array) -> list[Array]:
         state, weights = model.embedding(tokens), []
         for block in model.blocks:
-            weights.append(block.attention_weights(state, segment_ids))
-            state = block(state, segment_ids)
+            weights.append(block.attention_weights(state, segment_ids, positions))
+            state = block(state, segment_ids, positions)
         return weights
 
     weights: Any = model.apply(variables, tokens, method=walk)

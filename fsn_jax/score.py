@@ -63,8 +63,8 @@ class PhaseScore(ScoreFields, nn.Module):
             empty = jnp.zeros((z.re.shape[0], heads, z.re.shape[1], 0), self.dtype)
             return empty, empty
         sharpness = nn.initializers.constant(np.log(self.score_sharpness / np.sqrt(pairs)))
-        beta = jnp.exp(self.param("log_beta", sharpness, (heads,), jnp.float32))
-        beta = beta[None, :, None, None]
+        log_beta = self.param("log_beta", sharpness, (heads,), jnp.float32)
+        beta = jnp.exp(log_beta.astype(jnp.float32))[None, :, None, None]
         drift = self._by_head(drift)
         if self.score == "gated":
             return self._gated(z, drift, beta)
@@ -88,9 +88,10 @@ class PhaseScore(ScoreFields, nn.Module):
         shape = (self.num_heads * pairs,) if block else (self.num_heads, pairs)
         by_pair = (1, self.num_heads, 1, pairs)
         gate = self.param("gate", nn.initializers.ones, shape, jnp.float32)
-        gate = beta * gate.reshape(by_pair)
+        gate = beta * gate.astype(jnp.float32).reshape(by_pair)
         if self.score_angles:
-            angle = self.param("gate_angle", self._initial_angles, shape).reshape(by_pair)
+            angle = self.param("gate_angle", self._initial_angles, shape)
+            angle = angle.astype(jnp.float32).reshape(by_pair)
             query = multiply(key, Complex(gate * jnp.cos(angle), -gate * jnp.sin(angle)))
         else:
             query = times(gate, key)

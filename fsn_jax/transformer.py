@@ -22,7 +22,7 @@ from fsn_jax.cache import (
 )
 from fsn_jax.causal import attention_weights, causal_sum, merge_heads, split_heads
 from fsn_jax.config import TransformerConfig
-from fsn_jax.dense import sum_in_float32
+from fsn_jax.dense import Readout
 from fsn_jax.feedforward import SwiGLU
 from fsn_jax.language_model import DETERMINISTIC_ARGUMENT, LanguageModel, check_kind
 from fsn_jax.lookup import lookup
@@ -70,10 +70,13 @@ class RotaryAttention(nn.Module):
         return self._output(summed.total)
 
     def weights(
-        self, x: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None = None
+        self,
+        x: Float[Array, "B L D"],
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "*B L"] | None = None,
     ) -> Float[Array, "B H L L"]:
         """Returns the attention weights, for inspection: ``__call__`` does not form them."""
-        query, key, _ = self._of_whole_sequences(x, segment_ids, None)
+        query, key, _ = self._of_whole_sequences(x, segment_ids, positions)
         return attention_weights(query, key, segment_ids)
 
     def extend(
@@ -181,10 +184,13 @@ class TransformerBlock(nn.Module):
         return x + self.dropout(update, deterministic=deterministic)
 
     def attention_weights(
-        self, x: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None = None
+        self,
+        x: Float[Array, "B L D"],
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "*B L"] | None = None,
     ) -> Float[Array, "B H L L"]:
         """Returns the attention weights of the block at this stream, for inspection."""
-        return self.attention.weights(self.attention_norm(x), segment_ids)
+        return self.attention.weights(self.attention_norm(x), segment_ids, positions)
 
     def extend(
         self,
@@ -224,7 +230,7 @@ class TokenEmbedding(nn.Module):
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Returns the tokens' vectors, float32."""
-        return lookup(self.embedding, tokens)
+        return lookup(self.embedding, tokens).astype(jnp.float32)
 
 
 class Transformer(LanguageModel):
@@ -249,12 +255,7 @@ class Transformer(LanguageModel):
         self.blocks = [block(c, name=f"block_{i}") for i in range(c.num_layers)]
         self.final_norm = nn.RMSNorm(epsilon=RMS_EPSILON)
         if not c.tied_embedding:
-            self.readout = nn.Dense(
-                c.vocab_size,
-                use_bias=False,
-                dtype=jnp.dtype(c.dtype),
-                dot_general=sum_in_float32,
-            )
+            self.readout = Readout(c.vocab_size, c.dtype)
 
     def _embed(self, tokens: Array, deterministic: bool) -> Array:
         return self.dropout(self.embedding(tokens), deterministic=deterministic)

@@ -7,6 +7,8 @@ import re
 
 import cases
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fsn_jax import (
@@ -129,6 +131,15 @@ def test_one_head_is_told_of_both_settings_that_it_needs():
 def test_a_whole_number_for_a_float_is_one(kind, name):
     """Or a flag of its type would take whole numbers alone."""
     assert isinstance(getattr(kind(**{name: 0}), name), float)
+
+
+@pytest.mark.parametrize("kind", [FSNConfig, TransformerConfig, FrustratedAttention])
+def test_a_dtype_may_be_named_by_the_type_itself(kind):
+    for dtype in (jnp.bfloat16, jnp.dtype("bfloat16")):
+        assert kind(dtype=dtype) == kind(dtype="bfloat16")
+    for other in (None, jnp.int32, np.dtype("float16")):
+        with pytest.raises(ConfigError, match=rf"^{kind.__name__}\.dtype must be one of"):
+            kind(dtype=other)
 
 
 @pytest.mark.parametrize("config", [FSNConfig(), TransformerConfig()])

@@ -14,6 +14,7 @@ from test_suffix_match import by_definition
 from fsn_jax import FSN, FSNConfig
 from train.analysis import copy_depth
 from train.analysis.copy_depth import BUCKETS, find_cell, tabulate
+from train.analysis.windows import spread_windows
 from train.data.suffix_match import SuffixMatch, match_suffixes
 from train.errors import UserError
 from train.load import load
@@ -143,11 +144,11 @@ def test_a_layer_built_to_copy_is_seen_to_copy():
 
 
 def test_windows_cover_the_split_from_end_to_end():
-    starts = copy_depth.spread_windows(1001, 100, 10)
+    starts = spread_windows(1001, 100, 10)
     assert starts[0] == 0 and starts[-1] + 101 == 1001
     assert (np.diff(starts) >= 100).all()
     with pytest.raises(UserError, match="must be from 1 to 10"):
-        copy_depth.spread_windows(1001, 100, 11)
+        spread_windows(1001, 100, 11)
 
 
 def test_the_program_writes_table_json_and_figure(finished_arms, tmp_path, capsys):

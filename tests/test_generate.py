@@ -63,9 +63,22 @@ def test_cached_logits_are_those_of_the_full_pass(name):
         position += size
         assert cache.position == position
     assert position == tokens.shape[1]
+    assert full.dtype == jnp.float32
     # bfloat16 products differ by their last of eight bits where sums are taken in another order.
     tolerance = 0.04 if "bfloat16" in name else 1e-5
     np.testing.assert_allclose(np.concatenate(logits, axis=1), full, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["two_layers", "transformer_shifted"])
+def test_a_model_with_parameters_of_half_precision_has_a_cache_too(name):
+    model, variables = built(name)
+    cast = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), variables)
+    tokens = cases.tokens(2, 6)
+    full = jax.jit(model.apply)(cast, tokens)
+    cache = model.apply(cast, 2, 6, method="empty_cache")
+    logits, _ = jax.jit(functools.partial(model.apply, method="extend"))(cast, tokens, cache)
+    assert logits.dtype == full.dtype == jnp.float32
+    np.testing.assert_allclose(logits, full, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("name", ["full", "transformer"])

@@ -1,4 +1,4 @@
-"""What heads attend to: traced weights against the updates they make, the program on both kinds."""
+"""What heads attend to: traced weights against the updates that they make, and the program."""
 
 import json
 
@@ -9,18 +9,35 @@ import numpy as np
 import pytest
 
 from fsn_jax import FSN, Transformer
-from fsn_jax.readings import trace_attention, trace_layers
+from fsn_jax.base_layer import attention_entropy
+from fsn_jax.readings import AttentionTargets, trace_attention, trace_layers
 from train.analysis import heads
+
+IDS = jnp.array([[0, 0, 1, 1, 1, 1]] * 2)
+PLACES = jnp.array([0, 7, 8, 20, 21, 30])
+"""Segments and positions of two rows of six tokens."""
 
 
 def test_an_fsns_weights_are_those_of_its_layers():
+    """The traces agree, and their entropy is that which the model itself reports."""
     model, tokens = FSN(cases.fsn_config()), cases.tokens(length=6)
-    ids = jnp.array([[0, 0, 1, 1, 1, 1]] * 2)
     variables = cases.random_variables(model, tokens)
-    weights = jax.jit(lambda v: trace_attention(model, v, tokens, ids))(variables)
-    states = jax.jit(lambda v: trace_layers(model, v, tokens, ids))(variables)
-    for traced, state in zip(weights, states, strict=True):
+
+    @jax.jit
+    def run(variables):
+        return (
+            trace_attention(model, variables, tokens, IDS, PLACES),
+            trace_layers(model, variables, tokens, IDS, PLACES),
+            model.apply(
+                variables, tokens, segment_ids=IDS, positions=PLACES, mutable="diagnostics"
+            )[1]["diagnostics"],
+        )
+
+    weights, states, seen = run(variables)
+    for layer, (traced, state) in enumerate(zip(weights, states, strict=True)):
         np.testing.assert_array_equal(traced, state.attention)
+        (entropy,) = seen[f"block_{layer}"]["attention"]["attention_entropy"]
+        np.testing.assert_allclose(attention_entropy(traced), entropy, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("token_shift", ["none", "keys", "queries_and_keys"])
@@ -28,22 +45,20 @@ def test_a_transformers_weights_make_its_updates(token_shift):
     """Values, mixed by the traced weights and put through the output matrix, are the update."""
     config = cases.transformer_config(token_shift=token_shift, num_layers=2)
     model, tokens = Transformer(config), cases.tokens(length=6)
-    ids = jnp.array([[0, 0, 1, 1, 1, 1]] * 2)
     variables = cases.random_variables(model, tokens)
     last = config.num_layers - 1
 
     def walk(model, tokens):
         state = model.embedding(tokens)
         for block in model.blocks[:last]:
-            state = block(state, ids)
+            state = block(state, IDS, PLACES)
         x = model.blocks[last].attention_norm(state)
-        return x, model.blocks[last].attention(x, ids)
+        return x, model.blocks[last].attention(x, IDS, PLACES)
 
     @jax.jit
     def run(variables):
-        return trace_attention(model, variables, tokens, ids), model.apply(
-            variables, tokens, method=walk
-        )
+        weights = trace_attention(model, variables, tokens, IDS, PLACES)
+        return weights, model.apply(variables, tokens, method=walk)
 
     weights, (x, update) = run(variables)
     assert len(weights) == config.num_layers
@@ -78,6 +93,22 @@ def test_the_program_reads_both_kinds_of_model(finished_arms, tmp_path, capsys):
     assert len(table.splitlines()) == rows + 5
     assert table in capsys.readouterr().out
     assert target.with_suffix(".png").stat().st_size > 1000
+
+
+def test_seeds_of_an_arm_are_told_apart():
+    layer = {
+        "relative_entropy": [0.5],
+        "attention_to": dict.fromkeys(AttentionTargets._fields, [0.25]),
+    }
+    run = {"name": "arm", "heads": ["head 1"], "layers": [layer]}
+    page = {
+        "windows": 1,
+        "length": 2,
+        "even_attention": dict.fromkeys(AttentionTargets._fields, 0.5),
+        "runs": [run | {"run": f"arm_seed{seed}"} for seed in (1, 2)],
+    }
+    rows = heads.table_text(page).splitlines()[-2:]
+    assert [row.split()[0] for row in rows] == ["arm_seed1", "arm_seed2"]
 
 
 def test_documents_are_read_each_alone():

@@ -97,6 +97,15 @@ def test_gradients_have_the_dtype_of_their_parameters(name, dtype):
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.1, atol=0.05 * scale + 1e-6)
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_parameters_of_half_precision_are_worked_on_in_float32(name):
+    """Angles, temperatures and strengths lose what their type rounds, and nothing more."""
+    cast = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), variables_of(name))
+    apply, x = jax.jit(MODULES[name].apply), inputs(name)
+    expected = apply(jax.tree.map(jnp.float32, cast), x)
+    np.testing.assert_allclose(apply(cast, x), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_reference_takes_parameters_of_other_dtypes(dtype):
     fast, x = MODULES["gated"], inputs("gated")

@@ -55,7 +55,12 @@ def heads_result():
     layer = rounded(
         measure_attention(cases.random_attention(1, 2, 5), jnp.array([[0, 1, 2, 0, 1]]))
     )
-    run = {"name": "fsn", "heads": ["head 1", "head 2"], "layers": [layer, layer]}
+    run = {
+        "name": "fsn",
+        "run": "fsn_seed1",
+        "heads": ["head 1", "head 2"],
+        "layers": [layer, layer],
+    }
     return {
         "kind": "heads", "windows": 1, "length": 5, "runs": [run],
         "even_attention": dict.fromkeys(layer["attention_to"], 0.2),
@@ -185,7 +190,7 @@ def test_every_chart_is_drawn_without_fault_request_or_overflow(made, tab, width
     charts = tab.run("[...document.querySelectorAll('.plot > svg')].map(s => s.ariaLabel)")
     assert len(charts) == 12 and all(charts)
     assert lines(tab, "loss-curves") == 2 and lines(tab, "scale-ladder") == 4
-    assert lines(tab, "copy-depth") == 1 and lines(tab, "heads-fsn") == 6
+    assert lines(tab, "copy-depth") == 1 and lines(tab, "heads-fsn_seed1") == 6
     beside = "[...document.querySelectorAll('#final-losses-beside-fsn tbody tr')].map"
     assert tab.run(f"{beside}(row => row.cells[4].textContent)") == ["", "+0.400"]
     assert tab.run(f"{beside}(row => row.querySelectorAll('.dots circle').length)") == [3, 2]

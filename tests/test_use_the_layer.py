@@ -41,6 +41,27 @@ def test_in_a_linen_model():
     assert diagnostics["kernel"].re.shape == (2, 2, 2, 32)
 
 
+def test_a_stack_of_the_form_that_did_best():
+    (names,) = run("The form that did best, as a stack")
+    assert names["after"].shape == names["theta"].shape
+    params = names["variables"]["params"]
+    (attention,) = (params[name] for name in params if name.startswith("FrustratedAttention"))
+    assert attention["kernel_real"].shape == (12, 2, 1, 2, 64)
+    # Every layer's reading of the field, which is nothing at first, has a gradient.
+    gradient = jax.jit(jax.grad(lambda v: names["stack"].apply(v, names["theta"], None)[0].sum()))
+    gains = gradient(names["variables"])["params"]["PhasorSwiGLU_0"]["gate"]["field_gain"]
+    assert np.abs(gains).sum(axis=(1, 2)).min() > 0
+    changed = names["theta"].at[:, 20:].add(1.0)
+    after, _ = jax.jit(names["stack"].apply)(names["variables"], changed, None)
+    np.testing.assert_allclose(after[:, :20], names["after"][:, :20], atol=1e-4)
+
+
+def test_token_by_token():
+    (names,) = run("Token by token")
+    whole = jax.jit(names["layer"].apply)(names["variables"], names["theta"])
+    np.testing.assert_allclose(names["dtheta"], whole, atol=1e-5)
+
+
 def test_packed_documents():
     (names,) = run("Packed documents, padding, positions, dropout")
     np.testing.assert_allclose(names["logits"][:, 5:9], names["alone"], atol=2e-5)

@@ -3,20 +3,28 @@
 The programs are not in it: a user's own train.py would hide them. They run from a checkout.
 """
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from train.__main__ import PACKAGES
+
 ROOT = Path(__file__).resolve().parent.parent
 
 FORWARD = """
-import jax, fsn_jax
+import sys
+for name in ("grain", "matplotlib", "ml_collections", "tensorboard", "tensorflow_datasets", "tqdm"):
+    sys.modules[name] = None  # of the programs alone: an installation need not have them
+import jax, fsn_jax, fsn_jax.generate, fsn_jax.hub, fsn_jax.readings
 assert "site-packages" in fsn_jax.__file__, fsn_jax.__file__
 assert fsn_jax.__version__ == VERSION, fsn_jax.__version__
 model = fsn_jax.FSN(fsn_jax.FSNConfig(vocab_size=7, num_layers=1, num_phases=8, num_heads=2))
@@ -34,6 +42,50 @@ assert len(trained.sample("The ", num_tokens=20)) == 20
 assert trained.states("abc").shape == (1, 3, 64)  # the phases that the readout reads
 assert trained.logits("abc").shape == (1, 3, 205)
 """
+
+
+DISTRIBUTION = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
+"""Of the modules that are named otherwise than the package that holds them."""
+
+
+def imported(*rooms):
+    """The packages of others that the code of some folders imports, by the names pip knows."""
+    names = set()
+    for file in (file for room in rooms for file in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(str(node.module).split(".")[0])
+    others = names - sys.stdlib_module_names - {"fsn_jax", "train", "configs"}
+    return {DISTRIBUTION.get(name, name).replace("_", "-") for name in others}
+
+
+def test_the_library_depends_on_what_it_imports_and_the_programs_on_their_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def declared(requirements):
+        return {re.match(r"[\w-]+", text)[0].replace("_", "-") for text in requirements}
+
+    library = declared(project["dependencies"])
+    extra = declared(project["optional-dependencies"]["train"])
+    assert imported("fsn_jax") == library
+    of_others = {"flatbuffers", "importlib-resources"}  # imported by JAX and tensorflow-datasets
+    assert imported("train", "configs") - library == extra - of_others
+    known = {DISTRIBUTION.get(name, name).replace("_", "-") for name in PACKAGES}
+    assert known | {"importlib-resources"} == extra
+
+
+def test_programs_without_their_packages_say_what_to_install():
+    code = (
+        "import runpy, sys; sys.modules['grain'] = None; runpy.run_module('train', {}, '__main__')"
+    )
+    done = subprocess.run(
+        (sys.executable, "-c", code), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "(grain)" in line and "pip install -e '.[train]'" in line
 
 
 def run(*command, cwd):

@@ -1,5 +1,7 @@
 """``python -m train --config=FILE[:ARM]`` trains; ``python -m train NAME ...`` runs a program."""
 
+import importlib
+import importlib.util
 import sys
 
 if not __package__:  # python train
@@ -9,12 +11,24 @@ if not __package__:  # python train
 from train import streams
 from train.interruption import interruptions
 
+PACKAGES = (
+    *("absl", "etils", "flatbuffers", "grain", "matplotlib", "ml_collections", "optax", "orbax"),
+    *("tensorboard", "tensorflow_datasets", "tqdm"),
+)
+"""What the programs import beside what the library does: the extra ``train``."""
+
 if __name__ == "__main__":  # before the other imports, which take seconds
     streams.mend()
     interruptions.listen()
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        print(
+            f"error: the programs need packages that are not installed ({', '.join(missing)}): "
+            f"pip install -e '.[train]' in this folder, or make setup",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 import difflib  # noqa: E402
-import importlib  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from typing import NamedTuple  # noqa: E402
 

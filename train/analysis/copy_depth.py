@@ -21,10 +21,11 @@ from jax.sharding import Mesh
 
 from train.analysis.figures import legend_above, panels
 from train.analysis.records import mean_and_deviation, read_arms, reference_arm
+from train.analysis.windows import check_alike, spread_windows
 from train.data.suffix_match import LONGEST, SuffixMatch, match_suffixes
 from train.errors import UserError
 from train.files import check_json_output, default_output, write_result
-from train.load import TrainedModel, load
+from train.load import load
 from train.metrics import bits_per_character
 from train.program import Arguments, start_jax
 from train.provenance import provenance
@@ -172,21 +173,6 @@ def find_cell(
     return next(c for c in cells if (c["events"], c["distance"], c["bucket"]) == wanted)
 
 
-def spread_windows(num_bytes: int, length: int, count: int) -> npt.NDArray[np.int64]:
-    """Returns the starts of ``count`` windows of ``length + 1`` characters, spread evenly.
-
-    Raises:
-      UserError: the windows would overlap.
-    """
-    most = (num_bytes - 1) // length
-    if not 1 <= count <= most:
-        raise UserError(
-            f"--windows must be from 1 to {most}, as many as the validation split holds at "
-            f"length {length}; got {count}"
-        )
-    return np.linspace(0, num_bytes - 1 - length, count).astype(np.int64)
-
-
 def bits_of_windows(
     model: nn.Module,
     params: Any,
@@ -265,22 +251,6 @@ def measure(
         "provenance": provenance(corpus),
         "arms": table,
     }
-
-
-def check_alike(every: Sequence[TrainedModel]) -> None:
-    """Raises UserError unless the models see the same data and the same repetitions in it."""
-    first = every[0]
-    for trained in every:
-        if trained.corpus.sha256 != first.corpus.sha256:
-            raise UserError(
-                f"{trained.run.path} and {first.run.path} were trained on different data; "
-                f"compare runs of one corpus"
-            )
-        if trained.experiment.data.segments != first.experiment.data.segments:
-            raise UserError(
-                f"{trained.run.path} and {first.run.path} have different config.data.segments, "
-                f"and so see different repetitions; compare runs that have the same"
-            )
 
 
 def table_text(result: dict[str, Any]) -> str:

@@ -18,20 +18,17 @@ import numpy as np
 
 from fsn_jax import FSNConfig
 from fsn_jax.base_layer import attention_entropy
-from fsn_jax.documents import document_ids
+from fsn_jax.causal import attention_weights
 from fsn_jax.readings import attention_targets, trace_attention
-from train.analysis.copy_depth import check_alike, spread_windows
 from train.analysis.figures import legend_above, panels
+from train.analysis.windows import LONGEST, check_alike, validation_windows
 from train.config import ModelConfig
-from train.errors import UserError
 from train.files import check_json_output, default_output, write_result
 from train.load import TrainedModel, load
 from train.program import Arguments, start_jax
 from train.provenance import provenance
 from train.tables import text_table
 
-LONGEST_WINDOW = 256
-"""Characters of a window if no number is given: the trace holds every weight of every head."""
 TITLES = {
     "itself": "itself",
     "previous": "the token before",
@@ -49,6 +46,12 @@ def head_names(config: ModelConfig) -> list[str]:
     ]
 
 
+def even_attention(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Returns weights that are the same for all tokens that each can attend to, [B, 1, L, L]."""
+    nothing = jnp.zeros((tokens.shape[0], 1, tokens.shape[1], 0))
+    return attention_weights(nothing, nothing, segment_ids)
+
+
 @jax.jit
 def measure_attention(
     attention: jax.Array, tokens: jax.Array, segment_ids: jax.Array | None = None
@@ -59,10 +62,9 @@ def measure_attention(
     the number of tokens that each can attend to it is from 0 to 1.
     """
     entropy = attention_entropy(attention)
-    segments = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
-    seen = _visible(segments).sum(axis=-1)[:, None]
-    choice = seen > 1
-    relative = entropy / jnp.log(jnp.maximum(seen, 2))
+    most = attention_entropy(even_attention(tokens, segment_ids))
+    choice = most > 0
+    relative = entropy / jnp.where(choice, most, 1.0)
     return {
         "attention_entropy": entropy.mean(axis=(0, 2), where=choice),
         "relative_entropy": relative.mean(axis=(0, 2), where=choice),
@@ -73,32 +75,6 @@ def measure_attention(
 def rounded(values: Any) -> Any:
     """Returns arrays, in a tree, as lists of numbers of five decimals."""
     return jax.tree.map(lambda x: np.round(np.asarray(x, np.float64), 5).tolist(), values)
-
-
-def validation_windows(
-    trained: TrainedModel, num_windows: int, length: int
-) -> tuple[jax.Array, jax.Array | None]:
-    """Returns windows of the validation split, ``[W, L]``, and the documents they are of.
-
-    Args:
-      trained: the run.
-      num_windows: W.
-      length: L; 0: the context, at most ``LONGEST_WINDOW``.
-
-    Raises:
-      UserError: the windows do not fit the context or the split.
-    """
-    data = trained.experiment.data
-    length = length or min(data.context, LONGEST_WINDOW)
-    if not 2 <= length <= data.context:
-        raise UserError(
-            f"--length must be from 2 to the run's context, {data.context}; got {length}"
-        )
-    text = trained.corpus.tokens("validation")
-    starts = spread_windows(len(text), length, num_windows)
-    tokens = jnp.asarray(text[starts[:, None] + np.arange(length)], jnp.int32)
-    separator = data.separator(trained.corpus.vocabulary)
-    return tokens, None if separator is None else document_ids(tokens, separator)
 
 
 def measure(
@@ -119,21 +95,14 @@ def measure(
     check_alike(every)
     shortest = min(every, key=lambda trained: trained.experiment.data.context)
     tokens, segment_ids = validation_windows(shortest, num_windows, length)
-    segments = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
-    even = _visible(segments)[:, None].astype(jnp.float32)
-    even /= even.sum(axis=-1, keepdims=True)
+    even = attention_targets(even_attention(tokens, segment_ids), tokens, segment_ids)
     return {
         "kind": "heads",
         "split": "validation",
         "windows": num_windows,
         "length": tokens.shape[1],
         "provenance": provenance(shortest.corpus),
-        "even_attention": {
-            target: share[0]
-            for target, share in rounded(
-                attention_targets(even, tokens, segment_ids)._asdict()
-            ).items()
-        },
+        "even_attention": {place: share for place, (share,) in rounded(even._asdict()).items()},
         "runs": [read_heads(trained, tokens, segment_ids) for trained in every],
     }
 
@@ -153,11 +122,6 @@ def read_heads(
     }
 
 
-def _visible(segment_ids: jax.Array) -> jax.Array:
-    """Returns which tokens each token can attend to, ``[B, L, L]``."""
-    return jnp.tril(segment_ids[:, :, None] == segment_ids[:, None])
-
-
 def table_text(result: dict[str, Any]) -> str:
     """Formats one line a head, and one for even attention."""
     rows: list[tuple[str, ...]] = [("run", "layer", "head", *TITLES, "entropy")]
@@ -168,7 +132,7 @@ def table_text(result: dict[str, Any]) -> str:
             for head, name in enumerate(run["heads"]):
                 shares = (f"{layer['attention_to'][target][head]:.3f}" for target in TITLES)
                 entropy = f"{layer['relative_entropy'][head]:.3f}"
-                rows.append((run["name"], str(number), name, *shares, entropy))
+                rows.append((run["run"], str(number), name, *shares, entropy))
     return (
         f"{result['windows']} windows of {result['length']} characters of validation; mean weights "
         f"over the tokens that have\nsuch targets, and entropy relative to the logarithm of what a "
@@ -186,7 +150,7 @@ def draw(result: dict[str, Any], target: Path) -> None:
                 share = np.array([layer["attention_to"][place] for layer in run["layers"]])
                 x = np.arange(1, len(share) + 1) + 0.15 * (index - (len(runs) - 1) / 2)
                 style = {"color": f"C{index}", "marker": "o", "ms": 4, "alpha": 0.7, "ls": ""}
-                axis.plot(x, share[:, 0], label=run["name"], **style)
+                axis.plot(x, share[:, 0], label=run["run"], **style)
                 axis.plot(x, share[:, 1:], **style)
             even = result["even_attention"][place]
             axis.axhline(even, color="0.4", lw=1, ls="--", label="even attention")
@@ -209,7 +173,7 @@ def program(argv: Sequence[str]) -> None:
         "--length",
         type=int,
         default=0,
-        help=f"characters each; 0: shortest context, at most {LONGEST_WINDOW}",
+        help=f"characters each; 0: shortest context, at most {LONGEST}",
     )
     options = p.parse_args(argv[1:])
     output = check_json_output(options.output or default_output(options.runs, "heads.json"))

@@ -30,7 +30,8 @@ from fsn_jax.readings import (
 )
 from fsn_jax.torus import order_parameter
 from train.analysis.figures import STYLE, panels
-from train.analysis.heads import head_names, measure_attention, rounded, validation_windows
+from train.analysis.heads import head_names, measure_attention, rounded
+from train.analysis.windows import validation_windows
 from train.errors import UserError
 from train.files import check_output, default_output, write_atomically, writing
 from train.load import load

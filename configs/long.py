@@ -14,8 +14,7 @@ rows of the plan, in its order, the projected FSN being the better one of the fi
       --arms=fsn_1m,shifted_1m,base_1m,modes_1m
 
     python -m train ladder --config=configs/long.py --seeds=1,2,3 \
-      --arms=enwik8_projected_1m_half,enwik8_transformer_1m_half
-    python -m train ladder --config=configs/long.py --seeds=1,2 --arms=enwik8_shifted_1m_half
+      --arms=enwik8_projected_1m_half,enwik8_transformer_1m_half,enwik8_shifted_1m_half
 
     python -m train ladder --config=configs/long.py --seeds=1 \
       --arms=pycode_projected_1m,pycode_transformer_1m

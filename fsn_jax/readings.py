@@ -115,7 +115,7 @@ def trace_attention(
       variables: its parameters, under ``params``.
       tokens: token ids.
       segment_ids: tokens attend to those of their own segment; None: all are in one.
-      positions: of the tokens, for the drift; None: 0, 1, 2, ...
+      positions: of the tokens, for the drift of an FSN or a transformer's rotation; None: 0, 1, ...
     """
 
     def walk(model: FSN | Transformer, tokens: Array) -> list[Array]:

@@ -21,7 +21,7 @@ from fsn_jax.base_layer import attention_entropy
 from fsn_jax.causal import attention_weights
 from fsn_jax.readings import attention_targets, trace_attention
 from train.analysis.figures import legend_above, panels
-from train.analysis.windows import LONGEST, check_alike, validation_windows
+from train.analysis.windows import LONGEST_DEFAULT, check_alike, validation_windows
 from train.config import ModelConfig
 from train.files import check_json_output, default_output, write_result
 from train.load import TrainedModel, load
@@ -173,7 +173,7 @@ def program(argv: Sequence[str]) -> None:
         "--length",
         type=int,
         default=0,
-        help=f"characters each; 0: shortest context, at most {LONGEST}",
+        help=f"characters each; 0: shortest context, at most {LONGEST_DEFAULT}",
     )
     options = p.parse_args(argv[1:])
     output = check_json_output(options.output or default_output(options.runs, "heads.json"))

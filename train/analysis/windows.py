@@ -11,7 +11,7 @@ from fsn_jax.documents import document_ids
 from train.errors import UserError
 from train.load import TrainedModel
 
-LONGEST = 256
+LONGEST_DEFAULT = 256
 """Characters of a window if no length is given, where every weight of every head is held."""
 
 
@@ -54,16 +54,17 @@ def validation_windows(
     Args:
       trained: the run.
       num_windows: W.
-      length: L; 0: the context, at most ``LONGEST``.
+      length: L; 0: the context, at most ``LONGEST_DEFAULT``.
 
     Raises:
       UserError: the windows do not fit the context or the split.
     """
     data = trained.experiment.data
-    length = length or min(data.context, LONGEST)
+    length = length or min(data.context, LONGEST_DEFAULT)
     if not 2 <= length <= data.context:
         raise UserError(
-            f"--length must be from 2 to the run's context, {data.context}; got {length}"
+            f"--length must be from 2 to the context of {trained.run.path}, {data.context}; got "
+            f"{length}"
         )
     text = trained.corpus.tokens("validation")
     starts = spread_windows(len(text), length, num_windows)

@@ -89,9 +89,9 @@ def trace_layers(
         states = []
         for block in model.blocks:
             kappa = jax.lax.complex(*block.attention.kappa())
-            given: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions}
-            coupled = theta + block.attention(theta, **given)
-            weights = block.attention.weights(theta, **given)
+            update = block.attention(theta, segment_ids=segment_ids, positions=positions)
+            coupled = theta + update
+            weights = block.attention_weights(theta, segment_ids, positions)
             after = block(theta, segment_ids, positions)
             states.append(LayerState(theta, coupled, after, weights, kappa))
             theta = after

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from train.__main__ import PACKAGES
+from train.__main__ import EXTRA_PACKAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,7 +72,7 @@ def test_the_library_depends_on_what_it_imports_and_the_programs_on_their_extra(
     assert imported("fsn_jax") == library
     of_others = {"flatbuffers", "importlib-resources"}  # imported by JAX and tensorflow-datasets
     assert imported("train", "configs") - library == extra - of_others
-    known = {DISTRIBUTION.get(name, name).replace("_", "-") for name in PACKAGES}
+    known = {DISTRIBUTION.get(name, name).replace("_", "-") for name in EXTRA_PACKAGES}
     assert known | {"importlib-resources"} == extra
 
 

@@ -11,7 +11,7 @@ if not __package__:  # python train
 from train import streams
 from train.interruption import interruptions
 
-PACKAGES = (
+EXTRA_PACKAGES = (
     *("absl", "etils", "flatbuffers", "grain", "matplotlib", "ml_collections", "optax", "orbax"),
     *("tensorboard", "tensorflow_datasets", "tqdm"),
 )
@@ -20,7 +20,7 @@ PACKAGES = (
 if __name__ == "__main__":  # before the other imports, which take seconds
     streams.mend()
     interruptions.listen()
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in EXTRA_PACKAGES if importlib.util.find_spec(name) is None]:
         print(
             f"error: the programs need packages that are not installed ({', '.join(missing)}): "
             f"pip install -e '.[train]' in this folder, or make setup",

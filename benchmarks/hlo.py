@@ -24,7 +24,7 @@ PARTS = {
     "scores": r"/score/|attention\._(project|rotate|rotary)",
     "coupling": r"/attention[./]",
     "feed-forward": r"/feedforward/|\._feed_forward/",
-    "readout": r"_read_out|embedding|cross_entropy|log_softmax|window_loss",
+    "readout": r"read_out|embedding|cross_entropy|log_softmax|window_loss",
     "model, other": r"FSN|Transformer|shard_map",
 }
 """Which part of the step an operation belongs to: the first that its name matches."""

@@ -133,7 +133,11 @@ class PhaseAttention(ScoreFields, nn.Module):
           capacity: C.
           num_phases: N.
           segments: whether it holds ``segment_ids`` too.
+
+        Raises:
+          ConfigError: ``num_heads`` does not divide N.
         """
+        self.check_width(num_phases)
         widths = (2 * self.num_score_pairs(num_phases), self._value_width(num_phases))
         return empty_layer_cache(
             batch, capacity, self.num_heads, widths, self.dtype, segments=segments

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fsn_jax import kernels
+from fsn_jax.documents import check_rows
 from fsn_jax.fields import Implementation
 from fsn_jax.kernels import choice
 from fsn_jax.kernels.xla import MASKED, combine, inner, own_inner
@@ -52,7 +53,12 @@ def attention_weights(
     key: Float[Array, "B H L E"],
     segment_ids: Int[Array, "B L"] | None = None,
 ) -> Float[Array, "B H L L"]:
-    """The matrix ``A`` itself: rows sum to one over ``u <= t`` in the segment of t."""
+    """The matrix ``A`` itself: rows sum to one over ``u <= t`` in the segment of t.
+
+    Raises:
+      ValueError: ``segment_ids`` is not ``[B, L]``, or no whole numbers.
+    """
+    check_rows((query.shape[0], query.shape[2]), segment_ids, None)
     seen = np.tri(query.shape[2], dtype=bool)
     if segment_ids is not None:
         seen = seen[None, None] & (segment_ids[:, None, :, None] == segment_ids[:, None, None])
@@ -85,7 +91,11 @@ def causal_sum(
         the two on this machine's GPU or TPU where no compiler has to divide the program: on one
         device, or in ``shard_map``. It takes ``xla`` where several processes run one program, since
         they might not agree.
+
+    Raises:
+      ValueError: ``segment_ids`` is not ``[B, L]``, or no whole numbers.
     """
+    check_rows((query.shape[0], query.shape[2]), segment_ids, None)
     if 0 in query.shape[:3]:
         implementation = "reference"
     if implementation == "auto":

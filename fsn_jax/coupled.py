@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from fsn_jax import kernels
 from fsn_jax.coupling import next_in_segment
+from fsn_jax.documents import check_rows
 from fsn_jax.fields import Implementation
 from fsn_jax.kernels import choice
 from fsn_jax.kernels.arrays import CouplingInputs, CouplingSums
@@ -42,7 +43,11 @@ def coupled_field(
 
     Returns:
       The field of each head, or of all together, float32, of the shape of ``z``.
+
+    Raises:
+      ValueError: ``segment_ids`` is not ``[B, L]``, or no whole numbers.
     """
+    check_rows((query.shape[0], query.shape[2]), segment_ids, None)
     if 0 in query.shape[:3]:
         return in_float32(z)
     if implementation == "auto":

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex64, Float, Int
 
+from fsn_jax.documents import check_rows
 from fsn_jax.recompute import match_varying_axes
 from fsn_jax.reverse_mode import reverse_mode_only
 from fsn_jax.torus import (
@@ -45,17 +46,18 @@ def coupling_update(
 
     Args:
       theta: phases in radians.
-      attention: weights with causal rows, zero for ``u > t`` (others give NaN); H divides N, and
-        head h couples the h-th block of N / H phases.
+      attention: weights with causal rows, zero for ``u > t`` and across segments (others give
+        NaN); H divides N, and head h couples the h-th block of N / H phases.
       kappa: the kernel; T is 1 (no delay) or 2.
       segment_ids: the delay does not couple to a successor in another segment; None: all tokens
-        of a row are in one. The weights are given, so they must be zero across segments.
+        of a row are in one.
 
     Returns:
       The update of the phases, in radians.
 
     Raises:
-      ValueError: kappa is not ``[T, M, N]``, H does not divide N, or T is neither 1 nor 2.
+      ValueError: kappa is not ``[T, M, N]``, H does not divide N, T is neither 1 nor 2, or
+        ``segment_ids`` is not ``[B, L]``.
     """
     return jnp.imag(local_field(theta, attention, kappa, segment_ids))
 
@@ -73,7 +75,8 @@ def local_field(
     ``coupling_update``.
 
     Raises:
-      ValueError: kappa is not ``[T, M, N]``, H does not divide N, or T is neither 1 nor 2.
+      ValueError: kappa is not ``[T, M, N]``, H does not divide N, T is neither 1 nor 2, or
+        ``segment_ids`` is not ``[B, L]``.
     """
     batch, length, num_phases = theta.shape
     num_heads = attention.shape[1]
@@ -88,12 +91,15 @@ def local_field(
     if num_delays not in (1, 2):
         raise ValueError(f"kappa has {num_delays} delays; 1 or 2 are supported")
 
-    future = ~np.tri(length, dtype=bool)[None, None]
-    attention = jnp.where(future & (attention != 0), jnp.nan, attention)
+    check_rows((batch, length), segment_ids, None)
+    unseen = ~np.tri(length, dtype=bool)[None, None]
+    if segment_ids is not None:
+        unseen = unseen | (segment_ids[:, None, :, None] != segment_ids[:, None, None])
+    attention = jnp.where(unseen & (attention != 0), jnp.nan, attention)
 
     def mean_field(weights: Array, z: Array) -> Array:
         by_head = z.reshape(batch, length, num_heads, num_phases // num_heads)
-        return jnp.einsum("bhtu,buhp->bthp", weights, by_head).reshape(z.shape)
+        return jnp.einsum("bhtu,buhp->bthp", weights, by_head, precision="highest").reshape(z.shape)
 
     def one_harmonic(m: Array, kappa_m: Array) -> Array:
         z = jnp.exp(1j * m * theta)
@@ -247,7 +253,8 @@ def unfold_sum(
     else:
         by_head = jnp.split(total.astype(jnp.float32), num_heads, axis=1)
         total = functools.reduce(jnp.add, by_head)
-        re, im = (jnp.einsum("bht,hp->btp", self_weight, part)[:, None] for part in at_rest)
+        over_heads = functools.partial(jnp.einsum, "bht,hp->btp", self_weight, precision="highest")
+        re, im = (over_heads(part)[:, None] for part in at_rest)
     return _add_seen(Complex(re, im), z, _by_harmonic(total, num_harmonics))
 
 

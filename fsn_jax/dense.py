@@ -155,7 +155,9 @@ class PhasorDense(DenseFields, nn.Module):
         y = inputs.astype(dtype) @ kernel.astype(dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.outputs,), jnp.float32)
-            y += over_tokens(bias, y).astype(dtype)
+            # In float32, or the gradient of the bias is a sum over all tokens in the compute dtype.
+            bias = bias.astype(jnp.float32)
+            y = (y.astype(jnp.float32) + over_tokens(bias, y)).astype(dtype)
         return y
 
     def _quadrature_init(self, num_phases: int) -> nn.initializers.Initializer:

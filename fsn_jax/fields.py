@@ -156,7 +156,10 @@ class ComputeFields(Fields):
     """Settings of the computation."""
 
     dtype: DType = setting(
-        "float32", "type of the matrix products; angles, softmax and logits are float32 always"
+        "float32",
+        "type of the matrix products; angles, softmax and logits are float32 always. TPUs and GPUs "
+        "round the factors of float32 products unless ``jax_default_matmul_precision`` is "
+        "``highest``",
     )
     implementation: Implementation = setting(
         "auto",

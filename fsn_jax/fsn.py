@@ -154,5 +154,6 @@ class FSN(LanguageModel):
     def _embed(self, tokens: Array, deterministic: bool) -> Array:
         return self.embedding(tokens, deterministic)
 
-    def _read_out(self, state: Array) -> Array:
-        return self.readout(features(phasor(state)))
+    def read_out(self, states: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Computes the logits, float32, of states after the last block."""
+        return self.readout(features(phasor(states)))

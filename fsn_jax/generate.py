@@ -109,12 +109,23 @@ def _likeliest_of_noisy(
     return jnp.where(greedy, logits.argmax(axis=-1), (kept + noise).argmax(axis=-1))
 
 
+class NotFiniteError(ArithmeticError):
+    """The logits of a model are infinite or NaN, so nothing can be drawn from them."""
+
+
 class _Read(NamedTuple):
     """What a model has read: logits ``[B, V]``, cache, and ids ``[B]`` of the last document."""
 
     logits: Array
     cache: Cache
     document: Array | None
+
+
+class _Seen(NamedTuple):
+    """What of a prompt is read: the state of its last token, ``[B, 1, D]``, and the cache."""
+
+    state: Array | None
+    cache: Any
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity", "separator"))
@@ -129,7 +140,8 @@ def _prefill(
     """Reads the first ``length`` tokens of a padded prompt.
 
     What the cache holds of the padding is masked until it is written over. The prompt is read in
-    pieces, since the weights of a piece over the whole cache are held at once.
+    pieces, since the weights of a piece over the whole cache are held at once; pieces of padding
+    alone are left out.
     """
     segments = separator is not None
     cache: Any = model.apply(
@@ -137,29 +149,30 @@ def _prefill(
     )
     ids = None if separator is None else document_ids(prompt, separator)
 
-    def read(cache: Any, piece: tuple[Array, Array | None]) -> tuple[Any, Array]:
-        logits, cache = model.apply(
-            variables, piece[0], cache, segment_ids=piece[1], method="extend"
+    def read(seen: _Seen, start: Array | int, size: int) -> _Seen:
+        """Reads the tokens from ``start`` on; keeps the state of the last, if it is among them."""
+        tokens, piece_ids = (
+            None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+            for x in (prompt, ids)
         )
-        return cache, logits
+        states, cache = model.apply(
+            variables, tokens, seen.cache, segment_ids=piece_ids, method="extend_states"
+        )
+        index = jnp.clip(length - 1 - start, 0, size - 1)
+        return _Seen(jax.lax.dynamic_slice_in_dim(states, index, 1, axis=1), cache)
 
-    def pieces_of(tokens: Array) -> Array:
-        return tokens[:, :whole].reshape(len(tokens), -1, PIECE).swapaxes(0, 1)
-
-    whole = prompt.shape[1] // PIECE * PIECE
-    logits = []
+    whole, size = divmod(prompt.shape[1], PIECE)
+    like = jax.eval_shape(lambda cache: read(_Seen(None, cache), 0, 1).state, cache)
+    seen = _Seen(jnp.zeros(like.shape, like.dtype), cache)
     if whole:
-        cache, pieces = jax.lax.scan(read, cache, jax.tree.map(pieces_of, (prompt, ids)))
-        logits.append(pieces.swapaxes(0, 1).reshape(len(prompt), whole, -1))
-    if whole < prompt.shape[1]:
-        cache, rest = read(cache, jax.tree.map(lambda tokens: tokens[:, whole:], (prompt, ids)))
-        logits.append(rest)
-
-    def last(values: Array) -> Array:
-        return jax.lax.dynamic_index_in_dim(values, length - 1, axis=1, keepdims=False)
-
-    document = None if ids is None else last(ids)
-    return _Read(last(jnp.concatenate(logits, axis=1)), cache.replace(position=length), document)
+        needed = jnp.minimum(whole, (length + PIECE - 1) // PIECE)
+        seen = jax.lax.fori_loop(0, needed, lambda i, seen: read(seen, i * PIECE, PIECE), seen)
+    if size:
+        start = whole * PIECE
+        seen = jax.lax.cond(length > start, lambda seen: read(seen, start, size), lambda x: x, seen)
+    logits: Any = model.apply(variables, seen.state, method="read_out")
+    document = None if ids is None else jax.lax.dynamic_index_in_dim(ids, length - 1, 1, False)
+    return _Read(logits[:, 0], seen.cache.replace(position=length), document)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "separator"), donate_argnames=("read",))
@@ -224,6 +237,7 @@ def stream(
 
     Raises:
       ConfigError: an argument is out of range, before anything is drawn.
+      NotFiniteError: the logits are not finite, when the first token is drawn.
     """
     text = _checked_prompt(prompt, model.config.vocab_size)
     _check_whole(context=context)
@@ -235,6 +249,10 @@ def stream(
         "top_k": jnp.int32(top_k),
         "top_p": jnp.float32(top_p),
     }
+    if separator is not None and not 0 <= separator < model.config.vocab_size:
+        raise ConfigError(
+            f"separator must be a token from 0 to {model.config.vocab_size - 1}; got {separator}"
+        )
     ending = _Ending(stop, text.shape[0]) if len(stop) else None
     return _drawn(model, variables, text, num_tokens, key, context, settings, ending, separator)
 
@@ -283,6 +301,8 @@ def _drawn(
         padded = min(context, max(SHORTEST_PROMPT, 1 << (length - 1).bit_length()))
         window = np.pad(window, ((0, 0), (0, padded - length)))
         read = _prefill(model, variables, window, jnp.int32(length), context, separator)
+        if not jnp.isfinite(read.logits).all():
+            raise NotFiniteError("the logits are not finite: the model has diverged")
         while drawn < num_tokens and length < context:
             tokens, read = _sample_chunk(
                 model, variables, read, key, jnp.int32(drawn), settings, separator

@@ -20,7 +20,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from fsn_jax.config import ARCHITECTURES, FSNConfig, recorded_fields
+from fsn_jax.config import ARCHITECTURES, FSNConfig, TransformerConfig, recorded_fields
 from fsn_jax.documents import document_ids
 from fsn_jax.fsn import FSN
 from fsn_jax.generate import stream
@@ -31,7 +31,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = 1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
     """A model with everything that sampling needs.
 
@@ -84,7 +84,7 @@ class Pretrained:
         stop: str | bytes | Sequence[str | bytes] = (),
         seed: int = 0,
     ) -> Iterator[bytes]:
-        """Yields the bytes that follow a prompt, a few at a time.
+        """Returns an iterator over the bytes that follow a prompt, a few at a time.
 
         Args:
           prompt: what the text begins with; at least one token.
@@ -98,6 +98,7 @@ class Pretrained:
         Raises:
           ConfigError: a setting is out of range.
           TextError: the vocabulary has no token for a part of a text.
+          NotFiniteError: the logits are not finite, when the first token is drawn.
         """
         stops = [stop] if isinstance(stop, (str, bytes)) else stop
         chunks = stream(
@@ -113,19 +114,46 @@ class Pretrained:
             stop=[self.encode(text) for text in stops],
             separator=self.separator,
         )
-        for chunk in chunks:
-            yield self.vocabulary.decode(jax.device_get(chunk[0]))
+        return (self.vocabulary.decode(jax.device_get(chunk[0])) for chunk in chunks)
 
     def _apply(self, text: str | bytes, **options: Any) -> Any:
         tokens = jnp.asarray(self.encode(text))[None]
         if self.separator is not None:
             options["segment_ids"] = document_ids(tokens, self.separator)
-        return _applied(self.model, {"params": self.params}, tokens, **options)
+        model = _without_choice(self.model)
+        return _applied(model, {"params": self.params}, tokens, **options)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Description:
+    """What the config of an exported model says; attributes as of ``Pretrained``.
+
+    Attributes:
+      config: of the model.
+    """
+
+    config: FSNConfig | TransformerConfig
+    vocabulary: Vocabulary
+    context: int
+    corpus_name: str
+    separator: int | None
+
+
+def _without_choice(model: FSN | Transformer) -> FSN | Transformer:
+    """Returns a model that times no kernels: for a few passes the choice would cost more."""
+    if model.config.implementation != "auto":
+        return model
+    return build_model(dataclasses.replace(model.config, implementation="xla"))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="method")
 def _applied(model: FSN | Transformer, variables: Any, tokens: Array, **options: Any) -> Any:
     return model.apply(variables, tokens, **options)
+
+
+def build_model(config: FSNConfig | TransformerConfig) -> FSN | Transformer:
+    """Returns the Flax module for a model's config."""
+    return FSN(config) if isinstance(config, FSNConfig) else Transformer(config)
 
 
 def load(folder: str | Path) -> Pretrained:
@@ -134,9 +162,32 @@ def load(folder: str | Path) -> Pretrained:
     Raises:
       ValueError: a file is missing, damaged, or inconsistent with the others.
     """
-    folder = Path(folder).expanduser()
+    described = describe(folder)
+    file = Path(folder).expanduser() / WEIGHTS
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        arrays = safetensors.numpy.load_file(file)
+    except (OSError, LookupError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); export it again") from error
+    model = build_model(described.config)
+    return Pretrained(
+        model,
+        _params(arrays, model, file),
+        described.vocabulary,
+        described.context,
+        described.corpus_name,
+        described.separator,
+    )
+
+
+def describe(folder: str | Path) -> Description:
+    """Reads the config of an exported model, without its weights and without JAX's devices.
+
+    Raises:
+      ValueError: it is missing, damaged or inconsistent.
+    """
+    file = Path(folder).expanduser() / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
         if config["format"] != FORMAT:
             raise ValueError(f"format {config['format']}, not {FORMAT}")
         kind = ARCHITECTURES[config["model_type"]]
@@ -153,14 +204,8 @@ def load(folder: str | Path) -> Pretrained:
             raise ValueError(f"context must be at least 2; got {context}")
         separator = vocabulary.separator if config.get("segments") == "documents" else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / CONFIG} is not that of an exported model ({error})") from error
-    try:
-        arrays = safetensors.numpy.load_file(folder / WEIGHTS)
-    except (OSError, LookupError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}); export it again") from error
-    model = FSN(settings) if isinstance(settings, FSNConfig) else Transformer(settings)
-    params = _params(arrays, model, folder / WEIGHTS)
-    return Pretrained(model, params, vocabulary, context, corpus_name, separator)
+        raise ValueError(f"{file} is not that of an exported model ({error})") from error
+    return Description(settings, vocabulary, context, corpus_name, separator)
 
 
 def is_exported(folder: str | Path) -> bool:
@@ -171,7 +216,8 @@ def is_exported(folder: str | Path) -> bool:
 def _params(arrays: Mapping[str, np.ndarray], model: FSN | Transformer, file: Path) -> Any:
     """Builds the parameter tree of a model from its arrays."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    like = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    init = _without_choice(model).init
+    like = jax.eval_shape(init, jax.random.key(0), tokens)["params"]
     wanted = flatten_dict(like, sep=".")
     for name in sorted(wanted.keys() | arrays.keys()):
         there = (arrays[name].shape, arrays[name].dtype) if name in arrays else None

@@ -28,7 +28,7 @@ def check_kind(model: nn.Module, config: object, kind: type) -> None:
 class LanguageModel(nn.Module):
     """A stack of blocks between an embedding and a readout.
 
-    A model sets ``blocks`` and defines ``_embed`` (tokens to states) and ``_read_out`` (states to
+    A model sets ``blocks`` and defines ``_embed`` (tokens to states) and ``read_out`` (states to
     logits).
     """
 
@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
         states = self.states(
             tokens, segment_ids=segment_ids, positions=positions, deterministic=deterministic
         )
-        return self._read_out(states)
+        return self.read_out(states)
 
     def states(
         self,
@@ -91,8 +91,32 @@ class LanguageModel(nn.Module):
 
         They are NaN for all S tokens if the cache has not room left for all of them.
 
+        Args:
+          tokens: token ids.
+          cache: of the tokens before, from ``empty_cache`` or an earlier call.
+          segment_ids: as of ``__call__``; for a cache made with ``segments=True``.
+          positions: as of ``__call__``; None: they count on from the cache's.
+
         Raises:
-          ValueError: there are more tokens than the whole cache has room for.
+          ValueError: there are more tokens than the whole cache has room for, the cache is for
+            another number of rows, or one of the arguments is of another shape.
+        """
+        states, cache = self.extend_states(
+            tokens, cache, segment_ids=segment_ids, positions=positions
+        )
+        return self.read_out(states), cache
+
+    def extend_states(
+        self,
+        tokens: Int[Array, "B S"],
+        cache: Cache,
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "*B S"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """Computes the states after the last block; arguments and errors as for ``extend``.
+
+        A prompt needs the logits of its last token alone: ``read_out`` gives them.
         """
         check_integers("tokens", tokens)
         check_rows(tokens.shape, segment_ids, positions)
@@ -101,7 +125,7 @@ class LanguageModel(nn.Module):
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             state, layer = block.extend(state, layer, cache.position, segment_ids, positions)
             layers.append(layer)
-        return self._read_out(state), Cache(layers, cache.position + tokens.shape[1])
+        return state, Cache(layers, cache.position + tokens.shape[1])
 
     def empty_cache(self, batch: int, capacity: int, *, segments: bool = False) -> Cache:
         """Returns an empty cache for ``capacity`` tokens of each of ``batch`` sequences.
@@ -117,5 +141,6 @@ class LanguageModel(nn.Module):
     def _embed(self, tokens: Array, deterministic: bool) -> Array:
         raise NotImplementedError
 
-    def _read_out(self, state: Array) -> Array:
+    def read_out(self, states: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Computes the logits, float32, of states after the last block."""
         raise NotImplementedError

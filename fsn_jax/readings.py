@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Complex, Float, Int
+from jaxtyping import Array, Complex64, Float, Int
 
 from fsn_jax.fsn import FSN
 from fsn_jax.torus import imaginary_product, phasor, real_product
@@ -31,7 +31,7 @@ class Coefficients(NamedTuple):
     angle: Float[Array, "*shape"]
 
 
-def coefficients(kappa: Complex[Array, "*shape"]) -> Coefficients:
+def coefficients(kappa: Complex64[Array, "*shape"]) -> Coefficients:
     """Returns strength and frustration angle of kernel entries, signed as the in-phase part."""
     sign = jnp.where(kappa.real < 0, -1.0, 1.0)
     return Coefficients(sign * jnp.abs(kappa), -jnp.angle(sign * kappa))
@@ -59,7 +59,7 @@ class LayerState(NamedTuple):
     coupled: Float[Array, "B L N"]
     after: Float[Array, "B L N"]
     attention: Float[Array, "B H L L"]
-    kappa: Complex[Array, "T M J N"]
+    kappa: Complex64[Array, "T M J N"]
 
 
 def trace_layers(
@@ -92,7 +92,7 @@ def trace_layers(
             update = block.attention(theta, segment_ids=segment_ids, positions=positions)
             coupled = theta + update
             weights = block.attention_weights(theta, segment_ids, positions)
-            after = block(theta, segment_ids, positions)
+            after = block(theta, segment_ids, positions, True)
             states.append(LayerState(theta, coupled, after, weights, kappa))
             theta = after
         return states
@@ -122,7 +122,7 @@ def trace_attention(
         state, weights = model.embedding(tokens), []
         for block in model.blocks:
             weights.append(block.attention_weights(state, segment_ids, positions))
-            state = block(state, segment_ids, positions)
+            state = block(state, segment_ids, positions, True)
         return weights
 
     weights: Any = model.apply(variables, tokens, method=walk)
@@ -215,7 +215,7 @@ def data_frustration(
     return WeightedAngles(angle, jnp.repeat(jnp.moveaxis(heard, 1, 2), per_head, axis=-1))
 
 
-def resultant(angles: WeightedAngles) -> Complex[Array, " N"]:
+def resultant(angles: WeightedAngles) -> Complex64[Array, " N"]:
     """Computes the weighted mean of ``exp(i angle)`` of each phase over the text.
 
     Its argument is the mean angle in radians; its length is 1 if the angle is always the same, 0

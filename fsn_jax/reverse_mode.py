@@ -17,7 +17,7 @@ Tree = TypeVar("Tree")
 
 MESSAGE = (
     'this path has derivatives of reverse mode alone: with implementation="reference" jax.jvp, '
-    "jax.jacfwd, jax.linearize and jax.hessian work too, with the whole L by L matrix in memory"
+    "jax.jacfwd, jax.linearize and jax.hessian work too, with whole attention matrices in memory"
 )
 
 

@@ -147,7 +147,13 @@ def seen_from(x: Complex, y: Complex) -> Complex:
 
 
 def powers(z: Complex, num_harmonics: int) -> list[Complex]:
-    """Computes ``[z, z**2, ..., z**M]``, each of the shape of ``z``, by multiplication."""
+    """Computes ``[z, z**2, ..., z**M]``, each of the shape of ``z``, by multiplication.
+
+    Raises:
+      ValueError: M is below 1.
+    """
+    if num_harmonics < 1:
+        raise ValueError(f"harmonics are counted from 1; got {num_harmonics}")
     result = [z]
     for _ in range(num_harmonics - 1):
         result.append(multiply(result[-1], z))
@@ -254,6 +260,9 @@ def order_parameter(theta: Float[Array, "*shape N"], harmonic: int = 1) -> Float
     """Computes ``|mean_n exp(i m theta_n)|``: 1 when all phases agree, 0 when spread evenly.
 
     The Kuramoto order parameter for ``harmonic`` m = 1, Daido's for m > 1.
+
+    Raises:
+      ValueError: ``harmonic`` is below 1.
     """
     z = powers(phasor(jnp.asarray(theta, jnp.float32)), harmonic)[-1]
     return jnp.sqrt(z.re.mean(axis=-1) ** 2 + z.im.mean(axis=-1) ** 2)

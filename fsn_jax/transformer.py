@@ -31,6 +31,18 @@ from fsn_jax.torus import Complex, multiply, rotary_frequencies, token_rotary
 RMS_EPSILON = 1e-6
 
 
+def empty_rotary_cache(
+    config: TransformerConfig, batch: int, capacity: int, segments: bool
+) -> LayerCache:
+    """Returns an empty cache of a layer for ``capacity`` tokens of each of ``batch`` sequences."""
+    c = config
+    widths = (c.width // c.num_heads,) * 2
+    cache = empty_layer_cache(batch, capacity, c.num_heads, widths, c.dtype, segments=segments)
+    if c.token_shift == "none":
+        return cache
+    return dataclasses.replace(cache, state=jnp.zeros((batch, capacity, c.width), jnp.float32))
+
+
 class RotaryAttention(nn.Module):
     """Multi-head softmax attention with rotary positions.
 
@@ -100,15 +112,6 @@ class RotaryAttention(nn.Module):
         seen = extend_weights(query, key, value, cache, position, segment_ids)
         return self._output(weighted_sum(seen.weights, seen.cache.value)), seen.cache
 
-    def empty_cache(self, batch: int, capacity: int, segments: bool) -> LayerCache:
-        """Returns an empty cache for ``capacity`` tokens of each of ``batch`` sequences."""
-        c = self.config
-        widths = (c.width // c.num_heads,) * 2
-        cache = empty_layer_cache(batch, capacity, c.num_heads, widths, c.dtype, segments=segments)
-        if c.token_shift == "none":
-            return cache
-        return dataclasses.replace(cache, state=jnp.zeros((batch, capacity, c.width), jnp.float32))
-
     def _shift(self, name: str, used: bool) -> Array | None:
         if not used:
             return None
@@ -138,15 +141,18 @@ class RotaryAttention(nn.Module):
         def project(dense: nn.Dense, shift: Array | None = None) -> Array:
             y = dense(x)
             if shift is not None:
-                y += shift.astype(y.dtype)[None, None] * before(dense, y)
+                # In float32, as the gradient of the weights is a sum over all tokens.
+                of_before = shift.astype(jnp.float32)[None, None] * before(dense, y)
+                y = (y.astype(jnp.float32) + of_before).astype(y.dtype)
             return split_heads(y, c.num_heads)
 
         query, key = project(self.query, self.query_shift), project(self.key, self.key_shift)
         value = project(self.value)
-        return self._rotate(query * scale, rotary), self._rotate(key, rotary), value
+        return self._rotate(query, rotary, scale), self._rotate(key, rotary), value
 
-    def _rotate(self, x: Array, rotary: Complex) -> Array:
-        pairs = Complex(*jnp.split(x.astype(jnp.float32), 2, axis=-1))
+    def _rotate(self, x: Array, rotary: Complex, scale: float = 1.0) -> Array:
+        x = x.astype(jnp.float32)
+        pairs = Complex(*jnp.split(x if scale == 1 else x * scale, 2, axis=-1))
         return jnp.concatenate(multiply(pairs, rotary), axis=-1).astype(self.config.dtype)
 
     def _output(self, total: Array) -> Array:
@@ -209,7 +215,7 @@ class TransformerBlock(nn.Module):
 
     def empty_cache(self, batch: int, capacity: int, segments: bool) -> LayerCache:
         """Returns an empty cache for ``capacity`` tokens of each of ``batch`` sequences."""
-        return self.attention.empty_cache(batch, capacity, segments)
+        return empty_rotary_cache(self.config, batch, capacity, segments)
 
 
 class TokenEmbedding(nn.Module):
@@ -260,8 +266,9 @@ class Transformer(LanguageModel):
     def _embed(self, tokens: Array, deterministic: bool) -> Array:
         return self.dropout(self.embedding(tokens), deterministic=deterministic)
 
-    def _read_out(self, state: Array) -> Array:
-        x = self.final_norm(state)
+    def read_out(self, states: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Computes the logits, float32, of states after the last block."""
+        x = self.final_norm(states)
         if not self.config.tied_embedding:
             return self.readout(x)
         x, table = (a.astype(self.config.dtype) for a in (x, self.embedding.embedding))

@@ -154,7 +154,7 @@ def test_operations_of_a_model_are_of_its_parts(kind):
         ("scores", "/score/" if kind == "fsn" else "attention._project/query/"),
         ("coupling", "/attention"),
         ("feed-forward", "/feedforward/"),
-        ("readout", "._read_out/"),
+        ("readout", ".read_out/"),
         ("model, other", "/block_0/" if kind == "fsn" else "/attention_norm/"),
     ):
         assert any(module in name for name in parts[part]), part

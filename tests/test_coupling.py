@@ -182,6 +182,15 @@ def test_refuses_shapes_that_do_not_fit(heads, delays, said):
         coupling_update(theta, attention, random_kernel(delays, 1, 8))
 
 
+def test_weights_across_segments_are_not_left_in_silently():
+    theta, segment_ids = cases.angles(1, 4, 8), jnp.array([[0, 0, 1, 1]])
+    attention, kernel = cases.random_attention(1, 2, 4), random_kernel(2, 1, 8)
+    own = attention * (segment_ids[:, None, :, None] == segment_ids[:, None, None])
+    apart = own / own.sum(axis=-1, keepdims=True)
+    assert np.isfinite(coupling_update(theta, apart, kernel, segment_ids)).all()
+    assert np.isnan(coupling_update(theta, attention, kernel, segment_ids)[:, 2:]).any()
+
+
 def test_a_kernel_of_another_shape_is_refused_in_one_line():
     """In a process of its own: the run-time type checks of the tests would speak first."""
     script = """

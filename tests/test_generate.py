@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fsn_jax import FSN, ConfigError, KuramotoAttention, Transformer
+from fsn_jax import FSN, ConfigError, FrustratedAttention, KuramotoAttention, Transformer
 from fsn_jax import generate as generation
 from fsn_jax.generate import NO_TOKEN, generate, likeliest, sample_token, stream
 
@@ -147,17 +147,48 @@ def test_greedy_text_is_that_of_the_full_pass(name):
 @pytest.mark.parametrize("separator", [None, 3])
 @pytest.mark.parametrize("name", ["full", "transformer"])
 def test_a_long_prompt_is_read_in_pieces(name, separator, monkeypatch):
-    """Eleven tokens and a padded one, as pieces of five, five and two, or at once."""
+    """Of twelve tokens, as pieces of five, five and two, or at once.
+
+    The cache holds the tokens of the prompt; what it holds of the padding is of no account.
+    """
     model, variables = built(name)
     prompt = cases.tokens(2, 12)
-    read = {}
-    for piece in (5, 100):
+
+    def prefill(piece):
         monkeypatch.setattr(generation, "PIECE", piece)
-        prefill = functools.partial(generation._prefill.__wrapped__, model, variables)
-        read[piece] = jax.jit(lambda p, f=prefill: f(p, jnp.int32(11), 16, separator))(prompt)
-    assert int(read[5].cache.position) == 11
-    for one, other in zip(*map(jax.tree.leaves, read.values()), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+        whole = functools.partial(generation._prefill.__wrapped__, model, variables)
+        return jax.jit(lambda length: whole(prompt, length, 16, separator))
+
+    in_pieces, at_once = prefill(5), prefill(100)
+    for length in (11, 10, 5, 3):
+        pieces, whole = in_pieces(length), at_once(length)
+        assert int(pieces.cache.position) == int(whole.cache.position) == length
+        for one, other in zip(*map(jax.tree.leaves, (pieces[::2], whole[::2])), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+        for one, other in zip(pieces.cache.layers, whole.cache.layers, strict=True):
+            rows = (one.key[..., :length], one.value[:, :length])
+            for part, same in zip(
+                rows, (other.key[..., :length], other.value[:, :length]), strict=True
+            ):
+                np.testing.assert_allclose(part, same, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_whose_logits_are_not_finite_draws_nothing():
+    model, variables = built("full")
+    diverged = jax.tree.map(lambda leaf: leaf * np.nan, variables)
+    settings = {"num_tokens": 3, "key": jax.random.key(0), "context": 8}
+    with pytest.raises(generation.NotFiniteError, match="the model has diverged"):
+        generate(model, diverged, cases.tokens(1, 3), **settings)
+    with pytest.raises(ConfigError, match="separator must be a token from 0 to 10; got 11"):
+        generate(model, variables, cases.tokens(1, 3), separator=11, **settings)
+
+
+def test_a_cache_needs_no_parameters_and_a_number_of_phases_that_fits():
+    shifted = Transformer(cases.transformer_config(token_shift="keys"))
+    cache = shifted.apply({}, 2, 5, method="empty_cache")
+    assert all(layer.state is not None for layer in cache.layers)
+    with pytest.raises(ConfigError, match="num_heads must divide the number of phases"):
+        FrustratedAttention(num_heads=2).empty_cache(2, 5, 9)
 
 
 def test_draws_are_reproducible_and_do_not_depend_on_how_many_are_wanted():

@@ -1,5 +1,7 @@
 """What heads attend to: traced weights against the updates that they make, and the program."""
 
+import dataclasses
+import functools
 import json
 
 import cases
@@ -38,6 +40,26 @@ def test_an_fsns_weights_are_those_of_its_layers():
         np.testing.assert_array_equal(traced, state.attention)
         (entropy,) = seen[f"block_{layer}"]["attention"]["attention_entropy"]
         np.testing.assert_allclose(attention_entropy(traced), entropy, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fsn", "transformer"])
+def test_recomputed_blocks_are_traced_too(kind):
+    of_kind = {
+        "fsn": (FSN, cases.fsn_config(num_layers=1)),
+        "transformer": (Transformer, cases.transformer_config(num_layers=1)),
+    }
+    module, config = of_kind[kind]
+    model, tokens = module(config), cases.tokens(length=6)
+    recomputing = module(dataclasses.replace(config, remat=True))
+    variables = cases.random_variables(model, tokens)
+    traces = (trace_attention, trace_layers) if kind == "fsn" else (trace_attention,)
+    for trace in traces:
+        expected, traced = (
+            jax.jit(functools.partial(trace, one))(variables, tokens)
+            for one in (model, recomputing)
+        )
+        for one, other in zip(*map(jax.tree.leaves, (traced, expected)), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 @pytest.mark.parametrize("token_shift", ["none", "keys", "queries_and_keys"])

@@ -14,7 +14,7 @@ import safetensors.numpy
 import small_runs
 from flax.traverse_util import flatten_dict
 
-from fsn_jax import hub
+from fsn_jax import ConfigError, hub
 from train import export, sample, standalone_sample
 from train.errors import UserError
 from train.evaluate import Evaluation, append_evaluation
@@ -54,6 +54,14 @@ def test_the_parameters_come_back_bit_for_bit(exported):
         name: leaf.shape for name, leaf in flatten_dict(trained.params, sep=".").items()
     }
     assert all(array.dtype == np.float32 for array in arrays.values())
+
+
+@pytest.mark.parametrize("exported", ["fsn"], indirect=True)
+def test_a_wrong_setting_is_refused_before_the_first_token(exported):
+    model = hub.load(exported[1])
+    with pytest.raises(ConfigError, match="top_p must be above 0 and at most 1; got 7.0"):
+        model.stream("abcd", top_p=7.0)
+    assert hash(model) != hash(hub.load(exported[1]))
 
 
 @pytest.mark.parametrize("exported", ["fsn"], indirect=True)

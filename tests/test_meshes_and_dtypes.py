@@ -11,7 +11,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fsn_jax import FSN, FrustratedAttention, KuramotoAttention, Transformer, TransformerConfig
 from fsn_jax.base_layer import LinearValueAttention
+from fsn_jax.dense import PhasorDense
 from fsn_jax.lookup import lookup
+from fsn_jax.torus import Complex
+from fsn_jax.transformer import RotaryAttention
 
 BATCH, LENGTH = 4, 9
 CONFIG = cases.fsn_config(num_layers=1)
@@ -95,6 +98,29 @@ def test_gradients_have_the_dtype_of_their_parameters(name, dtype):
         assert a.dtype == dtype
         scale = float(jnp.abs(b).max())
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.1, atol=0.05 * scale + 1e-6)
+
+
+def test_what_all_tokens_share_learns_from_sums_in_float32():
+    """A sum of 32,768 ones in bfloat16 ends at 256, in parts of it that are summed at 16,384."""
+    z = Complex(*jnp.ones((2, 64, 512, 4)))
+    dense = PhasorDense(outputs=3, use_bias=True, dtype="bfloat16")
+    params = dense.init(jax.random.key(0), z)
+    gradient = jax.jit(jax.grad(lambda p: dense.apply(p, z).astype(jnp.float32).sum()))(params)
+    np.testing.assert_array_equal(gradient["params"]["bias"], 64 * 512)
+
+    x, still = jnp.ones((64, 512, 8)), jnp.zeros(512, jnp.int32)
+    expected = actual = None
+    for dtype in ("float32", "bfloat16"):
+        config = cases.transformer_config(token_shift="keys", width=8, num_heads=2, dtype=dtype)
+        layer = RotaryAttention(config)
+        params = layer.init(jax.random.key(1), x)
+
+        def keys(params, layer=layer):
+            _, key, _ = layer.apply(params, x, None, still, method="_of_whole_sequences")
+            return key.astype(jnp.float32).sum()
+
+        expected, actual = actual, jax.jit(jax.grad(keys))(params)["params"]["key_shift"]
+    np.testing.assert_allclose(actual, expected, rtol=0.02, atol=0.01 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -290,6 +290,25 @@ for method in ("__call__", "weights"):
     refused(layer, (variables, theta), positions=line[:1], method=method)
 cache = layer.apply({}, 3, 4, 8, method="empty_cache")
 refused(layer, (variables, theta, cache, 0), positions=line[:3], method="extend")
+
+from fsn_jax.causal import attention_weights, causal_sum
+from fsn_jax.coupled import coupled_field
+from fsn_jax.coupling import coupling_update
+from fsn_jax.torus import Complex
+
+query, kernel, ids = jnp.zeros((3, 2, 4, 6)), jnp.zeros((2, 1, 8)), tokens[:, :1]
+values = Complex(query, query)
+by_head = Complex(*(jnp.zeros((2, 1, 2, 6)),) * 2)
+for call in (
+    lambda: attention_weights(query, query, ids),
+    lambda: causal_sum(query, query, query, ids, include_self=True),
+    lambda: coupled_field(query, query, values, by_head, ids),
+    lambda: coupling_update(theta, jnp.zeros((3, 2, 4, 4)), kernel.astype(jnp.complex64), ids),
+):
+    try:
+        jax.eval_shape(call)
+    except ValueError as error:
+        print(error)
 """
 
 
@@ -320,6 +339,7 @@ def test_what_comes_with_tokens_has_their_shape():
         "Transformer.config must be of class TransformerConfig; got FSNConfig",
         *2 * of_a_layer,
         f"{positions} (3,)",
+        *4 * [f"{segments} (3, 1)"],
     ]
 
 

@@ -106,6 +106,12 @@ def test_order_parameter(harmonic):
     np.testing.assert_allclose(torus.order_parameter(splay, harmonic), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("harmonic", [0, -2])
+def test_an_order_parameter_of_no_harmonic_is_refused(harmonic):
+    with pytest.raises(ValueError, match=f"harmonics are counted from 1; got {harmonic}"):
+        torus.order_parameter(jnp.zeros((2, 6)), harmonic)
+
+
 def test_order_parameter_ignores_a_global_rotation():
     theta = cases.angles(4, 7)
     rotated = torus.order_parameter(theta + 1.3, 2)

@@ -184,7 +184,9 @@ def test_arms_of_two_corpora_are_not_one_ladder(in_process, tmp_path, monkeypatc
 def test_each_run_side_by_side_has_its_own_log(arms, monkeypatch):
     logs = []
     monkeypatch.setattr(ladder, "train_one", lambda job, cores, log: logs.append(log) or 1)
-    monkeypatch.setattr(ladder, "shares_of_cores", lambda at_once: ["0", "1"])
+    monkeypatch.setattr(
+        ladder, "shares_of_machine", lambda at_once: [ladder.Share("0"), ladder.Share("1")]
+    )
     ladder.run_all(ladder.plan(str(arms), ["fsn"], [1, 2], ["--config.name=lr_0.01"]), 2)
     assert sorted(map(str, logs)) == ["runs/lr_0.01_seed1.log", "runs/lr_0.01_seed2.log"]
 
@@ -243,6 +245,41 @@ def test_a_matched_size_is_finished_and_planned_as_it_is_trained(arms, in_proces
     (folder / "config.json").write_text(json.dumps(trained.to_dict()), encoding="utf-8")
     (folder / "summary.json").touch()
     assert ladder.is_finished(job)
+
+
+def test_runs_side_by_side_divide_the_gpus(tmp_path, monkeypatch):
+    """As ``nvidia-smi`` lists them, or the part of them that this process may see."""
+    found = tmp_path / "nvidia-smi"
+    found.write_text("#!/bin/sh\nseq 0 7\n", encoding="utf-8")
+    found.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert ladder.shares_of_machine(1) == [ladder.Share()]
+    assert [share.gpus for share in ladder.shares_of_machine(8)] == list("01234567")
+    assert [share.gpus for share in ladder.shares_of_machine(3)] == ["0,1", "2,3", "4,5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert ladder.shares_of_machine(2) == [ladder.Share(gpus="5"), ladder.Share(gpus="7")]
+    with pytest.raises(UserError, match="--at_once must be from 1 to the 2 GPUs here; got 3"):
+        ladder.shares_of_machine(3)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(UserError, match="cores here; got 1000"):
+        ladder.shares_of_machine(1000)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    found.write_text("#!/bin/sh\nexit 9\n", encoding="utf-8")
+    assert ladder.visible_gpus() == []
+
+
+def test_a_run_sees_the_gpus_of_its_share_alone(arms, tmp_path, monkeypatch):
+    (job,) = ladder.plan(str(arms), ["fsn"], [0], [])
+    seen = tmp_path / "seen"
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" > {seen}\n', encoding="utf-8")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    assert ladder.train_one(job, ladder.Share(gpus="2,3"), None) == 0
+    assert seen.read_text(encoding="utf-8") == "2,3\n"
 
 
 def test_a_file_without_arms_is_a_mistake(tmp_path):
@@ -338,7 +375,7 @@ def test_the_ladder_tells_its_runs_to_end_with_it(arms, monkeypatch):
     readable, writable = os.pipe()
     monkeypatch.setattr(ladder, "_lifeline", lambda: readable)
     with ThreadPoolExecutor() as pool:
-        status = pool.submit(ladder.train_one, job, "", None)
+        status = pool.submit(ladder.train_one, job, ladder.Share(), None)
         with pytest.raises(TimeoutError):
             status.result(timeout=0.3)
         os.close(writable)

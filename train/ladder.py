@@ -4,7 +4,7 @@ Each arm is a process of its own, ``python -m train --config=FILE:ARM``, on all 
 arms are skipped, interrupted ones resume from their checkpoints, failed ones are reported while the
 others go on. Then ``train final_losses`` tabulates and draws the final losses. The same command
 again runs what is left. ``--config.FIELD=VALUE`` is passed to every arm. ``--at_once=2`` trains two
-side by side on a CPU, each on half of its cores.
+side by side, each on half of the machine's GPUs, or of a CPU's cores.
 """
 
 import functools
@@ -138,24 +138,38 @@ def is_finished(job: Job) -> bool:
     return trained.to_dict() == wanted.to_dict()
 
 
-def train_one(job: Job, cores: str, log: Path | None) -> int:
+class Share(NamedTuple):
+    """The part of a machine that a run may use.
+
+    Attributes:
+      cores: as ``taskset`` takes them; empty for all.
+      gpus: as CUDA_VISIBLE_DEVICES takes them; empty for all.
+    """
+
+    cores: str = ""
+    gpus: str = ""
+
+
+def train_one(job: Job, share: Share, log: Path | None) -> int:
     """Trains one run in a process of its own and returns its exit status.
 
     Args:
       job: the run.
-      cores: list of the cores that it may use, as ``taskset`` takes it; empty for all.
+      share: what of the machine it may use.
       log: file for its output; None for the terminal.
     """
     command = [sys.executable, "-m", "train", *job.arguments, "--end_with_stdin"]
-    if cores:
-        command = ["taskset", "--cpu-list", cores, *command]
+    if share.cores:
+        command = ["taskset", "--cpu-list", share.cores, *command]
+    chosen = {"CUDA_VISIBLE_DEVICES": share.gpus} if share.gpus else {}
+    run = functools.partial(
+        subprocess.run, command, stdin=_lifeline(), env={**os.environ, **chosen}
+    )
     if log is None:
-        return subprocess.run(command, stdin=_lifeline()).returncode
+        return run().returncode
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        return subprocess.run(
-            command, stdin=_lifeline(), stdout=file, stderr=subprocess.STDOUT
-        ).returncode
+        return run(stdout=file, stderr=subprocess.STDOUT).returncode
 
 
 @functools.cache
@@ -165,21 +179,44 @@ def _lifeline() -> int:
     return readable
 
 
-def shares_of_cores(at_once: int) -> list[str]:
-    """Divides the cores equally among the runs side by side; empty for a single run.
+def shares_of_machine(at_once: int) -> list[Share]:
+    """Divides the GPUs, or a CPU's cores, equally among the runs side by side.
 
     Raises:
-      UserError: there are too few cores, or the system cannot bind a process to cores.
+      UserError: there are too few of them, or the system cannot bind a process to cores.
     """
     if at_once == 1:
-        return [""]
-    if shutil.which("taskset") is None:
+        return [Share()]
+    if list(Path("/dev").glob("accel[0-9]*")) and not _on_cpu():
+        raise UserError("--at_once must be 1 on a TPU: the first process holds all of its chips")
+    gpus = visible_gpus()
+    if not gpus and shutil.which("taskset") is None:
         raise UserError("--at_once needs Linux's taskset, which keeps each run to its own cores")
-    cores = sorted(os.sched_getaffinity(0))
-    if not 1 <= at_once <= len(cores):
-        raise UserError(f"--at_once must be from 1 to the {len(cores)} cores here; got {at_once}")
-    each = len(cores) // at_once
-    return [",".join(map(str, cores[i * each : (i + 1) * each])) for i in range(at_once)]
+    units = gpus or [str(core) for core in sorted(os.sched_getaffinity(0))]
+    if not 1 <= at_once <= len(units):
+        kind = "GPUs" if gpus else "cores"
+        raise UserError(f"--at_once must be from 1 to the {len(units)} {kind} here; got {at_once}")
+    each = len(units) // at_once
+    parts = [",".join(units[i * each : (i + 1) * each]) for i in range(at_once)]
+    return [Share(gpus=part) if gpus else Share(cores=part) for part in parts]
+
+
+def visible_gpus() -> list[str]:
+    """Returns the GPUs that a run would see, as CUDA_VISIBLE_DEVICES names them."""
+    if _on_cpu():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [gpu for gpu in named.split(",") if gpu]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True)
+    return found.stdout.split() if found.returncode == 0 else []
+
+
+def _on_cpu() -> bool:
+    return os.environ.get("JAX_PLATFORMS") == "cpu"
 
 
 def reason_of(status: int, log: Path | None) -> str:
@@ -197,14 +234,14 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
 
     Args:
       jobs: the runs, in the order in which they start.
-      at_once: number of runs side by side, each on its own share of the cores.
+      at_once: number of runs side by side, each on its own share of the machine.
 
     Raises:
       KeyboardInterrupt: a run was interrupted by the user.
       TryAgain: a run received SIGTERM, as when the machine is preempted.
-      UserError: see ``shares_of_cores``.
+      UserError: see ``shares_of_machine``.
     """
-    shares = shares_of_cores(at_once)
+    shares = shares_of_machine(at_once)
     failed: dict[str, str] = {}
     stopped: list[BaseException] = []
 
@@ -229,11 +266,11 @@ def run_all(jobs: Sequence[Job], at_once: int = 1) -> dict[str, str]:
         log = None if at_once == 1 else folder.with_name(f"{folder.name}.log")
         output = f" > {log}" if log else ""
         print(f"{head}: python -m train {' '.join(job.arguments)}{output}", flush=True)
-        cores = shares.pop()
+        share = shares.pop()
         try:
-            status = train_one(job, cores, log)
+            status = train_one(job, share, log)
         finally:
-            shares.append(cores)
+            shares.append(share)
         if status in (EXIT_INTERRUPTED, -signal.SIGINT):
             stopped.append(KeyboardInterrupt())
         elif status in (EXIT_TRY_AGAIN, -signal.SIGTERM):
@@ -260,7 +297,12 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("--config", required=True, help="a file of arms, for instance configs/ladder.py")
     p.add_argument("--arms", default="", help="some of its arms, with commas between; else all")
     p.add_argument("--seeds", default="0", help="with commas between")
-    p.add_argument("--at_once", type=int, default=1, help="runs side by side on a CPU's cores")
+    p.add_argument(
+        "--at_once",
+        type=int,
+        default=1,
+        help="runs side by side, each on its share of GPUs or cores",
+    )
     p.add_argument("--output", default="runs/ladder.json", help="a .json")
     p.add_argument("--plan", action="store_true", help="print sizes and budgets, train nothing")
     options, changes = p.parse_known_args(argv[1:])

@@ -15,12 +15,13 @@ from fsn_jax import TransformerConfig
 from fsn_jax.config import TRAINING_FLOPS_FACTOR
 from fsn_jax.fields import Implementation
 from fsn_jax.generate import CHUNK, stream
+from fsn_jax.hub import build_model
 from train.config import ExperimentConfig
 from train.errors import UserError
 from train.mesh import by_step_and_row, data_mesh, replicated
 from train.optimizer import make_optimizer
 from train.plan import cpu_devices, train_steps_of
-from train.step import build_model, init_state
+from train.step import init_state
 
 CORPUS_BYTES = 1_000_000
 

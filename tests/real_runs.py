@@ -12,11 +12,12 @@ from typing import Any
 
 from small_runs import mesh_of, text_of, write_corpus
 
+from fsn_jax.hub import build_model
 from train.checkpoint import Checkpoints
 from train.metrics import read_rows
 from train.optimizer import make_optimizer
 from train.run import open_run
-from train.step import TrainState, abstract_state, build_model
+from train.step import TrainState, abstract_state
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 300  # seconds that a process may take to come to the next moment

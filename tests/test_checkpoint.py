@@ -11,13 +11,14 @@ import pytest
 from small_runs import TINY_FSN, TINY_TRANSFORMER, assert_equal_trees, mesh_of
 
 from fsn_jax import FSNConfig, TransformerConfig
+from fsn_jax.hub import build_model
 from train import checkpoint
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig, OptimizerConfig
 from train.errors import UserError
 from train.mesh import replicated
 from train.optimizer import make_optimizer
-from train.step import TrainState, abstract_state, build_model
+from train.step import TrainState, abstract_state
 
 OPTIMIZER = make_optimizer(OptimizerConfig(), 100)
 

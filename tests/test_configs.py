@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from small_runs import mesh_of
 
 from configs import ablations, designs, enwik8, ladder, long
 from fsn_jax import TransformerConfig
+from fsn_jax.hub import build_model
 from train.config import ExperimentConfig, ModelConfig
 from train.errors import UserError
 from train.flags import load_config, parse_config
@@ -26,7 +28,7 @@ from train.ladder import plan
 from train.old_settings import read_experiment
 from train.optimizer import make_optimizer
 from train.plan import check_devices, train_steps_of
-from train.step import abstract_state, build_model, init_state
+from train.step import abstract_state, init_state
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "configs"
@@ -72,11 +74,12 @@ def steps_of(config: ExperimentConfig, context: int) -> tuple[Any, ...]:
     return model, optimizer, step
 
 
+@pytest.mark.parametrize("arm", ["transformer", "shifted"])
 @pytest.mark.parametrize("vocab_size", [2, 100, 205, 256, 3000])
-def test_the_arms_of_ones_own_text_have_one_size_at_its_vocabulary(vocab_size):
+def test_the_arms_of_ones_own_text_have_one_size_at_its_vocabulary(vocab_size, arm):
     fsn, transformer = (
         experiment_of(f"configs/text.py{arm}").with_vocabulary(vocab_size)
-        for arm in ("", ":transformer")
+        for arm in ("", f":{arm}")
     )
     assert transformer.model.num_params() == pytest.approx(fsn.model.num_params(), rel=0.002)
     assert transformer.model.vocab_size == fsn.model.vocab_size == vocab_size
@@ -124,7 +127,8 @@ def test_a_config_may_import_what_lies_beside_it_from_anywhere(tmp_path):
 
 def test_there_are_configs():
     assert {file.stem for file in FILES} >= {
-        "quickstart", "enwik8", "pycode", "text", "ablations", "designs", "ladder", "long",
+        "quickstart", "enwik8", "pycode", "text", "finetune", "ablations", "designs", "ladder",
+        "long",
     }  # fmt: skip
 
 
@@ -145,6 +149,16 @@ def test_a_config_is_valid_and_knows_its_size(argument):
     model = config.model if whole else shallow(config).model
     assert size_of(model) == model.num_params()
     assert read_experiment(config_of(argument).to_json()) == config
+
+
+def test_the_file_of_the_guide_is_a_file_of_arms(tmp_path):
+    """docs/extend.md."""
+    page = (FOLDER.parent / "docs" / "extend.md").read_text(encoding="utf-8")
+    _, file = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "depth.py").write_text(file, encoding="utf-8")
+    deep, shallow = (experiment_of(f"{tmp_path}/depth.py:{arm}") for arm in ("deep", "shallow"))
+    assert (deep.model.num_layers, shallow.model.num_layers) == (8, 2)
+    assert deep.model.num_params() == pytest.approx(shallow.model.num_params(), rel=0.01)
 
 
 def test_each_run_has_a_folder_of_its_own():
@@ -199,7 +213,7 @@ def test_the_published_form_has_no_matrix_but_those_of_its_feed_forward():
 def test_every_study_records_the_loss_on_copy_events():
     for argument in ARMS:
         assert experiment_of(argument).evaluation.copy_depth == (
-            0 if short_name(argument).startswith(("quickstart", "text")) else 4
+            0 if short_name(argument).startswith(("quickstart", "text", "finetune")) else 4
         )
 
 

@@ -21,6 +21,7 @@ from small_runs import (
 )
 from test_preemption import signal_in_dispatch
 
+from fsn_jax.hub import build_model
 from train import loop
 from train.config import OptimizerConfig
 from train.data.corpus import Corpus
@@ -31,7 +32,7 @@ from train.loop import Outcome
 from train.mesh import divided_axis
 from train.optimizer import make_optimizer
 from train.run import create_or_resume, open_run
-from train.step import abstract_state, build_model, init_state, make_train_steps
+from train.step import abstract_state, init_state, make_train_steps
 
 
 def run_on(num_devices: int, corpus: Corpus, folder: Path, parameters: str) -> Outcome:

@@ -9,11 +9,11 @@ import pytest
 import small_runs
 from flax.traverse_util import flatten_dict
 
+from fsn_jax.hub import build_model
 from train import inspect
 from train.data.windows import WindowOrder, host_batches
 from train.errors import UserError
 from train.flags import parse_config
-from train.step import build_model
 
 CONFIG = """from pathlib import Path
 

@@ -10,12 +10,12 @@ import pytest
 from jax.experimental import multihost_utils
 
 from configs import enwik8
+from fsn_jax.hub import build_model
 from fsn_jax.kernels import choice
 from fsn_jax.kernels.choice import Sizes
 from train import kernel_choice
 from train.kernel_choice import FILE, sizes_of, with_implementation
 from train.mesh import data_mesh
-from train.step import build_model
 
 MODEL = enwik8.FSN_1M
 

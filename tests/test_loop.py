@@ -30,6 +30,7 @@ from small_runs import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fsn_jax import FSN
+from fsn_jax.hub import build_model
 from train import plan, provenance
 from train.data.corpus import Corpus
 from train.data.windows import WindowOrder
@@ -43,7 +44,7 @@ from train.old_settings import read_experiment
 from train.optimizer import learning_rate
 from train.plan import check_devices, cpu_devices, parts_of_batch
 from train.run import RunFolder, open_run
-from train.step import build_model, make_evaluate_rows
+from train.step import make_evaluate_rows
 
 
 @pytest.mark.parametrize(

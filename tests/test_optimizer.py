@@ -20,10 +20,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from small_runs import ACCELERATOR, mesh_of
 
 from configs import ablations, enwik8
+from fsn_jax.hub import build_model
 from train.config import ExperimentConfig, ModelConfig, OptimizerConfig
 from train.groups import group_of, groups
 from train.optimizer import learning_rate, make_optimizer
-from train.step import build_model
 
 NUM_STEPS = 100
 PLAIN = OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=0, weight_decay=0.1)

@@ -16,11 +16,12 @@ from small_runs import (
     mesh_of,
 )
 
+from fsn_jax.hub import build_model
 from train import step
 from train.config import OptimizerConfig
 from train.optimizer import make_optimizer
 from train.packing import pack, pack_state, unpack, unpack_state
-from train.step import TrainState, abstract_state, build_model, init_state, make_train_steps
+from train.step import TrainState, abstract_state, init_state, make_train_steps
 
 MODELS = {
     "fsn": fsn_config(num_layers=2),

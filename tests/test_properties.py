@@ -33,6 +33,7 @@ from small_runs import (
 )
 
 from fsn_jax import FSNConfig, TransformerConfig
+from fsn_jax.hub import build_model
 from train.config import ExperimentConfig
 from train.data import python_files
 from train.data.corpus import Corpus
@@ -43,7 +44,7 @@ from train.data.windows import WindowOrder
 from train.errors import UserError
 from train.optimizer import make_optimizer
 from train.plan import check_experiment, train_steps_of
-from train.step import build_model, init_state, window_loss
+from train.step import init_state, window_loss
 
 FEW = settings(
     max_examples=4,

@@ -27,6 +27,7 @@ from small_runs import (
 )
 
 from fsn_jax import FSN
+from fsn_jax.hub import build_model
 from train.config import OptimizerConfig
 from train.data.windows import WindowOrder
 from train.mesh import compiler_options, placed, replicated
@@ -35,7 +36,6 @@ from train.plan import model_for, train_steps_of
 from train.step import (
     TrainState,
     abstract_state,
-    build_model,
     init_state,
     make_evaluate_rows,
     make_train_steps,

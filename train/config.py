@@ -76,6 +76,8 @@ class ExperimentConfig:
         here the largest of a byte corpus, until ``with_vocabulary`` sets it.
       vocabulary_from_corpus: whether ``vocab_size`` was 0.
       data, optimizer, training, evaluation, checkpoints: see their classes.
+      init_from: folder of an exported model whose parameters the run begins with; empty for random
+        ones.
       mirror_dir: bucket (``gs://BUCKET/runs``) or folder that keeps a copy of the run's folder
         under the same name; empty for no copy.
       match: model whose number of parameters ``with_vocabulary`` gives to ``model``, by the width
@@ -94,6 +96,7 @@ class ExperimentConfig:
     training: TrainingConfig
     evaluation: EvaluationConfig
     checkpoints: CheckpointConfig
+    init_from: str = ""
     mirror_dir: str = ""
     match: ModelConfig | None = None
 
@@ -258,7 +261,7 @@ def experiment(
     checkpoints: CheckpointConfig | None = None,
 ) -> ConfigDict:
     """Returns a locked ConfigDict for a file under ``configs/``, missing parts by default."""
-    architecture = "fsn" if isinstance(model, FSNConfig) else "transformer"
+    architecture = next(name for name, kind in ARCHITECTURES.items() if kind is type(model))
     parts: dict[str, Any] = {
         "data": data or DataConfig(),
         "optimizer": optimizer or OptimizerConfig(),
@@ -271,6 +274,7 @@ def experiment(
             "name": name,
             "run_dir": "",
             "mirror_dir": "",
+            "init_from": "",
             "seed": 0,
             "model": {"architecture": architecture, **dataclasses.asdict(model)},
             **{key: dataclasses.asdict(part) for key, part in parts.items()},

@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from fsn_jax import FSN, Transformer
-from fsn_jax.hub import Pretrained
+from fsn_jax.hub import Pretrained, build_model
 from fsn_jax.vocabulary import Vocabulary
 from train.bucket import is_remote
 from train.checkpoint import Checkpoints
@@ -21,7 +21,7 @@ from train.mesh import data_mesh
 from train.optimizer import make_optimizer
 from train.run import RunFolder, open_run, refuse_other_data
 from train.run_files import VOCABULARY
-from train.step import abstract_state, build_model
+from train.step import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)

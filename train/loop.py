@@ -20,6 +20,7 @@ from train.data.windows import WindowOrder, host_batches
 from train.errors import UserError
 from train.evaluate import Evaluator
 from train.files import write_atomically
+from train.init_from import begun_with
 from train.mesh import by_step_and_row, data_mesh, placed, replicated
 from train.metrics import Metrics, Unwritten
 from train.optimizer import learning_rate, make_optimizer
@@ -114,10 +115,14 @@ def _train(
     with Checkpoints(run.checkpoints, experiment.checkpoints) as checkpoints:
         placement: dict[str, Any] = {"mesh": mesh, "layout": experiment.training.layout}
         restored = checkpoints.restore_latest(abstract_state(model, optimizer, **placement))
+        weights_sha256 = ""
         if restored:
             start, state = restored
         else:
             start, state = 0, init_state(model, optimizer, seed=experiment.seed, **placement)
+            if experiment.init_from:
+                params, weights_sha256 = begun_with(experiment, corpus.vocabulary, state.params)
+                state = dataclasses.replace(state, params=params)
             if run.writes:
                 table = parameter_table(parameters_of(state.params))
                 write_atomically(run.path / PARAMETERS, table)
@@ -126,7 +131,9 @@ def _train(
         if start < num_steps and not patience.is_over:
             begun_before = run.has_begun
             path = model.config.implementation
-            write_provenance(run, corpus, resume_step=start, implementation=path)
+            write_provenance(
+                run, corpus, resume_step=start, implementation=path, init_from=weights_sha256
+            )
             if run.writes:  # of an early end, after which it now trains on
                 (run.path / SUMMARY).unlink(missing_ok=True)
             loop = _Loop(

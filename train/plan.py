@@ -9,13 +9,14 @@ import numpy as np
 import optax
 
 from fsn_jax import FSN, Transformer
+from fsn_jax.hub import build_model
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus
 from train.data.windows import WindowOrder, check_evaluation, check_placement
 from train.errors import UserError
 from train.kernel_choice import with_implementation
 from train.mesh import by_step_and_row, replicated
-from train.step import build_model, make_train_steps
+from train.step import make_train_steps
 
 CACHED_TOKENS = 256
 """Number of tokens in a part of a batch on a CPU; the fastest measured, see docs/performance.md."""

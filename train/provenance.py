@@ -22,7 +22,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def write_provenance(
-    run: RunFolder, corpus: Corpus, *, resume_step: int, implementation: str
+    run: RunFolder, corpus: Corpus, *, resume_step: int, implementation: str, init_from: str = ""
 ) -> None:
     """Appends an entry for this start to the run's provenance.
 
@@ -32,12 +32,15 @@ def write_provenance(
       resume_step: number of steps done before.
       implementation: of the causal sum, measured where the setting is ``auto``; on a CPU, which
         has one path, ``auto``.
+      init_from: SHA-256 of the weights that the run begins with here; empty if it has none.
     """
     if not run.writes:
         return
     file = run.path / PROVENANCE
     starts = run.read_provenance() if file.exists() else []
     this = {"step": resume_step, **provenance(corpus), "implementation": implementation}
+    if init_from:
+        this["init_from"] = {"sha256": init_from}
     starts.append(this)
     write_atomically(file, json.dumps(starts, indent=2) + "\n")
 
@@ -54,6 +57,7 @@ def provenance(corpus: Corpus) -> dict[str, Any]:
         "processes": jax.process_count(),
         "data": {
             "name": corpus.name,
+            "folder": corpus.folder.name,
             "sha256": corpus.sha256,
             "vocabulary": len(corpus.vocabulary),
         },

@@ -19,9 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt
 
-from fsn_jax import FSN, FSNConfig, Transformer
 from fsn_jax.documents import document_ids
-from train.config import ModelConfig
 from train.data.windows import gather_windows
 from train.mesh import (
     DATA_AXIS,
@@ -85,11 +83,6 @@ class TrainState:
     params: Any
     opt_state: Any
     tally: Tally
-
-
-def build_model(config: ModelConfig) -> FSN | Transformer:
-    """Returns the Flax module for a model's config."""
-    return FSN(config) if isinstance(config, FSNConfig) else Transformer(config)
 
 
 def init_state(

@@ -570,11 +570,18 @@ CASES = [
         "20; give this one its own folder with --config.run_dir=FOLDER",
     ),
     Case(
+        "parameters to begin with that are no exported model",
+        f"{TRAIN} --config.run_dir=fresh --config.init_from=corpus",
+        "config.init_from=corpus holds no exported model: name one of pretrained/, or the folder "
+        "that `python -m train export RUN FOLDER` wrote",
+    ),
+    Case(
         "a corpus that has changed since the run began",
         TRAIN,
         "the corpus 'text' has changed since the run in run started (sha256 "
-        "c7071c378052 then, 9e4f57a72767 now); restore the data or choose another "
-        "folder with --config.run_dir=FOLDER",
+        "c7071c378052 then, 9e4f57a72767 now); restore it, or name the prepared corpus of that "
+        "time with --config.data.path (--data_path after training), or train in another "
+        "--config.run_dir",
         other_corpus,
     ),
     Case(
@@ -717,9 +724,16 @@ CASES = [
         "the final test on another corpus",
         "train test run",
         "the corpus 'text' has changed since the run in run started (sha256 "
-        "c7071c378052 then, 9e4f57a72767 now); restore the data or choose another "
-        "folder with --config.run_dir=FOLDER",
+        "c7071c378052 then, 9e4f57a72767 now); restore it, or name the prepared corpus of that "
+        "time with --config.data.path (--data_path after training), or train in another "
+        "--config.run_dir",
         other_corpus,
+    ),
+    Case(
+        "a document of a model that knows none",
+        "train sample run --document",
+        "--document is for a model trained with config.data.segments=documents, and run was not; "
+        "leave it out",
     ),
     Case(
         "an empty prompt",

@@ -24,14 +24,15 @@ from small_runs import (
 from test_loop import Crash, crash_at_evaluation
 
 from fsn_jax import hub
-from train import export
+from fsn_jax.hub import build_model
+from train import export, sample
 from train.analysis import copy_depth, readings
 from train.data.corpus import Corpus
 from train.data.prepare import open_corpus
 from train.errors import UserError
 from train.evaluate import Evaluator, evaluate
 from train.load import load, load_without_data
-from train.step import build_model, make_evaluate_rows, window_loss
+from train.step import make_evaluate_rows, window_loss
 
 LETTERS = b"\0" + ALPHABET
 MODELS = {"fsn": TINY_FSN, "transformer": TINY_TRANSFORMER}
@@ -212,6 +213,26 @@ def test_what_is_made_of_the_model_sees_its_own_document_alone(run, tmp_path):
     settings = (np.float32(0), np.int32(0), np.float32(1))
     drawn = sampler.call(window, np.int32(len(whole)), np.uint32(0), np.int32(0), *settings)
     assert shared.vocabulary.decode(drawn[8:]) == text
+
+
+def test_a_sample_can_be_one_document(run, capfdbinary):
+    """From the separator on, without showing it, to the separator that the model draws."""
+    sampling = {"num_tokens": 200, "temperature": 1.0, "seed": 3}
+    trained = load_without_data(run).language_model
+    options = [f"--{name}={value}" for name, value in sampling.items()]
+    for prompt in ("", "ab"):
+        sample.program(["sample", str(run), f"--prompt={prompt}", "--document", *options])
+        whole = prompt.encode() + b"".join(trained.stream(b"\0" + prompt.encode(), **sampling))
+        document, end, _ = whole.partition(b"\0")
+        assert end and capfdbinary.readouterr().out == document + b"\n"
+    with pytest.raises(UserError, match="--prompt must not be empty"):
+        sample.program(["sample", str(run), "--prompt="])
+
+
+def test_a_model_of_whole_windows_has_no_documents(packed, tmp_path):
+    run_to_the_end(experiment_of(packed, tmp_path / "run", data__segments="none"), packed)
+    with pytest.raises(UserError, match="--document is for a model trained with config.data.segm"):
+        sample.program(["sample", str(tmp_path / "run"), "--document"])
 
 
 def test_readings_are_of_tokens_that_see_their_own_document_alone(run, monkeypatch):

@@ -299,11 +299,15 @@ def _refuse_other_copy(mirror: Mirror, config: str, experiment: ExperimentConfig
 def refuse_other_data(run: RunFolder, corpus: Corpus) -> None:
     """Raises UserError if the corpus is not the one that the run started with."""
     starts = run.read_provenance() if run.has_begun else []
-    if starts and starts[0]["data"]["sha256"] != corpus.sha256:
+    if starts and (then := starts[0]["data"])["sha256"] != corpus.sha256:
+        kept = corpus.folder.parent / then.get("folder", "")
+        there = then.get("folder") not in (None, corpus.folder.name) and kept.is_dir()
+        where = f" ({kept})" if there else ""
         raise UserError(
             f"the corpus {corpus.name!r} has changed since the run in {run.path} started (sha256 "
-            f"{starts[0]['data']['sha256'][:12]} then, {corpus.sha256[:12]} now); restore the data "
-            f"or choose another folder with --config.run_dir=FOLDER"
+            f"{then['sha256'][:12]} then, {corpus.sha256[:12]} now); restore it, or name the "
+            f"prepared corpus of that time{where} with --config.data.path (--data_path after "
+            f"training), or train in another --config.run_dir"
         )
 
 

@@ -1,5 +1,6 @@
 """``python -m train sample RUN``: writes text from a trained model as it is sampled."""
 
+import argparse
 import codecs
 import itertools
 import os
@@ -8,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 from fsn_jax import hub
-from fsn_jax.vocabulary import TextError
+from fsn_jax.generate import NotFiniteError
+from fsn_jax.vocabulary import SEPARATOR, TextError
 from train.bucket import is_remote
 from train.errors import UserError
 from train.files import user_path
@@ -64,6 +66,12 @@ def parser() -> Arguments:
         metavar="TEXT",
         help="end after this text; may be given again; $'\\n' is the end of a line",
     )
+    p.add_argument(
+        "--document",
+        action="store_true",
+        help="one document from its beginning (the prompt, which may be empty) to its end; for a "
+        "model trained with data.segments=documents",
+    )
     p.add_checkpoint_options("best")
     return p
 
@@ -72,33 +80,26 @@ def program(argv: Sequence[str]) -> None:
     """Runs the program with the arguments of its command line."""
     options = parser().parse_args(argv[1:])
     try:
-        check_options(options)
+        check_options(options, may_be_empty=options.document)
     except ValueError as error:
         raise UserError(str(error)) from None
     if "" in options.stop:
         raise UserError("--stop must not be empty: name the text that ends the sample")
     start_jax()
-    if is_remote(options.run) or not hub.is_exported(user_path("the run", options.run)):
-        trained = load_without_data(
-            options.run, which=options.checkpoint, data_path=options.data_path
-        ).language_model
-    elif options.checkpoint != "best" or options.data_path:
-        option = "--data_path" if options.checkpoint == "best" else "--checkpoint"
+    trained = _load(options)
+    if options.document and trained.separator is None:
         raise UserError(
-            f"{option} is for a run, and {options.run} is an exported model, which is one "
-            f"checkpoint without data; leave it out"
+            f"--document is for a model trained with config.data.segments=documents, and "
+            f"{options.run} was not; leave it out"
         )
-    else:
-        try:
-            trained = hub.load(options.run)
-        except ValueError as error:
-            raise UserError(str(error)) from error
     prompt, *stop = map(os.fsencode, (options.prompt, *options.stop))
     for option, text in (("--prompt", prompt), *(("--stop", text) for text in stop)):
         try:
             trained.encode(text)
         except TextError as error:
             raise UserError(f"{option}: {error}") from None
+    if options.document:
+        prompt, stop = SEPARATOR + prompt, [*stop, SEPARATOR]
     context = trained.context
     length = len(trained.encode(prompt))
     if length >= context:
@@ -116,6 +117,30 @@ def program(argv: Sequence[str]) -> None:
         top_p=options.top_p,
         stop=stop,
     )
-    write_as_it_comes(itertools.chain((prompt,), chunks), sys.stdout)
+    written: Iterable[bytes] = itertools.chain((prompt,), chunks)
+    if options.document:
+        written = (chunk.replace(SEPARATOR, b"") for chunk in written)
+    try:
+        write_as_it_comes(written, sys.stdout)
+    except NotFiniteError as error:
+        raise UserError(f"{options.run}: {error}; sample another checkpoint") from error
     if interruptions.came:  # the text is ended, and the status tells by what
         raise KeyboardInterrupt
+
+
+def _load(options: argparse.Namespace) -> hub.Pretrained:
+    """Loads the model of a run, or an exported one."""
+    if is_remote(options.run) or not hub.is_exported(user_path("the run", options.run)):
+        return load_without_data(
+            options.run, which=options.checkpoint, data_path=options.data_path
+        ).language_model
+    if options.checkpoint != "best" or options.data_path:
+        option = "--data_path" if options.checkpoint == "best" else "--checkpoint"
+        raise UserError(
+            f"{option} is for a run, and {options.run} is an exported model, which is one "
+            f"checkpoint without data; leave it out"
+        )
+    try:
+        return hub.load(options.run)
+    except ValueError as error:
+        raise UserError(str(error)) from error

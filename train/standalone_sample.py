@@ -31,9 +31,9 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0, help="same seed, same text")
 
 
-def check_options(options: argparse.Namespace) -> None:
+def check_options(options: argparse.Namespace, *, may_be_empty: bool = False) -> None:
     """Raises ValueError, in one line, if an option is out of range."""
-    if not options.prompt:
+    if not (options.prompt or may_be_empty):
         raise ValueError("--prompt must not be empty: the first character needs one before it")
     if options.num_tokens < 1:
         raise ValueError(f"--num_tokens must be at least 1; got {options.num_tokens}")

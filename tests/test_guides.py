@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from train import __main__ as front
-from train import evaluate, inspect, main
+from train import evaluate, inspect, ladder, main
+from train.analysis import compare
 from train.data import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +17,7 @@ GUIDES = (
     "docs/cloud_tpu.md",
     "docs/commands.md",
     "docs/data.md",
+    "docs/extend.md",
     "docs/gpu.md",
     "docs/reliability.md",
 )
@@ -44,6 +46,8 @@ def test_a_command_of_the_guides_is_understood(arguments, monkeypatch):
     for module in (main, evaluate):
         monkeypatch.setattr(module, "start_jax", stop)
     monkeypatch.setattr(inspect, "open_experiment_corpus", stop)
+    monkeypatch.setattr(ladder, "run_all", stop)
+    monkeypatch.setattr(compare, "read_arms", stop)
     monkeypatch.setattr(prepare, "open_corpus", stop)
     monkeypatch.chdir(ROOT)
     given = shlex.split(arguments.replace("--process_id=I", "--process_id=1"))

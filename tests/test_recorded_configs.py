@@ -129,6 +129,7 @@ def test_a_record_is_called_as_the_arm_that_still_makes_it(record):
     if family != "design" and run.endswith(("_long", "_half")):
         settings = long.get_config(run.removesuffix("_long"))
     else:
+        assert family in FILES, "an arm of no file of configs/: see docs/extend.md"
         settings = FILES[family].get_config(arm)
     config = ExperimentConfig.from_config_dict(settings)
     assert config.name == run

@@ -14,6 +14,7 @@ from flax import nnx
 from fsn_jax.coupling import coupling_update
 from train import export
 from train.data.prepare import open_corpus
+from train.groups import groups
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "use_the_layer.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -39,6 +40,25 @@ def test_in_a_linen_model():
     assert diagnostics["dtheta"].shape == diagnostics["theta"].shape
     assert diagnostics["entropy"].shape == (2, 4, 64)
     assert diagnostics["kernel"].re.shape == (2, 2, 2, 32)
+
+
+def test_an_optimizer_with_groups():
+    (names,) = run("Train it")
+    params, state, losses = names["params"], names["optimizer"].init(names["params"]), []
+    for _ in range(30):
+        params, state, loss = names["step"](params, state)
+        losses.append(float(loss))
+    assert losses[0] == pytest.approx(np.log(64), abs=1.0) and losses[-1] < losses[0] - 0.5
+    of = {name: set() for name in ("angles", "matrices", "others")}
+    for path, group in jax.tree_util.tree_flatten_with_path(names["groups"])[0]:
+        of[group].add(path[-1].key)
+    assert of["angles"] == {"angles", "gate_angle"} and of["matrices"] == {"kernel"}
+    assert {"kernel_real", "kernel_imag", "log_beta", "gate", "bias"} <= of["others"]
+    # As the programs group them, but that these give the readout's matrix a group of its own.
+    theirs = jax.tree.leaves(groups(names["params"]))
+    for ours, group in zip(jax.tree.leaves(names["groups"]), theirs, strict=True):
+        assert (ours == "angles") == (group == "angles")
+        assert (ours == "matrices") == (group in ("matrices", "tables"))
 
 
 def test_a_stack_of_the_form_that_did_best():

@@ -44,6 +44,10 @@ def group_of(path: tuple[Any, ...]) -> str:
     names = [str(getattr(entry, "key", entry)) for entry in path]
     if names[0] in GROUPS:
         return names[0]
+    if names[-1] not in _GROUP_OF_LEAF:
+        raise KeyError(
+            f"{'/'.join(names)} is in no group of parameters: add {names[-1]!r} to train/groups.py"
+        )
     group = _GROUP_OF_LEAF[names[-1]]
     return TABLES if group == MATRICES and names[0] == "readout" else group
 

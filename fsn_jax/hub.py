@@ -143,7 +143,7 @@ def _without_choice(model: FSN | Transformer) -> FSN | Transformer:
     """Returns a model that times no kernels: for a few passes the choice would cost more."""
     if model.config.implementation != "auto":
         return model
-    return build_model(dataclasses.replace(model.config, implementation="xla"))
+    return model.clone(config=dataclasses.replace(model.config, implementation="xla"))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="method")

@@ -99,6 +99,10 @@ def other_corpus(work: Path) -> None:
     write_corpus(work / "corpus", train=text_of(4000, 9))
 
 
+def later_corpus(work: Path) -> None:
+    write_corpus(work / "later", train=text_of(4000, 9))
+
+
 def checkpoints_of_another_model(work: Path) -> None:
     shutil.copytree(work / "run" / "checkpoints", work / "other" / "checkpoints")
 
@@ -583,6 +587,15 @@ CASES = [
         "time with --config.data.path (--data_path after training), or train in another "
         "--config.run_dir",
         other_corpus,
+    ),
+    Case(
+        "another corpus, where that of the run is still prepared",
+        f"{TRAIN} --config.data.path=later",
+        "the corpus 'text' has changed since the run in run started (sha256 "
+        "c7071c378052 then, 9e4f57a72767 now); restore it, or name the prepared corpus of that "
+        "time (corpus) with --config.data.path (--data_path after training), or train in another "
+        "--config.run_dir",
+        later_corpus,
     ),
     Case(
         "a run's config emptied",

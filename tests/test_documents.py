@@ -220,8 +220,8 @@ def test_a_sample_can_be_one_document(run, capfdbinary):
     sampling = {"num_tokens": 200, "temperature": 1.0, "seed": 3}
     trained = load_without_data(run).language_model
     options = [f"--{name}={value}" for name, value in sampling.items()]
-    for prompt in ("", "ab"):
-        sample.program(["sample", str(run), f"--prompt={prompt}", "--document", *options])
+    for prompt, given in (("", []), ("", ["--prompt="]), ("ab", ["--prompt=ab"])):
+        sample.program(["sample", str(run), *given, "--document", *options])
         whole = prompt.encode() + b"".join(trained.stream(b"\0" + prompt.encode(), **sampling))
         document, end, _ = whole.partition(b"\0")
         assert end and capfdbinary.readouterr().out == document + b"\n"

@@ -5,6 +5,8 @@ import json
 import time
 from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 from small_runs import ALPHABET, text_of, tiny_experiment
 
@@ -39,7 +41,9 @@ def test_the_summary_of_a_run(finished_arms, arm, parameters, flops):
     assert (validation["bytes"], validation["context"], validation["stride"]) == (299, 16, 16)
 
 
-def test_a_summary_is_of_all_starts_and_of_no_step_after_the_last(corpus, tmp_path, monkeypatch):
+def test_a_summary_is_of_all_starts_and_of_no_step_after_the_last(
+    corpus, tmp_path, monkeypatch, capsys
+):
     """Of a made-up log, whose loss was not finite at first and lowest in the middle."""
     losses = {10: float("nan"), 20: 1.0, 30: 2.0, 40: 1.5, 50: 0.5}
     rows = [
@@ -76,6 +80,16 @@ def test_a_summary_is_of_all_starts_and_of_no_step_after_the_last(corpus, tmp_pa
         "stride": 4,
     }
     assert (tmp_path / "sample.txt").read_bytes() == b"a sample"
+    # The run ended early, so its best checkpoint is what counts: the default of the programs.
+    assert f"train evaluate {tmp_path}     (the whole split)" in capsys.readouterr().out
+
+
+def test_a_model_that_has_diverged_leaves_its_prompt(whole, corpus, capsys):
+    folder, state = whole
+    diverged = jax.tree.map(lambda leaf: leaf * np.nan, state.params)
+    written = finish._sample(open_run(folder).read_config(), corpus, diverged)
+    assert written == text_of(300, 1)[:64]
+    assert "warning: the sample is its prompt alone" in capsys.readouterr().err
 
 
 def test_a_sample_goes_on_from_the_beginning_of_the_validation_split(whole, corpus, monkeypatch):

@@ -183,7 +183,7 @@ def test_arms_of_two_corpora_are_not_one_ladder(in_process, tmp_path, monkeypatc
 
 def test_each_run_side_by_side_has_its_own_log(arms, monkeypatch):
     logs = []
-    monkeypatch.setattr(ladder, "train_one", lambda job, cores, log: logs.append(log) or 1)
+    monkeypatch.setattr(ladder, "train_one", lambda job, share, log: logs.append(log) or 1)
     monkeypatch.setattr(
         ladder, "shares_of_machine", lambda at_once: [ladder.Share("0"), ladder.Share("1")]
     )
@@ -255,20 +255,31 @@ def test_runs_side_by_side_divide_the_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    installed = {"jax_cuda13_plugin"}
+    monkeypatch.setattr(ladder, "find_spec", lambda name: name in installed)
     assert ladder.shares_of_machine(1) == [ladder.Share()]
     assert [share.gpus for share in ladder.shares_of_machine(8)] == list("01234567")
     assert [share.gpus for share in ladder.shares_of_machine(3)] == ["0,1", "2,3", "4,5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert ladder.shares_of_machine(2) == [ladder.Share(gpus="5"), ladder.Share(gpus="7")]
-    with pytest.raises(UserError, match="--at_once must be from 1 to the 2 GPUs here; got 3"):
+    with pytest.raises(UserError, match=r"from 1 to the 2 GPUs \(JAX_PLATFORMS=cpu.* here; got 3"):
         ladder.shares_of_machine(3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert ladder.visible_gpus() == []
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     with pytest.raises(UserError, match="cores here; got 1000"):
         ladder.shares_of_machine(1000)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.delenv("JAX_PLATFORMS")
+    installed.clear()  # a CPU's JAX beside GPUs
+    assert ladder.visible_gpus() == []
+    installed.add("jax_cuda12_plugin")
+    assert len(ladder.visible_gpus()) == 8
     found.write_text("#!/bin/sh\nexit 9\n", encoding="utf-8")
     assert ladder.visible_gpus() == []
+    installed.add("libtpu")
+    with pytest.raises(UserError, match="--at_once must be 1 on a TPU"):
+        ladder.shares_of_machine(2)
 
 
 def test_a_run_sees_the_gpus_of_its_share_alone(arms, tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 PROGRAMS = {
     "prepare": Entry("train.data.prepare", "prepares a corpus, for a machine without a network"),
     "inspect": Entry("train.inspect", "parameters, FLOPs, memory and first batch, untrained"),
-    "ladder": Entry("train.ladder", "trains every arm of a config file, one by one"),
+    "ladder": Entry("train.ladder", "trains every arm and seed of a config file"),
     "evaluate": Entry("train.evaluate", "loss over the whole validation split"),
     "test": Entry("train.final_evaluation", "loss on the test split, read once and recorded"),
     "sample": Entry("train.sample", "text from a trained model"),

@@ -3,8 +3,10 @@
 import json
 import math
 import shlex
+import sys
 from typing import Any
 
+from fsn_jax.generate import NotFiniteError
 from train.analysis.figures import loss_curve
 from train.config import ExperimentConfig
 from train.data.corpus import Corpus
@@ -77,7 +79,9 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
     print(f"\n{text.decode(errors='replace')}\n")
     print(f"curve     {run.path / 'loss.png'}")
     folder = shlex.quote(str(run.path))
-    print(f"evaluate  python -m train evaluate {folder} --checkpoint=latest     (the whole split)")
+    # A run that ended early has gone past its best; the tables compare the ends of whole schedules.
+    which = "" if outcome.ended_early else " --checkpoint=latest"
+    print(f"evaluate  python -m train evaluate {folder}{which}     (the whole split)")
     print(f"sample    python -m train sample {folder} --prompt {shlex.quote(_prompt(corpus))}")
     print(f"watch     tensorboard --logdir {shlex.quote(str(run.path.parent))}")
 
@@ -93,4 +97,8 @@ def _sample(experiment: ExperimentConfig, corpus: Corpus, params: Any) -> bytes:
     trained = pretrained(experiment, params, corpus.vocabulary)
     prompt = corpus.vocabulary.decode(corpus.tokens("validation")[:64])
     chunks = trained.stream(prompt, num_tokens=SAMPLE_LENGTH, seed=experiment.seed, temperature=0.8)
-    return prompt + b"".join(chunks)
+    try:
+        return prompt + b"".join(chunks)
+    except NotFiniteError as error:
+        print(f"warning: the sample is its prompt alone: {error}", file=sys.stderr)
+        return prompt

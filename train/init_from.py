@@ -6,7 +6,7 @@ random. The optimizer begins anew.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,29 @@ from train.config import ExperimentConfig
 from train.errors import UserError
 from train.files import file_sha256, user_path
 from train.mesh import on_host, placed
-from train.processes import agree
+from train.processes import agree, together
 
 MAY_DIFFER = frozenset({"vocab_size", "dropout", "dtype", "implementation", "remat"})
-"""Settings of a model that change neither its parameters nor, but for rounding, what it computes
-from them, and its vocabulary."""
+"""Settings that may differ: the vocabulary, and those that change a result by rounding, or in
+training only."""
 
 
-def check_init_from(experiment: ExperimentConfig, vocabulary: Vocabulary) -> hub.Description | None:
-    """Returns what ``init_from`` names; None if it names nothing.
+class Beginning(NamedTuple):
+    """What a run begins with.
+
+    Attributes:
+      params: on the devices of the run.
+      weights_sha256: of the file that they are from.
+      new_tokens: tokens that the exported model does not have, as Python writes them.
+    """
+
+    params: Any
+    weights_sha256: str
+    new_tokens: list[str]
+
+
+def check_init_from(experiment: ExperimentConfig, vocabulary: Vocabulary) -> None:
+    """Checks what ``init_from`` names, if it names anything, without its weights.
 
     Args:
       experiment: the settings.
@@ -38,7 +52,7 @@ def check_init_from(experiment: ExperimentConfig, vocabulary: Vocabulary) -> hub
       UserError: it is no exported model, or another one than the run trains.
     """
     if not experiment.init_from:
-        return None
+        return
     setting = f"config.init_from={experiment.init_from}"
     folder = user_path("config.init_from", experiment.init_from)
     if not hub.is_exported(folder):
@@ -56,8 +70,8 @@ def check_init_from(experiment: ExperimentConfig, vocabulary: Vocabulary) -> hub
             f"another: take its settings with --config=configs/finetune.py:FOLDER"
         )
     ours, theirs = map(dataclasses.asdict, (experiment.model, described.config))
-    for name in ours.keys() - MAY_DIFFER:
-        if ours[name] != theirs[name]:
+    for name in ours:
+        if name not in MAY_DIFFER and ours[name] != theirs[name]:
             raise UserError(
                 f"config.model.{name} is {ours[name]!r}, and {theirs[name]!r} in {setting}: take "
                 f"its settings with --config=configs/finetune.py:FOLDER"
@@ -67,17 +81,16 @@ def check_init_from(experiment: ExperimentConfig, vocabulary: Vocabulary) -> hub
             f"config.data.vocabulary is {vocabulary.unit}, and the tokens of {setting} are {unit}: "
             f"set it to {unit}"
         )
-    return described
 
 
-def new_tokens(described: hub.Description, vocabulary: Vocabulary) -> list[str]:
-    """Returns the tokens that an exported model does not have, as Python writes them."""
-    values = np.setdiff1d(vocabulary.values, described.vocabulary.values).tolist()
+def new_tokens(known: Vocabulary, vocabulary: Vocabulary) -> list[str]:
+    """Returns the tokens of a vocabulary that another does not have, as Python writes them."""
+    values = np.setdiff1d(vocabulary.values, known.values).tolist()
     return [repr(bytes([value]) if vocabulary.unit == "bytes" else chr(value)) for value in values]
 
 
-def begun_with(experiment: ExperimentConfig, vocabulary: Vocabulary, fresh: Any) -> tuple[Any, str]:
-    """Returns the parameters that a run with ``init_from`` begins with, and their file's SHA-256.
+def begin(experiment: ExperimentConfig, vocabulary: Vocabulary, fresh: Any) -> Beginning:
+    """Returns what a run with ``init_from`` begins with.
 
     Args:
       experiment: the settings.
@@ -88,19 +101,13 @@ def begun_with(experiment: ExperimentConfig, vocabulary: Vocabulary, fresh: Any)
       UserError: as of ``check_init_from``, or the weights are damaged, or not the same in every
         process.
     """
-    folder = user_path("config.init_from", experiment.init_from)
-    check_init_from(experiment, vocabulary)
-    try:
-        source = hub.load(folder)
-    except ValueError as error:
-        raise UserError(f"config.init_from={experiment.init_from}: {error}") from error
-    sha256 = file_sha256(folder / hub.WEIGHTS)
-    agree(init_from=sha256)
+    source, sha256 = together(lambda: _read(experiment, vocabulary))
+    agree(weights_of_init_from=sha256)
     of_both = np.intersect1d(vocabulary.values, source.vocabulary.values)
     ours, theirs = (np.searchsorted(v.values, of_both) for v in (vocabulary, source.vocabulary))
     axes, given = _vocabulary_axes(experiment, fresh), flatten_dict(source.params)
 
-    def begin(path: tuple[str, ...], own: Any) -> jax.Array:
+    def of_leaf(path: tuple[str, ...], own: Any) -> jax.Array:
         values, axis = np.asarray(given[path]), axes[path]
         if axis is not None:
             tokens = np.moveaxis(values, axis, 0)[theirs]
@@ -108,8 +115,18 @@ def begun_with(experiment: ExperimentConfig, vocabulary: Vocabulary, fresh: Any)
             np.moveaxis(values, axis, 0)[ours] = tokens
         return placed(values, own.sharding)
 
-    begun = {path: begin(path, own) for path, own in flatten_dict(fresh).items()}
-    return unflatten_dict(begun), sha256
+    begun = {path: of_leaf(path, own) for path, own in flatten_dict(fresh).items()}
+    return Beginning(unflatten_dict(begun), sha256, new_tokens(source.vocabulary, vocabulary))
+
+
+def _read(experiment: ExperimentConfig, vocabulary: Vocabulary) -> tuple[hub.Pretrained, str]:
+    """Returns the exported model and the SHA-256 of its weights."""
+    check_init_from(experiment, vocabulary)
+    folder = user_path("config.init_from", experiment.init_from)
+    try:
+        return hub.load(folder), file_sha256(folder / hub.WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise UserError(f"config.init_from={experiment.init_from}: {error}") from error
 
 
 def _vocabulary_axes(experiment: ExperimentConfig, params: Any) -> dict[Any, int | None]:

@@ -8,6 +8,7 @@ side by side, each on half of the machine's GPUs, or of a CPU's cores.
 """
 
 import functools
+import itertools
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +36,9 @@ from train.program import Arguments
 from train.run import default_folder, open_run
 from train.run_files import SUMMARY
 from train.tables import text_table
+
+CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+"""Packages without one of which JAX sees no GPU."""
 
 
 class Job(NamedTuple):
@@ -187,14 +192,17 @@ def shares_of_machine(at_once: int) -> list[Share]:
     """
     if at_once == 1:
         return [Share()]
-    if list(Path("/dev").glob("accel[0-9]*")) and not _on_cpu():
-        raise UserError("--at_once must be 1 on a TPU: the first process holds all of its chips")
+    if find_spec("libtpu") and not _on_cpu():
+        raise UserError(
+            "--at_once must be 1 on a TPU, whose chips the first process holds; "
+            "JAX_PLATFORMS=cpu trains on the CPU"
+        )
     gpus = visible_gpus()
     if not gpus and shutil.which("taskset") is None:
         raise UserError("--at_once needs Linux's taskset, which keeps each run to its own cores")
     units = gpus or [str(core) for core in sorted(os.sched_getaffinity(0))]
     if not 1 <= at_once <= len(units):
-        kind = "GPUs" if gpus else "cores"
+        kind = "GPUs (JAX_PLATFORMS=cpu: cores)" if gpus else "cores"
         raise UserError(f"--at_once must be from 1 to the {len(units)} {kind} here; got {at_once}")
     each = len(units) // at_once
     parts = [",".join(units[i * each : (i + 1) * each]) for i in range(at_once)]
@@ -203,11 +211,11 @@ def shares_of_machine(at_once: int) -> list[Share]:
 
 def visible_gpus() -> list[str]:
     """Returns the GPUs that a run would see, as CUDA_VISIBLE_DEVICES names them."""
-    if _on_cpu():
+    if _on_cpu() or not any(map(find_spec, CUDA_PLUGINS)):
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [gpu for gpu in named.split(",") if gpu]
+    if named is not None:  # CUDA reads it up to the first that there is not
+        return list(itertools.takewhile(lambda gpu: gpu not in ("", "-1"), named.split(",")))
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]

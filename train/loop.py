@@ -20,7 +20,7 @@ from train.data.windows import WindowOrder, host_batches
 from train.errors import UserError
 from train.evaluate import Evaluator
 from train.files import write_atomically
-from train.init_from import begun_with
+from train.init_from import begin
 from train.mesh import by_step_and_row, data_mesh, placed, replicated
 from train.metrics import Metrics, Unwritten
 from train.optimizer import learning_rate, make_optimizer
@@ -121,8 +121,12 @@ def _train(
         else:
             start, state = 0, init_state(model, optimizer, seed=experiment.seed, **placement)
             if experiment.init_from:
-                params, weights_sha256 = begun_with(experiment, corpus.vocabulary, state.params)
-                state = dataclasses.replace(state, params=params)
+                begun = begin(experiment, corpus.vocabulary, state.params)
+                state = dataclasses.replace(state, params=begun.params)
+                weights_sha256 = begun.weights_sha256
+                if run.writes:
+                    new = ", ".join(begun.new_tokens) or "none"
+                    print(f"begins with {experiment.init_from}; tokens new to it: {new}")
             if run.writes:
                 table = parameter_table(parameters_of(state.params))
                 write_atomically(run.path / PARAMETERS, table)

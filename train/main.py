@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import jax
 
 from train.config import ExperimentConfig
+from train.data.corpus import Corpus
 from train.finish import finish
 from train.flags import parse_config, parse_options
-from train.init_from import check_init_from, new_tokens
+from train.init_from import check_init_from
 from train.interruption import interruptions
 from train.load import open_experiment_corpus
 from train.loop import Outcome, train
@@ -43,21 +44,24 @@ def _train(experiment: ExperimentConfig, profile: TracedSteps | None) -> None:
         settings=json.dumps(experiment.to_dict()), corpus=corpus.sha256, JAX_version=jax.__version__
     )
     check_experiment(experiment, corpus, jax.device_count())
-    begun = RunFolder(default_folder(experiment)).has_begun  # then a checkpoint is what it needs
-    origin = None if begun else check_init_from(experiment, corpus.vocabulary)
+    together(lambda: _check_beginning(experiment, corpus))
     interruptions.kept = RunFolder(default_folder(experiment)).kept
     with create_or_resume(experiment, corpus) as run:
         if run.writes:
             shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
             devices = f"{jax.device_count()} device(s){shared}"
             print(f"run folder {default_folder(experiment)} · {devices}")
-            if origin:
-                new = ", ".join(new_tokens(origin, corpus.vocabulary)) or "none"
-                print(f"begins with {experiment.init_from}; tokens that it does not know: {new}")
         outcome = train(experiment, corpus, run, profile=profile)
         if run.writes and (line := ending(experiment, outcome)):
             print(line)
         finish(experiment, corpus, run, outcome)
+
+
+def _check_beginning(experiment: ExperimentConfig, corpus: Corpus) -> None:
+    """Checks what a run begins with, unless a checkpoint, here or in its copy, is all it needs."""
+    begun = RunFolder(default_folder(experiment)).has_begun
+    if not (begun or experiment.mirror_dir):
+        check_init_from(experiment, corpus.vocabulary)
 
 
 def ending(experiment: ExperimentConfig, outcome: Outcome) -> str:

@@ -57,7 +57,7 @@ def provenance(corpus: Corpus) -> dict[str, Any]:
         "processes": jax.process_count(),
         "data": {
             "name": corpus.name,
-            "folder": corpus.folder.name,
+            "folder": corpus.folder.resolve().name,
             "sha256": corpus.sha256,
             "vocabulary": len(corpus.vocabulary),
         },

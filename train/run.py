@@ -301,7 +301,7 @@ def refuse_other_data(run: RunFolder, corpus: Corpus) -> None:
     starts = run.read_provenance() if run.has_begun else []
     if starts and (then := starts[0]["data"])["sha256"] != corpus.sha256:
         kept = corpus.folder.parent / then.get("folder", "")
-        there = then.get("folder") not in (None, corpus.folder.name) and kept.is_dir()
+        there = then.get("folder") and kept != corpus.folder and kept.is_dir()
         where = f" ({kept})" if there else ""
         raise UserError(
             f"the corpus {corpus.name!r} has changed since the run in {run.path} started (sha256 "

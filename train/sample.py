@@ -69,8 +69,8 @@ def parser() -> Arguments:
     p.add_argument(
         "--document",
         action="store_true",
-        help="one document from its beginning (the prompt, which may be empty) to its end; for a "
-        "model trained with data.segments=documents",
+        help="write one document, from the prompt (empty if it is not given) to its end or "
+        "--num_tokens; for a model trained with data.segments=documents",
     )
     p.add_checkpoint_options("best")
     return p
@@ -78,7 +78,10 @@ def parser() -> Arguments:
 
 def program(argv: Sequence[str]) -> None:
     """Runs the program with the arguments of its command line."""
-    options = parser().parse_args(argv[1:])
+    p = parser()
+    options = p.parse_args(argv[1:])
+    if options.document and options.prompt == p.get_default("prompt"):
+        options.prompt = ""
     try:
         check_options(options, may_be_empty=options.document)
     except ValueError as error:

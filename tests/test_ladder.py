@@ -62,8 +62,8 @@ def in_process(monkeypatch):
     """Trains in this process, without drawing a sample; counts the runs."""
     trained = []
 
-    def train(job, cores, log):
-        assert not cores and log is None
+    def train(job, share, log):
+        assert share == ladder.Share() and log is None
         trained.append(job.name)
         return run_program(train_main.program, ["train", *job.arguments])
 

@@ -235,7 +235,12 @@ def test_the_provenance_tells_what_ran_on_what(corpus, whole):
     [start] = open_run(whole[0]).read_provenance()
     assert start["implementation"] == "auto"  # a CPU has one path
     assert start["step"] == 0
-    assert start["data"] == {"name": "text", "sha256": corpus.sha256, "vocabulary": 12}
+    assert start["data"] == {
+        "name": "text",
+        "folder": corpus.folder.name,
+        "sha256": corpus.sha256,
+        "vocabulary": 12,
+    }
     assert start["device"].startswith("8 x cpu")
     assert start["packages"]["jax"] == jax.__version__
     assert set(start["git"]) == {"commit", "modified", "diff_sha256"}

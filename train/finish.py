@@ -77,12 +77,17 @@ def finish(experiment: ExperimentConfig, corpus: Corpus, run: RunFolder, outcome
         f"{trained_characters:,} characters in {seconds / 60:.1f} min"
     )
     print(f"\n{text.decode(errors='replace')}\n")
+    _print_what_next(run, _prompt(corpus), early=outcome.ended_early)
+
+
+def _print_what_next(run: RunFolder, prompt: str, *, early: bool) -> None:
+    """Prints commands for a finished run."""
     print(f"curve     {run.path / 'loss.png'}")
     folder = shlex.quote(str(run.path))
     # A run that ended early has gone past its best; the tables compare the ends of whole schedules.
-    which = "" if outcome.ended_early else " --checkpoint=latest"
+    which = "" if early else " --checkpoint=latest"
     print(f"evaluate  python -m train evaluate {folder}{which}     (the whole split)")
-    print(f"sample    python -m train sample {folder} --prompt {shlex.quote(_prompt(corpus))}")
+    print(f"sample    python -m train sample {folder} --prompt {shlex.quote(prompt)}")
     print(f"watch     tensorboard --logdir {shlex.quote(str(run.path.parent))}")
 
 

@@ -177,16 +177,18 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
     """Draws loss against characters and against time, and the difference with its errors."""
     points = result["points"]
     seen = [point["characters"] / 1e6 for point in points]
-    with panels(target, 1, 3, figsize=(12, 3.8)) as (left, middle, right):
+    timed = bool(result["equal_time"])  # else the runs have no clock in common
+    with panels(target, 1, 2 + timed, figsize=(8 + 4 * timed, 3.8)) as axes:
+        left, *middle, right = axes
         for index, arm in enumerate((one, other)):
             colour = f"C{index}"
             draw_curve(left, arm, "validation", arm.name, colour, marker="o", ms=3)
             clocks = [run.clock for run in arm.runs if run.clock]
-            if clocks and result["equal_time"]:
+            if clocks and timed:
                 curve = arm.curve()
                 minutes = [statistics.fmean(clock[c] for clock in clocks) / 60 for c, _ in curve]
                 mean = [statistics.fmean(bpc) for _, bpc in curve]
-                middle.plot(minutes, mean, color=colour, marker="o", ms=3)
+                middle[0].plot(minutes, mean, color=colour, marker="o", ms=3)
         apart = np.array([point["difference"] for point in points])
         error = np.array([point["standard_error"] or 0.0 for point in points])
         right.axhline(0, color="0.4", lw=1)
@@ -200,12 +202,13 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
             margin = 0.08 * (high - low) or 1e-3
             right.set_ylim(low - margin, high + margin)
         ends = [points[-1][arm.name]["mean"] for arm in (one, other)]
-        for axes in (left, middle):
-            axes.set_ylim(min(ends) - 0.05, min(ends) + 0.95)
-            axes.set_ylabel("bits per character, validation")
+        for curves in (left, *middle):
+            curves.set_ylim(min(ends) - 0.05, min(ends) + 0.95)
+            curves.set_ylabel("bits per character, validation")
         left.set_xlabel(SEEN)
         legend_above(left)
-        middle.set_xlabel("minutes of training" if result["equal_time"] else "no clock in common")
+        for minutes_axes in middle:
+            minutes_axes.set_xlabel("minutes of training")
         right.set_xlabel(SEEN)
         right.set_ylabel(f"difference of the means, BPC, ± {STANDARD_ERRORS:g} s.e.")
 

@@ -21,7 +21,7 @@ from fsn_jax.base_layer import attention_entropy
 from fsn_jax.causal import attention_weights
 from fsn_jax.readings import attention_targets, trace_attention
 from train.analysis.figures import legend_above, panels
-from train.analysis.windows import LONGEST_DEFAULT, check_alike, validation_windows
+from train.analysis.windows import add_window_options, check_alike, validation_windows
 from train.config import ModelConfig
 from train.files import check_json_output, default_output, write_result
 from train.load import TrainedModel, load
@@ -168,13 +168,7 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("runs", nargs="+", help="folders of runs with checkpoints")
     p.add_argument("--output", help="a .json; else heads.json with the runs")
     p.add_checkpoint_options("latest")
-    p.add_argument("--windows", type=int, default=64, help="of the validation split")
-    p.add_argument(
-        "--length",
-        type=int,
-        default=0,
-        help=f"characters each; 0: shortest context, at most {LONGEST_DEFAULT}",
-    )
+    add_window_options(p, windows=64)
     options = p.parse_args(argv[1:])
     output = check_json_output(options.output or default_output(options.runs, "heads.json"))
     start_jax()

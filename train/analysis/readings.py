@@ -31,7 +31,7 @@ from fsn_jax.readings import (
 from fsn_jax.torus import order_parameter
 from train.analysis.figures import STYLE, panels
 from train.analysis.heads import head_names, measure_attention, rounded
-from train.analysis.windows import LONGEST_DEFAULT, validation_windows
+from train.analysis.windows import add_window_options, validation_windows
 from train.errors import UserError
 from train.files import check_output, default_output, write_atomically, writing
 from train.load import load
@@ -273,9 +273,7 @@ def program(argv: Sequence[str]) -> None:
     p.add_argument("run", help="the folder of an FSN's run with checkpoints")
     p.add_argument("--output", help="a .json; else readings.json with the run")
     p.add_checkpoint_options("latest")
-    p.add_argument("--windows", type=int, default=16, help="of the validation split")
-    most = f"0: context, at most {LONGEST_DEFAULT}"
-    p.add_argument("--length", type=int, default=0, help=f"characters each; {most}")
+    add_window_options(p, windows=16)
     options = p.parse_args(argv[1:])
     wanted = options.output or default_output([options.run], "readings.json")
     output = check_output(wanted, ".json", beside=("_kernels.png", "_depth.png"))

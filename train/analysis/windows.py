@@ -10,9 +10,17 @@ import numpy.typing as npt
 from fsn_jax.documents import document_ids
 from train.errors import UserError
 from train.load import TrainedModel
+from train.program import Arguments
 
 LONGEST_DEFAULT = 256
 """Characters of a window if no length is given, where every weight of every head is held."""
+
+
+def add_window_options(p: Arguments, *, windows: int) -> None:
+    """Adds the options of ``validation_windows`` to a command line; ``windows`` is a default."""
+    p.add_argument("--windows", type=int, default=windows, help="of the validation split")
+    most = f"0: the shortest context, at most {LONGEST_DEFAULT}"
+    p.add_argument("--length", type=int, default=0, help=f"characters of a window; {most}")
 
 
 def spread_windows(num_bytes: int, length: int, count: int) -> npt.NDArray[np.int64]:

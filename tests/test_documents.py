@@ -225,6 +225,9 @@ def test_a_sample_can_be_one_document(run, capfdbinary):
         whole = prompt.encode() + b"".join(trained.stream(b"\0" + prompt.encode(), **sampling))
         document, end, _ = whole.partition(b"\0")
         assert end and capfdbinary.readouterr().out == document + b"\n"
+    # The prompt of other samples is one too, where it is given: here it has no tokens.
+    with pytest.raises(UserError, match="--prompt: the text holds byte 0x54"):
+        sample.program(["sample", str(run), "--prompt=The ", "--document"])
     with pytest.raises(UserError, match="--prompt must not be empty"):
         sample.program(["sample", str(run), "--prompt="])
 

@@ -17,7 +17,7 @@ from train.files import user_path
 from train.interruption import interruptions
 from train.load import load_without_data
 from train.program import Arguments, start_jax
-from train.standalone_sample import add_options, check_options
+from train.standalone_sample import PROMPT, add_options, check_options
 
 # What would move a terminal's cursor or change its colours becomes the mark of an unknown
 # character; line ends and tabs stay, and of the two bytes of a line end the second is enough.
@@ -59,6 +59,7 @@ def parser() -> Arguments:
     p = Arguments(prog="python -m train sample", description=__doc__)
     p.add_argument("run", help="the folder of a run, or of an exported model")
     add_options(p)
+    p.set_defaults(prompt=None)  # with --document it is another
     p.add_argument(
         "--stop",
         action="append",
@@ -78,10 +79,9 @@ def parser() -> Arguments:
 
 def program(argv: Sequence[str]) -> None:
     """Runs the program with the arguments of its command line."""
-    p = parser()
-    options = p.parse_args(argv[1:])
-    if options.document and options.prompt == p.get_default("prompt"):
-        options.prompt = ""
+    options = parser().parse_args(argv[1:])
+    if options.prompt is None:
+        options.prompt = "" if options.document else PROMPT
     try:
         check_options(options, may_be_empty=options.document)
     except ValueError as error:

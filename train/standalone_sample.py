@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
+PROMPT = "The "
+
 
 def add_options(p: argparse.ArgumentParser) -> None:
     """Adds the options of sampling to a command line."""
-    p.add_argument("--prompt", default="The ", help="what the text begins with")
+    p.add_argument("--prompt", default=PROMPT, help="what the text begins with")
     p.add_argument(
         "--num_tokens",
         type=int,

@@ -20,7 +20,7 @@ rows of the plan, in its order, the projected FSN being the better one of the fi
       --arms=pycode_projected_1m,pycode_transformer_1m
 
     python -m train ladder --config=configs/ladder.py --seeds=1,2 \
-      --arms=projected_500k,transformer_500k
+      --arms=projected_500k,transformer_500k,shifted_500k
 
 Arms here: ``enwik8_KIND_pocket``, the pocket rung with five times its budget (100M characters, 1.1
 epochs); ``enwik8_KIND_1m_half``, the 1m rung of the ladder with half its budget (50M characters);

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from train.analysis.verdicts import Loss, decide, difference
 from train.metrics import read_rows
 from train.run import open_run
 
@@ -18,13 +19,16 @@ PAGES = [
     for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md")
     for page in sorted(ROOT.glob(pattern))
 ]
-HEADLINE = {
-    ("FSN with projected scores (ours)", "enwik8"): "enwik8_projected_pocket",
-    ("transformer", "enwik8"): "enwik8_transformer_pocket",
-    ("FSN with projected scores (ours)", "pycode"): "pycode_projected_pocket",
-    ("transformer", "pycode"): "pycode_transformer_pocket",
+COLUMNS = ("projected", "fsn", "transformer", "shifted")
+"""Kinds of models in the README's table, in the order of its columns."""
+RUNGS = {
+    ("0.23M", "20.5M"): "pocket",
+    ("0.23M", "100M"): "pocket_long",
+    ("0.5M", "50M"): "500k",
+    ("1M", "50M"): "1m_half",
 }
-"""The runs behind the README's first table: the arm by row and corpus."""
+"""The end of the runs' names, by parameters and characters."""
+FILES = {"validation": "evaluations.jsonl", "test": "test_reads.jsonl"}
 
 
 def test_its_python_runs():
@@ -92,22 +96,47 @@ def test_its_configs_exist():
         assert (ROOT / config).is_file(), config
 
 
-def row_of(page, name):
-    """The cells of the table row that begins with a name."""
-    (row,) = (r for r in page.splitlines() if r.startswith((f"| {name} |", f"| **{name}** |")))
-    return [cell.strip().strip("*") for cell in row.strip("|").split("|")][1:]
+def headline():
+    """The rows of the README's table of losses: corpus, split, cells."""
+    for line in README.splitlines():
+        if match := re.match(r"\| (enwik8|pycode), (validation|test) \|", line):
+            yield *match.groups(), [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-@pytest.mark.parametrize(("row", "corpus"), HEADLINE)
-def test_the_headline_is_that_of_the_records(row, corpus):
-    """Mean and deviation over seeds, of the whole validation split and of the test split."""
-    runs = sorted((ROOT / "results").glob(f"{HEADLINE[row, corpus]}_seed*"))
-    (start,) = (i for i, name in enumerate(("enwik8", "pycode")) if name == corpus)
-    for column, file in enumerate(("evaluations.jsonl", "test_reads.jsonl")):
-        losses = [list(read_rows(run / file))[-1]["bpc"] for run in runs]
-        quoted = f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
-        assert row_of(README, row)[2 * start + column] == quoted
-        assert quoted in RESULTS
+def quoted(losses, seeds):
+    """Mean and deviation as the table gives them."""
+    if len(losses) == 1:
+        return f"{losses[0]:.4f} (1 seed)"
+    assert len(losses) == seeds
+    return f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+
+
+@pytest.mark.parametrize(("corpus", "split", "cells"), list(headline()))
+def test_the_headline_is_that_of_the_records(corpus, split, cells):
+    """Every cell is that of the runs, no recorded arm is left out, and bold is a decided win."""
+    size, characters, seeds, *shown = cells
+    rung, losses = RUNGS[size, characters], {}
+    prefix = "ladder" if rung == "500k" else corpus
+    for kind, cell in zip(COLUMNS, shown, strict=True):
+        runs = sorted((ROOT / "results").glob(f"{prefix}_{kind}_{rung}_seed*"))
+        losses[kind] = [list(read_rows(run / FILES[split]))[-1]["bpc"] for run in runs]
+        assert cell.strip("*") == (quoted(losses[kind], int(seeds)) if runs else "")
+        assert cell.strip("*").removesuffix(" (1 seed)") in RESULTS
+    several = {kind: Loss(kind, tuple(bpc)) for kind, bpc in losses.items() if len(bpc) > 1}
+    wins = [
+        kind
+        for kind, loss in several.items()
+        if all(
+            decide(*difference(loss, other))[0] == "holds"
+            for other in several.values()
+            if other is not loss
+        )
+    ]
+    assert [kind for kind, cell in zip(COLUMNS, shown, strict=True) if "**" in cell] == wins
+
+
+def test_the_headline_has_rows():
+    assert len(list(headline())) >= 6
 
 
 @pytest.mark.parametrize("run", ["quickstart", "quickstart_projected", "quickstart_transformer"])

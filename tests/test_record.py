@@ -135,7 +135,7 @@ def test_a_figure_draws_a_curve_an_arm_and_a_band_where_there_are_seeds(tmp_path
     lowest, highest = axes.get_ylim()
     assert lowest < 2.0 and highest > 5.0  # of all that is drawn, bands and training too
     curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-    assert curves["fsn, validation, 2 seeds"] == [3.5, 2.5]
+    assert curves["FSN, published form, validation (2 seeds)"] == [3.5, 2.5]
     assert curves["transformer, validation"] == [5.0, 4.0]
     assert len(axes.collections) == 2  # the bands of training and validation, of one arm
     heights = axes.collections[1].get_paths()[0].vertices[:, 1]

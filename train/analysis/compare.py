@@ -22,6 +22,7 @@ from train.analysis.records import (
     read_arms,
     read_run,
     reference_arm,
+    styles_of,
     with_clocks,
 )
 from train.analysis.verdicts import STANDARD_ERRORS, Loss
@@ -180,20 +181,21 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
     timed = bool(result["equal_time"])  # else the runs have no clock in common
     with panels(target, 1, 2 + timed, figsize=(8 + 4 * timed, 3.8)) as axes:
         left, *middle, right = axes
-        for index, arm in enumerate((one, other)):
-            colour = f"C{index}"
-            draw_curve(left, arm, "validation", arm.name, colour, marker="o", ms=3)
+        looks = styles_of({arm.name: arm for arm in (one, other)})
+        for arm in (one, other):
+            style = looks[arm.name]
+            draw_curve(left, arm, "validation", style, marker="o", ms=3)
             clocks = [run.clock for run in arm.runs if run.clock]
             if clocks and timed:
                 curve = arm.curve()
                 minutes = [statistics.fmean(clock[c] for clock in clocks) / 60 for c, _ in curve]
                 mean = [statistics.fmean(bpc) for _, bpc in curve]
-                middle[0].plot(minutes, mean, color=colour, marker="o", ms=3)
+                middle[0].plot(minutes, mean, color=style.colour, marker="o", ms=3)
         apart = np.array([point["difference"] for point in points])
         error = np.array([point["standard_error"] or 0.0 for point in points])
         right.axhline(0, color="0.4", lw=1)
         right.errorbar(
-            seen, apart, STANDARD_ERRORS * error, color="C0", marker="o", ms=3, capsize=2
+            seen, apart, STANDARD_ERRORS * error, color="0.2", marker="o", ms=3, capsize=2
         )
         late = np.array(seen) > FIRST_MILLION / 1e6
         if late.any():  # zero is on it, and what comes before would set the scale
@@ -210,7 +212,8 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
         for minutes_axes in middle:
             minutes_axes.set_xlabel("minutes of training")
         right.set_xlabel(SEEN)
-        right.set_ylabel(f"difference of the means, BPC, ± {STANDARD_ERRORS:g} s.e.")
+        apart_label = " less\n".join(looks[arm.name].label for arm in (one, other))
+        right.set_ylabel(f"{apart_label}, BPC, ± {STANDARD_ERRORS:g} s.e.")
 
 
 def program(argv: Sequence[str]) -> None:

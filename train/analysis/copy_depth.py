@@ -20,6 +20,7 @@ import numpy.typing as npt
 from jax.sharding import Mesh
 
 from train.analysis.figures import legend_above, panels
+from train.analysis.kinds import kind_of, styles
 from train.analysis.records import mean_and_deviation, read_arms, reference_arm
 from train.analysis.windows import check_alike, spread_windows
 from train.data.suffix_match import LONGEST, SuffixMatch, match_suffixes
@@ -239,6 +240,7 @@ def measure(
     table = tabulate(match, losses, reference=reference, num_resamples=num_resamples)
     for name, group in loaded.items():
         table[name]["runs"] = [trained.source for trained in group]
+        table[name]["model"] = kind_of(group[0].experiment.to_dict()["model"])
     return {
         "kind": "copy_depth",
         "reference": reference,
@@ -275,8 +277,9 @@ def table_text(result: dict[str, Any]) -> str:
 def draw(result: dict[str, Any], target: Path) -> None:
     """Draws loss by depth, and difference to the reference, for three sets of predictions."""
     views = (("all", "any"), ("copy", "any"), ("copy", "far"))
-    titles = ("all predictions", "copy events", f"copy events, source beyond {result['far']}")
-    reference = result["reference"]
+    far = f"copy events, source more than\n{result['far']} characters back"
+    titles = ("all predictions", "copy events", far)
+    looks = styles({arm: table["model"] for arm, table in result["arms"].items()})
     with panels(target, 2, 3, figsize=(11, 5.6), sharex=True, sharey="row") as axes:
         for column, (view, title) in enumerate(zip(views, titles, strict=True)):
             for index, (arm, table) in enumerate(result["arms"].items()):
@@ -290,15 +293,15 @@ def draw(result: dict[str, Any], target: Path) -> None:
                     low = mean - [c["low"] for _, c in points]
                     high = [c["high"] for _, c in points] - mean
                     axes[row, column].errorbar(
-                        x, mean, yerr=[low, high], color=f"C{index}", marker="o", ms=4, lw=1.4,
-                        capsize=2, label=arm,
+                        x, mean, yerr=[low, high], color=looks[arm].colour, marker="o", ms=4,
+                        lw=1.4, capsize=2, label=looks[arm].label,
                     )  # fmt: skip
             axes[0, column].set_title(title)
             axes[1, column].axhline(0, color="0.4", lw=1)
-            axes[1, column].set_xlabel("depth of the repeated context")
+            axes[1, column].set_xlabel("copy depth, characters")
             axes[1, column].set_xticks(range(len(BUCKETS)), BUCKETS)
         axes[0, 0].set_ylabel("bits per character")
-        axes[1, 0].set_ylabel(f"difference to\n{reference}")
+        axes[1, 0].set_ylabel(f"less {looks[result['reference']].label},\nbits per character")
         legend_above(axes[0, 0])
 
 

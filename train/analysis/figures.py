@@ -15,7 +15,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from train.analysis.records import Arm, read_arms
+from train.analysis.kinds import Style
+from train.analysis.records import Arm, read_arms, styles_of
 from train.errors import UserError
 from train.files import check_output, writing
 from train.program import Arguments
@@ -59,12 +60,15 @@ def loss_curve(runs: Sequence[str | Path], target: Path) -> None:
       UserError: runs of one name differ in more than their seed.
     """
     arms = read_arms(runs)
+    evaluated = [bpc for arm in arms.values() for _, seeds in arm.curve() for bpc in seeds]
     with panels(target, figsize=(7, 4)) as axes:
-        for index, arm in enumerate(arms.values()):
-            colour = f"C{index}"
-            draw_curve(axes, arm, "train", f"{arm.name}, train", colour, lw=1, alpha=0.6)
-            label = f"{arm.name}, validation"
-            draw_curve(axes, arm, "validation", label, colour, marker="o", ms=4, lw=1.5)
+        for name, style in styles_of(arms).items():
+            faint = Style(f"{style.label}, train", style.colour)
+            draw_curve(axes, arms[name], "train", faint, lw=1, alpha=0.3)
+            shown = Style(f"{style.label}, validation", style.colour)
+            draw_curve(axes, arms[name], "validation", shown, marker="o", ms=4, lw=1.5)
+        if evaluated:  # the training loss falls fast at first, and would set the scale
+            axes.set_ylim(top=max(evaluated) + 0.1)
         axes.set_xlabel(SEEN)
         axes.set_ylabel("bits per character")
         legend_above(axes)
@@ -88,8 +92,8 @@ def copy_curve(runs: Sequence[str | Path], target: Path) -> None:
         for axes, (kind, what) in zip(
             both, (("copies", "copy events"), ("others", "all other characters")), strict=True
         ):
-            for index, arm in enumerate(arms.values()):
-                draw_curve(axes, arm, kind, arm.name, f"C{index}", marker="o", ms=3, lw=1.5)
+            for name, style in styles_of(arms).items():
+                draw_curve(axes, arms[name], kind, style, marker="o", ms=3, lw=1.5)
             axes.set_xlabel(SEEN)
             axes.set_ylabel(f"bits per character, {what}")
         legend_above(both[0])
@@ -101,25 +105,24 @@ def legend_above(axes: Any) -> None:
     axes.figure.legend(lines, labels, frameon=False, loc="outside upper left", ncols=2)
 
 
-def draw_curve(axes: Any, arm: Arm, kind: str, label: str, colour: str, **line: Any) -> None:
+def draw_curve(axes: Any, arm: Arm, kind: str, style: Style, **line: Any) -> None:
     """Draws the mean over the seeds, and a band from the lowest to the highest.
 
     Args:
       axes: of a matplotlib figure.
       arm: the runs.
       kind: of loss, a key of ``RunRecord.losses``.
-      label: of the curve; the number of seeds is added.
-      colour: of curve and band.
-      **line: style of the curve, as for ``plot``.
+      style: label and colour; the number of seeds is added to the label.
+      **line: further style of the curve, as for ``plot``.
     """
     curve = arm.curve(kind)
     seen = [characters / 1e6 for characters, _ in curve]
-    seeds = f", {len(arm.runs)} seeds" if len(arm.runs) > 1 else ""
+    seeds = f" ({len(arm.runs)} seeds)" if len(arm.runs) > 1 else ""
     mean = [statistics.fmean(bpc) for _, bpc in curve]
-    axes.plot(seen, mean, color=colour, label=f"{label}{seeds}", **line)
+    axes.plot(seen, mean, color=style.colour, label=f"{style.label}{seeds}", **line)
     if seeds:
         low, high = ([pick(bpc) for _, bpc in curve] for pick in (min, max))
-        axes.fill_between(seen, low, high, color=colour, alpha=0.2, lw=0)
+        axes.fill_between(seen, low, high, color=style.colour, alpha=0.2, lw=0)
 
 
 def program(argv: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from train.analysis import verdicts
 from train.analysis.figures import panels
+from train.analysis.kinds import styles
 from train.analysis.records import print_missing_ends, read_arms, reference_arm
 from train.errors import UserError
 from train.files import check_json_output, default_output, write_result
@@ -27,7 +28,7 @@ from train.tables import text_table
 
 LEAST_STEP = 1.2
 """Least ratio of sizes from one rung to the next; closer arms are variants of one size."""
-FAR_OFF = 5.0
+FAR_OFF = 6.0
 """Edge of a figure, in median differences to the reference; larger losses become arrows."""
 SIZES = {"parameters": "parameters", "training_flops": "training FLOPs"}
 
@@ -68,6 +69,7 @@ def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, A
                 "arm": name,
                 "kind": name.rpartition("_")[0] or name,
                 "architecture": arms[name].architecture,
+                "model": arms[name].kind,
                 "parameters": summary["parameters"],
                 "characters": summary["characters"],
                 "training_flops": summary["training_flops"],
@@ -109,9 +111,11 @@ def _share_a_size(rows: Sequence[Mapping[str, Any]]) -> bool:
 def result_text(found: Mapping[str, Any]) -> str:
     """Formats the table."""
     rows = found["arms"]
-    table = [["arm", "parameters", "characters", "training FLOPs", "n", "BPC"]]
     if found["variants"]:
-        table[0].append(f"difference to {found['reference']}")
+        rows = sorted(rows, key=lambda row: row["bpc"])
+    table = [["arm", "parameters", "characters", "training FLOPs", "seeds", "BPC"]]
+    if found["variants"]:
+        table[0].append(f"less {found['reference']}")
     for row in rows:
         spread = "" if row["deviation"] is None else f" ± {row['deviation']:.4f}"
         counts = (
@@ -163,7 +167,7 @@ def _draw_variants(found: Mapping[str, Any], target: Path) -> None:
                     row["seeds"], [place] * len(row["seeds"]), ".", color=color, ms=4, alpha=0.6
                 )
             axis.plot(end, place, "o" if within else ">", color=color, ms=6)
-            apart = "" if row["arm"] == found["reference"] else f"{row['difference']:+z.3f}"
+            apart = "" if row["arm"] == found["reference"] else f"{row['difference']:+z.4f}"
             axis.annotate(
                 apart,
                 (max(end, line), place),
@@ -175,23 +179,25 @@ def _draw_variants(found: Mapping[str, Any], target: Path) -> None:
         axis.set_yticks(range(len(rows)), [row["arm"].removeprefix(prefix) for row in rows])
         axis.grid(axis="y", visible=False)
         axis.margins(x=0.12)
-        axis.set_xlabel(f"bits per character; difference to {found['reference']}")
+        axis.set_xlabel(f"bits per character; less {found['reference'].removeprefix(prefix)}")
 
 
 def _draw_rungs(found: Mapping[str, Any], target: Path) -> None:
     """Draws loss against parameters and training FLOPs."""
+    by_kind = _by_kind(found["arms"])
+    looks = styles({kind: same[0]["model"] for kind, same in by_kind.items()})
     with panels(target, 1, 2, figsize=(9, 3.8), sharey=True) as axes:
         for axis, (what, label) in zip(axes, SIZES.items(), strict=True):
-            for index, (kind, same) in enumerate(_by_kind(found["arms"]).items()):
+            for kind, same in by_kind.items():
                 rows = sorted(same, key=lambda row: row[what])
                 axis.errorbar(
                     [row[what] for row in rows],
                     [row["bpc"] for row in rows],
                     yerr=[row["deviation"] or 0.0 for row in rows],
-                    color=f"C{index}",
+                    color=looks[kind].colour,
                     marker="o",
                     lw=1,
-                    label=kind,
+                    label=looks[kind].label,
                 )
             axis.set_xscale("log")
             axis.set_yscale("log")

@@ -21,6 +21,7 @@ from fsn_jax.base_layer import attention_entropy
 from fsn_jax.causal import attention_weights
 from fsn_jax.readings import attention_targets, trace_attention
 from train.analysis.figures import legend_above, panels
+from train.analysis.kinds import kind_of, styles
 from train.analysis.windows import add_window_options, check_alike, validation_windows
 from train.config import ModelConfig
 from train.files import check_json_output, default_output, write_result
@@ -117,6 +118,7 @@ def read_heads(
     return {
         "name": trained.experiment.name,
         **trained.source,
+        "model": kind_of(trained.experiment.to_dict()["model"]),
         "heads": head_names(trained.experiment.model),
         "layers": [rounded(measure_attention(layer, tokens, segment_ids)) for layer in layers],
     }
@@ -144,14 +146,19 @@ def draw(result: dict[str, Any], target: Path) -> None:
     """Draws the weight of each head by layer, a panel for each target but the token itself."""
     shown = list(TITLES)[1:]
     runs = result["runs"]
+    looks = styles({run["run"]: run["model"] for run in runs}).values()
     with panels(target, 1, len(shown), figsize=(11, 3.4), sharey=True) as axes:
         for axis, place in zip(axes, shown, strict=True):
-            for index, run in enumerate(runs):
+            for index, (run, style) in enumerate(zip(runs, looks, strict=True)):
                 share = np.array([layer["attention_to"][place] for layer in run["layers"]])
                 x = np.arange(1, len(share) + 1) + 0.15 * (index - (len(runs) - 1) / 2)
-                style = {"color": f"C{index}", "marker": "o", "ms": 4, "alpha": 0.7, "ls": ""}
-                axis.plot(x, share[:, 0], label=run["run"], **style)
-                axis.plot(x, share[:, 1:], **style)
+                similarity = np.array(["similarity" in name for name in run["heads"]])
+                dots = {"color": style.colour, "ms": 5, "ls": ""}
+                axis.plot(x, share[:, ~similarity][:, :1], "o", label=style.label, **dots)
+                axis.plot(x, share[:, ~similarity][:, 1:], "o", **dots)
+                if similarity.any():
+                    label = f"{style.label}, similarity head"
+                    axis.plot(x, share[:, similarity], "o", label=label, mfc="none", **dots)
             even = result["even_attention"][place]
             axis.axhline(even, color="0.4", lw=1, ls="--", label="even attention")
             axis.set_title(TITLES[place])

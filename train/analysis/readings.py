@@ -192,26 +192,35 @@ def draw_kernels(page: dict[str, Any], target: Path) -> None:
                     if curve["delay"] == delay:
                         color = f"C{curve['head'] % 10}"
                         axis.fill_between(phi, curve["p10"], curve["p90"], color=color, alpha=0.18)
-                        label = f"head + {curve['head']}"
+                        label = _HEARD.get(curve["head"], f"own + {curve['head']}")
                         axis.plot(phi, curve["p50"], color=color, lw=1.4, label=label)
                 if row + delay == 0 and len(layer["coupling"]) > delays:
                     axis.legend(frameon=False, fontsize=6)
                 axis.axhline(0, color="0.5", lw=0.7)
                 axis.set_xticks([-np.pi, 0, np.pi], [r"$-\pi$", "0", r"$\pi$"])
-                axis.set_title(rf"layer {row + 1}: $\Gamma(\phi)$, delay {delay}", fontsize=9)
+                axis.set_ylabel("radians", fontsize=7)
+                if row == len(layers) - 1:
+                    axis.set_xlabel(r"phase difference $\phi$, radians", fontsize=8)
+                axis.set_title(
+                    rf"layer {row + 1}: update $\Gamma(\phi)$, delay {delay}", fontsize=9
+                )
                 place = row * columns + delays + delay + 1
                 polar = figure.add_subplot(len(layers), columns, place, projection="polar")
                 strength = _of_delay(layer, delay, "strength")
                 full = _of_delay(layer, delay, "angle") + np.pi * (strength < 0)
                 wrapped = np.angle(np.exp(1j * full))
                 _rose(polar, edges, circle_histogram(wrapped, np.abs(strength)), "C0")
-                polar.set_title(rf"$\alpha$, delay {delay}", fontsize=9)
+                polar.set_title(rf"angle $\alpha$, delay {delay}", fontsize=9)
             place = (row + 1) * columns
             polar = figure.add_subplot(len(layers), columns, place, projection="polar")
             _rose(polar, edges, np.array(layer["data_frustration"]["histogram"]), "C1")
             polar.set_title(r"$-(\theta_{u+1}-\theta_u)$ of the text", fontsize=9)
         figure.savefig(target, dpi=120)
         plt.close(figure)
+
+
+_HEARD = {0: "own head", 1: "next head"}
+"""Heads that a phase hears, counted from the head of its block."""
 
 
 def _of_delay(layer: dict[str, Any], delay: int, what: str) -> npt.NDArray[np.float64]:
@@ -234,14 +243,14 @@ def draw_depth(page: dict[str, Any], target: Path) -> None:
         by_depth = [layers[0]["order"]["before"], *(layer["order"]["after"] for layer in layers)]
         coordinates = np.array([order["coordinates"] for order in by_depth])
         places = np.arange(len(by_depth))
-        axes[0].plot(places, coordinates, color="C0", alpha=0.12, lw=0.8)
+        axes[0].plot(places, coordinates, color="0.3", alpha=0.12, lw=0.8)
         axes[0].plot(
-            places, np.median(coordinates, axis=1), color="C0", marker="o",
-            label="each coordinate over the text (median)",
+            places, np.median(coordinates, axis=1), color="0.3", marker="o",
+            label="each phase, over the text (thin); their median",
         )  # fmt: skip
         axes[0].plot(
-            places, [order["token"] for order in by_depth], color="C1", marker="s",
-            label="each token over its phases (mean)",
+            places, [order["token"] for order in by_depth], color="C3", marker="s",
+            label="each token, over its phases (mean)",
         )  # fmt: skip
         axes[0].set_xticks(places, ["embedding", *(str(i + 1) for i in depth)])
         axes[0].set_ylabel("order parameter")
@@ -249,15 +258,17 @@ def draw_depth(page: dict[str, Any], target: Path) -> None:
         axes[0].legend(frameon=False, fontsize=7)
         entropy = np.array([layer["relative_entropy"] for layer in layers])
         axes[1].plot(depth, entropy, marker="o", lw=1, label=page["heads"])
-        axes[1].set_ylabel("attention entropy / log of what is seen")
+        axes[1].set_ylabel("entropy of attention\n(1: even over the tokens seen)")
         axes[1].set_ylim(0, 1)
         repeat = np.array([layer["attention_to"]["repeat"] for layer in layers])
         axes[2].plot(depth, repeat, marker="o", lw=1, label=page["heads"])
-        axes[2].set_ylabel("attention to repeats of two characters")
+        axes[2].set_ylabel("attention weight on ends of\nrepeats of two characters")
         axes[2].set_ylim(0, max(0.1, 1.1 * repeat.max()))
         length = np.array([layer["data_frustration"]["length"] for layer in layers])
         axes[3].boxplot(length.T, positions=depth, widths=0.5)
-        axes[3].set_ylabel("constancy of the text's frustration")
+        axes[3].set_ylabel(
+            "length of the mean of\n$e^{i(\\theta_u - \\theta_{u+1})}$ over the text"
+        )
         axes[3].set_ylim(0, 1)
         for axis in axes[1:3]:
             axis.legend(frameon=False, fontsize=7)

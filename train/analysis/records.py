@@ -15,6 +15,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from train.analysis.kinds import Style, kind_of, styles
 from train.config import WITHOUT_EFFECT
 from train.errors import UserError, unfinished
 from train.metrics import read_rows
@@ -237,6 +238,11 @@ class Arm:
         return str(self.config["model"]["architecture"])
 
     @property
+    def kind(self) -> str:
+        """The kind of its model: ``kind_of``."""
+        return kind_of(self.config["model"])
+
+    @property
     def sources(self) -> list[dict[str, Any]]:
         """Where each finished run came from."""
         return [
@@ -255,6 +261,11 @@ class Arm:
         by_seed = [run.losses[kind] for run in self.runs]
         shared = set.intersection(*(set(rows) for rows in by_seed)) if by_seed else set()
         return [(c, [rows[c] for rows in by_seed]) for c in sorted(shared)]
+
+
+def styles_of(arms: Mapping[str, Arm]) -> dict[str, Style]:
+    """Returns how each arm is drawn, by its name."""
+    return styles({name: arm.kind for name, arm in arms.items()})
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:

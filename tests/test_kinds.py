@@ -1,0 +1,48 @@
+"""Kinds of models in figures: what they are called, and that a kind keeps its colour."""
+
+import pytest
+
+from configs import ablations, enwik8, ladder
+from train.analysis.kinds import COLOURS, Style, kind_of, styles
+
+NAMES = {
+    "projected": "FSN, projected form",
+    "fsn": "FSN, published form",
+    "transformer": "transformer",
+    "shifted": "transformer with token shift",
+    "base": "base layer",
+    "projected_base": "base layer",
+    "modes": "FSN with collective modes",
+    "projected_modes": "FSN with collective modes",
+}
+
+
+@pytest.mark.parametrize("arm", enwik8.ARMS)
+def test_every_kind_of_the_configs_has_its_name(arm):
+    assert kind_of(enwik8.get_config(arm).model) == NAMES[arm.rpartition("_")[0]]
+
+
+def test_a_rung_does_not_change_the_kind():
+    for kind in ("fsn", "projected", "transformer"):
+        assert kind_of(ladder.get_config(f"{kind}_4m").model) == NAMES[kind]
+
+
+def test_dense_values_are_no_kind_of_their_own():
+    assert kind_of(ablations.get_config("published_linear_values").model) == "FSN"
+
+
+def test_arms_of_different_kinds_have_the_colours_of_their_kinds():
+    arms = {"a": "transformer with token shift", "b": "FSN, projected form"}
+    assert styles(arms) == {name: Style(kind, COLOURS[kind]) for name, kind in arms.items()}
+
+
+@pytest.mark.parametrize("other", ["transformer", "FSN"])
+def test_arms_of_one_kind_or_of_none_keep_their_names(other):
+    assert styles({"a": "transformer", "b": other}) == {
+        "a": Style("a", "C0"),
+        "b": Style("b", "C1"),
+    }
+
+
+def test_colours_differ():
+    assert len(set(COLOURS.values())) == len(COLOURS)

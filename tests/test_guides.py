@@ -20,6 +20,7 @@ GUIDES = (
     "docs/extend.md",
     "docs/gpu.md",
     "docs/reliability.md",
+    "docs/results.md",
 )
 COMMAND = re.compile(r"python -m train ([^\n;&#\"|>]*)")
 

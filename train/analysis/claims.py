@@ -34,6 +34,21 @@ BOUNDED = {"tracks": verdicts.tracks, "early_only": verdicts.early_only}
 """Tests that take arms and a bound in BPC."""
 
 
+READING = (
+    "Losses are validation bits per character (BPC); ± is the standard deviation over seeds, or "
+    "where it says s.e. the standard error of a difference.",
+    "A comparison is decided if both arms have two seeds or more and their means are more than "
+    f"{verdicts.STANDARD_ERRORS:g} standard errors apart; only then the direction holds or fails.",
+    "Differences are of means over all seeds of each arm; where [results.md](results.md) compares "
+    "runs of the same seed they can differ.",
+    "Evidence is of the published form (`fsn_*`) unless it names another; the projected form is "
+    "`projected_*`. C9 reads one trained model.",
+    "Commands with `--config` alone make seed 0; seed N needs `--config.seed=N "
+    "--config.name=NAME_seedN`. `copy_depth` reads seeds 1 and up.",
+)
+"""How to read the page."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """The verdict on one piece of evidence for a claim.
@@ -174,21 +189,9 @@ def evidence_page(
     """Returns ``docs/evidence.md``: one line a claim, the evidence with its runs, all arms."""
     parts = [
         "# Evidence\n",
-        _wrapped(
-            "What the recorded runs say of each claim of the paper. Written by "
-            "`python -m train claims` from [claims.toml](claims.toml) and the records under "
-            "[results/](../results/): do not edit. Losses are validation bits per character (BPC); "
-            "± is the standard deviation over seeds, or where it says s.e. the standard error of a "
-            "difference. A comparison is decided if both arms have two seeds or more and their "
-            f"means are more than {verdicts.STANDARD_ERRORS:g} standard errors apart; only then "
-            "the direction holds or fails. **Not comparable** means that the runs are smaller or "
-            "shorter than the claim's; the summary then says what they show at their own scale. "
-            "Differences are of means over all seeds of each arm; where "
-            "[results.md](results.md) compares runs of the same seed they can differ. Evidence is "
-            "of the published form (`fsn_*`) unless it names another; the "
-            "projected form is `projected_*`. C9 reads one trained model. Commands with `--config` "
-            "alone make seed 0; seed N needs `--config.seed=N --config.name=NAME_seedN`. "
-            "`copy_depth` reads seeds 1 and up."
+        _wrapped(_opening(rows)),
+        "".join(
+            textwrap.fill(f"* {item}", WIDTH, subsequent_indent="  ") + "\n" for item in READING
         ),
         _summary(ledger, rows),
     ]
@@ -207,6 +210,23 @@ def evidence_page(
     for table in ledger.get("table", []):
         parts.append(f"## {table['title']}\n\n{_arms_table(table, recorded)}\n")
     return "\n".join(parts)
+
+
+def _opening(rows: Sequence[Row]) -> str:
+    """Says how much is decided at the paper's scale."""
+    decided = sum(row.status in ("holds", "fails") for row in rows)
+    found = f"{decided} of {len(rows)} pieces of evidence decide a claim at the paper's scale."
+    if not decided:
+        found = (
+            "**No claim is confirmed or refuted at the paper's scale yet.** Each verdict is *not "
+            "comparable*, of smaller or shorter runs, *undecided* or *not yet run*; the column "
+            '"at that scale" says what the runs show at their own.'
+        )
+    return (
+        f"What the recorded runs say of each claim of the paper. {found} Written by `python -m "
+        "train claims` from [claims.toml](claims.toml) and the records under "
+        "[results/](../results/): do not edit."
+    )
 
 
 def _wrapped(text: str) -> str:

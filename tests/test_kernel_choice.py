@@ -42,11 +42,11 @@ def machine(monkeypatch, tmp_path):
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
 
-    def fastest(sizes):
+    def measured(sizes):
         timed.append(sizes)
         return "pallas"
 
-    monkeypatch.setattr(kernel_choice, "fastest", fastest)
+    monkeypatch.setattr(kernel_choice, "measured", measured)
     yield Mesh(devices), timed
     jax.config.update("jax_compilation_cache_dir", before)
 
@@ -68,6 +68,23 @@ def test_measured_once_and_remembered_beside_the_compilation_cache(machine, tmp_
     assert choose(mesh) == "xla"
     (tmp_path / FILE).write_text("{", encoding="utf-8")
     assert choose(mesh) == "pallas"
+
+
+def test_a_measurement_that_failed_is_made_again(machine, monkeypatch, tmp_path):
+    mesh, _ = machine
+    found = [None, "pallas"]
+    monkeypatch.setattr(kernel_choice, "measured", lambda _: found.pop(0))
+    assert choose(mesh) == "xla"
+    assert not (tmp_path / FILE).exists()
+    assert choose(mesh) == "pallas"
+
+
+def test_measured_again_for_another_precision(machine):
+    mesh, timed = machine
+    choose(mesh)
+    with jax.default_matmul_precision("highest"):
+        choose(mesh)
+    assert len(timed) == 2
 
 
 def test_measured_again_for_segments_and_for_other_kernels(machine, monkeypatch):

@@ -324,9 +324,9 @@ COUPLING = choice.Sizes(1, 1, 16, 2, 4, "float32", coupling=(1, 1, 1))
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered():
-    choice.fastest.cache_clear()
+    choice.measured.cache_clear()
     yield
-    choice.fastest.cache_clear()
+    choice.measured.cache_clear()
 
 
 def test_a_kernel_that_fails_is_reported_and_not_used(monkeypatch):
@@ -345,7 +345,7 @@ def test_a_kernel_that_fails_is_reported_and_not_used(monkeypatch):
     def full(*arrays, implementation):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    choice.fastest.cache_clear()
+    choice.measured.cache_clear()
     monkeypatch.setattr(kernels, "forward", full)
     with pytest.warns(UserWarning, match="fused kernel is not used.*out of memory"):
         assert choice.fastest(SIZES) == "xla"
@@ -354,7 +354,7 @@ def test_a_kernel_that_fails_is_reported_and_not_used(monkeypatch):
         factor = 2 if implementation == "pallas" else 1
         return tuple(factor * g for g in backward(*arrays, implementation=implementation))
 
-    choice.fastest.cache_clear()
+    choice.measured.cache_clear()
     monkeypatch.undo()
     monkeypatch.setattr(kernels, "backward", wrong)
     with pytest.warns(UserWarning, match="fused kernel is not used.*a cotangent is off"):
@@ -380,7 +380,7 @@ def test_the_faster_of_the_two_is_chosen(monkeypatch):
     found = []
     jax.make_jaxpr(lambda x: found.append(choice.fastest(SIZES)) or x)(0.0)
     assert found == ["pallas"]
-    choice.fastest.cache_clear()
+    choice.measured.cache_clear()
     seconds["pallas"] = 3.0
     assert choice.fastest(SIZES) == "xla"
 
@@ -392,7 +392,7 @@ def test_it_is_measured_inside_of_meshes_and_shard_map(monkeypatch, kind):
     spec = jax.sharding.PartitionSpec("data")
 
     def measured(x):
-        choice.fastest.cache_clear()
+        choice.measured.cache_clear()
         found.append(choice.fastest(SIZES))
         return x
 

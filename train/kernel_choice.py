@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from fsn_jax import FSNConfig, kernels
 from fsn_jax.fields import Implementation
-from fsn_jax.kernels.choice import Sizes, fastest
+from fsn_jax.kernels.choice import Sizes, fastest, measured
 from train.config import ModelConfig
 from train.files import write_atomically
 
@@ -72,18 +72,24 @@ def with_implementation(
 
 
 def _remembered(sizes: Sizes) -> Implementation:
-    """Returns ``fastest(sizes)``, from the file beside the compilation cache if it is there."""
+    """Returns ``fastest(sizes)``, from the file beside the compilation cache if it is there.
+
+    A measurement that failed is not kept: the next start may have the memory that this one lacked.
+    """
     folder = jax.config.values["jax_compilation_cache_dir"]
     if not folder or "://" in folder:
         return fastest(sizes)
     path = Path(folder) / FILE
-    machine = jax.devices()[0].device_kind, version("jaxlib"), _kernels_hash()
+    precision = jax.config.values["jax_default_matmul_precision"]
+    machine = jax.devices()[0].device_kind, version("jaxlib"), _kernels_hash(), precision
     key = " ".join(map(str, (*machine, *sizes)))
     choices: dict[str, Implementation] = {}
     with contextlib.suppress(OSError, ValueError):  # nothing yet, or nothing that can be read
         choices = json.loads(path.read_text(encoding="utf-8"))
     if choices.get(key) not in ("pallas", "xla"):
-        choices[key] = fastest(sizes)
+        if (found := measured(sizes)) is None:
+            return "xla"
+        choices[key] = found
         with contextlib.suppress(OSError):  # a folder that cannot be written remembers nothing
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(choices, indent=2))

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from train.checkpoint import Checkpoints
@@ -173,7 +174,10 @@ class _Loop:
         self.experiment, self.corpus, self.run_folder = experiment, corpus, run
         self.checkpoints, self.patience, self.mesh, self.start = checkpoints, patience, mesh, start
         self.order = window_order(experiment, corpus)
-        self.rate = learning_rate(experiment.optimizer, experiment.training.num_steps)
+        # Of all steps at once: a rate computed later would wait for the dispatch under way.
+        steps = jnp.arange(experiment.training.num_steps)
+        rate = learning_rate(experiment.optimizer, experiment.training.num_steps)
+        self.rates = jax.device_get(jax.jit(jax.vmap(rate))(steps))
         limit = experiment.evaluation.num_tokens or None
         validation = corpus.tokens("validation")[:limit]
         self.validation_bytes = corpus.vocabulary.num_bytes(validation[1:])
@@ -257,13 +261,14 @@ class _Loop:
         """Writes the rows of the newest dispatch, once the next one is on its way."""
         if self.pending is None:
             return
-        (step, tally), self.pending = self.pending, None
+        (step, dispatched), self.pending = self.pending, None
+        tally = jax.device_get(dispatched)
         skipped = int(tally.skipped)
         training = self.experiment.training
         if skipped > training.skipped_limit:
             self.checkpoints.wait()
             raise self._diverged(int(tally.last_skipped))
-        self.metrics.losses(step - len(tally.losses), np.asarray(tally.losses))
+        self.metrics.losses(step - len(tally.losses), tally.losses)
         if step % training.log_every and step != training.num_steps:
             return
         steps = int(tally.steps)
@@ -274,7 +279,7 @@ class _Loop:
             epoch=round(self.order.epoch(step), 6),
             loss=float(tally.loss) / steps,
             grad_norm=float(tally.grad_norm) / steps,
-            learning_rate=float(self.rate(step - 1 - skipped)),  # it waits for skipped steps
+            learning_rate=float(self.rates[step - 1 - skipped]),  # it waits for skipped steps
             skipped=skipped,
         )
 

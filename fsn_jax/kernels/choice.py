@@ -81,21 +81,25 @@ def _is_wholly_manual(mesh: jax.sharding.AbstractMesh) -> bool:
     return bool(mesh.manual_axes) and {*mesh.axis_names} <= {*mesh.manual_axes}
 
 
-@functools.cache
 def fastest(sizes: Sizes) -> Implementation:
+    """Returns what ``measured`` found, ``xla`` where it found nothing."""
+    return measured(sizes) or "xla"
+
+
+@functools.cache
+def measured(sizes: Sizes) -> Implementation | None:
     """Measures the fused kernel and the blocks, forward and backward, on one device.
 
-    A kernel that does not compile, or is not right, is reported by a warning and not used.
-
     Returns:
-      ``pallas`` or ``xla``; remembered for the life of the process.
+      ``pallas`` or ``xla``; None, with a warning, where the kernel does not compile, is not right,
+      or finds no memory. Remembered for the life of the process.
     """
     # A thread has no mesh, and traces nothing, whatever its caller is in the middle of.
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(_measured, sizes).result()
 
 
-def _measured(sizes: Sizes) -> Implementation:
+def _measured(sizes: Sizes) -> Implementation | None:
     try:
         arrays = _arrays(sizes)
         segments = None
@@ -114,7 +118,7 @@ def _measured(sizes: Sizes) -> Implementation:
             f"the fused kernel is not used for {sizes}: {type(error).__name__}: {first}",
             stacklevel=2,
         )
-        return "xla"
+        return None
     return "pallas" if seconds < blocks_seconds else "xla"
 
 

@@ -626,6 +626,14 @@ CASES = [
         checkpoints_of_another_model,
     ),
     Case(
+        "a checkpoint of another optimizer",
+        f"{TRAIN} --config.run_dir=other --config.optimizer.matrices=muon",
+        "the checkpoint other/checkpoints/10 is of another optimizer: 1/count is () there and "
+        "absent in the config (36 arrays differ); use the run's own config and the version of "
+        "Optax in its provenance.json, or another folder with --config.run_dir=FOLDER",
+        checkpoints_of_another_model,
+    ),
+    Case(
         "a run whose only checkpoint is damaged",
         TRAIN,
         "no checkpoint of the run is intact: run/checkpoints/10 is damaged (state/manifest.ocdbt "

@@ -164,6 +164,30 @@ def test_another_model_is_refused(tmp_path, model, says):
     assert "--config.run_dir=FOLDER" in str(refused.value)
 
 
+def test_the_state_of_two_optimizers_is_restored(tmp_path):
+    """Muon's parameters are masked in Adam's state, and Adam's in Muon's."""
+    muon = make_optimizer(OptimizerConfig(matrices="muon"), 100)
+    wanted = abstract_state(build_model(TINY_TRANSFORMER), muon, mesh=mesh_of(1))
+    state = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), wanted)
+    with opened(tmp_path / "c") as checkpoints:
+        checkpoints.save(jax.device_put(state, replicated(mesh_of(1))), 3, None)
+        assert_equal_trees(checkpoints.restore(3, wanted), state)
+
+
+def test_another_optimizer_is_refused_and_moves_nothing(tmp_path):
+    """As a setting makes it, or another version of Optax."""
+    muon = make_optimizer(OptimizerConfig(matrices="muon"), 100)
+    other = abstract_state(build_model(TINY_FSN), muon, mesh=mesh_of(1))
+    with opened(tmp_path / "c") as checkpoints:
+        checkpoints.save(state_of(3), 3, None)
+    with opened(tmp_path / "c") as checkpoints:
+        with pytest.raises(UserError, match="3 is of another optimizer: ") as refused:
+            checkpoints.restore_latest(other)
+        assert checkpoints.all_steps() == [3]
+    assert "1/count is () there and absent in the config (" in str(refused.value)
+    assert "the version of Optax in its provenance.json, or another folder" in str(refused.value)
+
+
 def test_reading_writes_nothing(tmp_path):
     with opened(tmp_path / "c") as checkpoints:
         checkpoints.save(state_of(3), 3, None)

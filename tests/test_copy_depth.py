@@ -144,7 +144,7 @@ def test_a_layer_built_to_copy_is_seen_to_copy():
 
 
 def test_windows_cover_the_split_from_end_to_end():
-    starts = spread_windows(1001, 100, 10)
+    starts = spread_windows(num_tokens=1001, length=100, count=10)
     assert starts[0] == 0 and starts[-1] + 101 == 1001
     assert (np.diff(starts) >= 100).all()
     with pytest.raises(UserError, match="must be from 1 to 10"):

@@ -215,3 +215,17 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         patch.setattr(Path, "replace", lambda *_: 1 // 0)
         write_atomically(file, "after")
     assert file.read_text(encoding="utf-8") == "before"
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Or a loss of power could leave an empty file in place of the old one."""
+    synced = []
+
+    def fsync(number: int) -> None:
+        synced.append((os.fstat(number).st_size, file.exists()))
+
+    file = tmp_path / "x.json"
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_atomically(file, "whole")
+    assert synced == [(len("whole"), False)]
+    assert file.read_text(encoding="utf-8") == "whole"

@@ -6,12 +6,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import pytest
+from jax.errors import JaxRuntimeError
+from orbax.checkpoint import CheckpointManager
 from small_runs import assert_equal_trees, run_to_the_end, tiny_experiment
 
 from train import integrity
+from train.checkpoint import Checkpoints
 from train.config import ExperimentConfig
 from train.errors import UserError
 from train.integrity import HASHES, damage, seal
@@ -142,6 +146,61 @@ def test_what_the_hashes_cannot_tell_is_found_in_reading(corpus, whole, copied, 
     assert outcome.resumed_from == 20
     assert "checkpoints/30 is damaged" in capsys.readouterr().err
     assert_equal_trees(jax.device_get(outcome.state), whole[1])
+
+
+FULL = JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 4 GiB\nand where")
+
+
+def test_an_intact_checkpoint_that_cannot_be_restored_stays(
+    corpus, whole, copied, monkeypatch, capsys
+):
+    """Its hashes match: to take an older one would lose steps for no fault of the files."""
+    folder, experiment = copied
+    before = sorted(folder.rglob("*"))
+    with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
+        patch.setattr(CheckpointManager, "restore", mock.Mock(side_effect=FULL))
+        run_to_the_end(experiment, corpus)
+    assert str(caught.value) == (
+        f"the checkpoint of step 30 cannot be restored, though its files in "
+        f"{folder / 'checkpoints' / '30'} are intact (JaxRuntimeError: RESOURCE_EXHAUSTED: Out of "
+        f"memory: 4 GiB); free memory and start the same command again, or install the packages "
+        f"of the versions in {folder / 'provenance.json'}"
+    )
+    assert sorted(folder.rglob("*")) == before and not capsys.readouterr().err
+    outcome = run_to_the_end(experiment, corpus)
+    assert outcome.resumed_from == 30
+    assert_equal_trees(jax.device_get(outcome.state), whole[1])
+
+
+def test_what_is_damaged_while_it_is_read_is_damaged(corpus, copied, monkeypatch, capsys):
+    folder, experiment = copied
+    restore, steps = CheckpointManager.restore, []
+
+    def failing(self: CheckpointManager, step: int, **options: Any) -> Any:
+        steps.append(step)
+        if steps == [30]:
+            flip(folder / "checkpoints" / "30")
+            raise FULL
+        return restore(self, step, **options)
+
+    monkeypatch.setattr(CheckpointManager, "restore", failing)
+    assert run_to_the_end(experiment, corpus).resumed_from == 20
+    assert steps[:2] == [30, 20]
+    warned = capsys.readouterr().err
+    assert "checkpoints/30 is damaged (state/" in warned and "has other bytes than" in warned
+
+
+def test_a_process_that_is_lost_in_reading_is_no_damage(copied, monkeypatch):
+    folder, experiment = copied
+    lost = JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses")
+    with Checkpoints(folder / "checkpoints", experiment.checkpoints) as checkpoints:
+        monkeypatch.setattr(checkpoints, "_restore", mock.Mock(side_effect=lost))
+        with pytest.raises(UserError, match="files in .* are intact"):
+            checkpoints.restore(30, mock.Mock())
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        with pytest.raises(JaxRuntimeError, match="UNAVAILABLE"):
+            checkpoints.restore(30, mock.Mock())
+        monkeypatch.undo()
 
 
 def test_with_no_whole_checkpoint_the_run_stops_and_keeps_everything(corpus, copied):

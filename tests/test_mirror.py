@@ -265,6 +265,33 @@ def test_copies_do_not_overtake_each_other(tmp_path):
     assert (tmp_path / "share" / "one" / "metrics.jsonl").read_text(encoding="utf-8") == "1"
 
 
+@pytest.mark.parametrize("under_way", [True, False])
+def test_a_storage_that_blocks_does_not_keep_a_run_that_must_end(
+    tmp_path, monkeypatch, capsys, under_way
+):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").write_text("{}", encoding="utf-8")
+    made = Mirror(tmp_path / "one", str(tmp_path / "share"))
+    slowly = SlowCopy()
+    monkeypatch.setattr(mirror, "copy_file", slowly)
+    monkeypatch.setattr(mirror, "WAITING_SECONDS", 0.2)
+    if under_way:
+        made.push_behind()
+        assert slowly.entered.wait(10)
+    made.push(or_warn=True)
+    said = "cannot be read or written (an update is not done after 0 s)"
+    assert capsys.readouterr().err == (
+        f"warning: the copy of the run is behind: config.mirror_dir={made.place} {said}; check "
+        f"its name, the network and the rights of this machine\n"
+    )
+    with pytest.raises(UserError, match="an update is not done after"):
+        made.push()
+    assert slowly.names == ["config.json"]  # no second update beside the first
+    slowly.go_on.set()
+    made.push()
+    assert (tmp_path / "share" / "one" / "config.json").is_file()
+
+
 def test_no_checkpoint_of_a_copy_is_newer_than_its_logs(tmp_path):
     """Of a run that saves, and removes what is old, while its logs are copied."""
     here, there = tmp_path / "one", tmp_path / "share" / "one"

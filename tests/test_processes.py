@@ -5,15 +5,17 @@ import signal
 import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 import real_runs
+from jax.errors import JaxRuntimeError
 from small_runs import SAME_LOSS, assert_equal_trees, largest_difference, rows_of
 
-from train import processes, run
-from train.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, UserError
+from train import main, processes, run
+from train.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, TryAgain, UserError
 from train.flags import parse_options
 from train.processes import Joining
 from train.run import open_run
@@ -68,19 +70,53 @@ def test_the_folder_of_process_0_may_be_seen_late(tmp_path, monkeypatch):
     late.join()
 
 
-# Real processes
+RESET = "FAILED_PRECONDITION: Gloo AllReduce failed: Connection closed by peer [127.0.0.1]:4242"
+LOSSES = [
+    JaxRuntimeError(RESET),
+    JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses"),
+    JaxRuntimeError("INTERNAL: NCCL operation ncclAllReduce failed: remote process exited"),
+    ConnectionResetError(104, "Connection reset by peer"),
+    TimeoutError("Timeout waiting at barrier 'save'. The original error raised was: INTERNAL"),
+]
+OTHERS = [
+    KeyError("unavailable_tokens"),
+    RuntimeError("no gloo in this build"),
+    FileNotFoundError(2, "No such file or directory", "runs/nccl/config.json"),
+    JaxRuntimeError("INTERNAL: no rule for stablehlo.optimization_barrier"),
+    JaxRuntimeError("INVALID_ARGUMENT: the barrier was passed before"),
+    JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory in nccl"),
+    JaxRuntimeError("UNIMPLEMENTED: gloo has no such collective"),
+    JaxRuntimeError("INTERNAL: out of memory"),
+    UserError("no source gave enwik8 (Connection refused)"),
+    TryAgain("stopped by SIGTERM, a heartbeat ago", everywhere=True),
+]
 
 
-def test_only_what_a_lost_process_causes_is_taken_for_one(monkeypatch):
-    """A mistake of the user's keeps its own words, also if they sound like a broken connection."""
-    reset = RuntimeError("Gloo AllReduce failed: Connection closed by peer [127.0.0.1]:4242")
-    assert processes.loss_of_a_process(reset) is None
+@pytest.mark.parametrize("error", [*LOSSES, *OTHERS], ids=repr)
+def test_only_what_a_lost_process_causes_is_taken_for_one(monkeypatch, error):
+    """A bug keeps its traceback, a mistake its own words, though they sound like a connection."""
+    assert processes.loss_of_a_process(error) is None
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    lost = processes.loss_of_a_process(reset)
-    assert lost is not None and "another process of this run died" in str(lost)
-    assert processes.loss_of_a_process(RuntimeError("out of memory")) is None
-    for own in (UserError("no source gave enwik8 (Connection refused)"), lost):
-        assert processes.loss_of_a_process(own) is None
+    lost = processes.loss_of_a_process(error)
+    if error in OTHERS:
+        assert lost is None
+    else:
+        assert isinstance(lost, TryAgain) and "another process of this run died" in str(lost)
+
+
+def test_the_reason_for_a_loss_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(main, "parse_options", lambda argv: (Joining(), "", argv))
+    for name in ("parse_config", "start_jax", "cpu_devices"):
+        monkeypatch.setattr(main, name, lambda *_, **__: None)
+    monkeypatch.setattr(main, "_train", mock.Mock(side_effect=JaxRuntimeError(RESET)))
+    with pytest.raises(TryAgain, match="another process of this run died"):
+        main.program(["train"])
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.rstrip().endswith(RESET)
+
+
+# Real processes
 
 
 @pytest.fixture(scope="module")

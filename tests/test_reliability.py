@@ -29,7 +29,7 @@ from small_runs import (
 )
 
 from fsn_jax import FSN
-from train import finish, main, metrics, plan
+from train import finish, loop, main, metrics, plan
 from train import run as run_module
 from train.analysis.records import read_run
 from train.data import windows
@@ -178,6 +178,64 @@ def test_a_read_only_disk_is_refused(tmp_path, small_disk):
         f"error: cannot write to the run folder {small_disk / 'run'} (Read-only file system); "
         f"choose another with --config.run_dir=FOLDER\n"
     )
+
+
+# Losses of power
+
+
+def test_rows_are_on_disk_before_the_checkpoint_of_their_step(corpus, tmp_path, monkeypatch):
+    synced: dict[int, list[int]] = {}
+    fsync, save = os.fsync, loop.Checkpoints.save
+    logs = [tmp_path / "run" / name for name in ("metrics.jsonl", "timing.jsonl")]
+
+    def watched(number: int) -> None:
+        fsync(number)
+        file = os.fstat(number)
+        synced.setdefault(file.st_ino, []).append(file.st_size)
+
+    def checked(self: Any, state: Any, step: int, *loss: float | None) -> None:
+        for log in logs:
+            file = log.stat()
+            assert synced[file.st_ino][-1] == file.st_size > 0
+        save(self, state, step, *loss)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(loop.Checkpoints, "save", checked)
+    run_to_the_end(tiny_experiment(corpus.folder, tmp_path / "run"), corpus)
+    for log in logs:  # when it was opened, and at each of three saves
+        assert len(synced[log.stat().st_ino]) == 4
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (0, ""),
+        (1, "no validation rows of steps 21 to 30"),
+        (2, "no train rows of steps 21 to 30 and no validation rows of steps 21 to 30"),
+        (3, "no train rows of steps 21 to 30 and no validation rows of steps 11 to 30"),
+        (6, "no train rows of steps 1 to 30 and no validation rows of steps 1 to 30"),
+    ],
+)
+def test_rows_that_are_missing_at_a_resumption_are_named(
+    corpus, whole, tmp_path, capsys, lost, said
+):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    rows = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_bytes(b"".join(rows[: len(rows) - lost]))
+    assert run_to_the_end(tiny_experiment(corpus.folder, folder), corpus).resumed_from == 30
+    line = f"warning: {folder / 'metrics.jsonl'} has {said}, though the checkpoint of step 30 is"
+    warned = capsys.readouterr().err
+    assert warned.startswith(line) and warned.count("\n") == 1 if said else not warned
+
+
+def test_a_checkpoint_between_rows_misses_none(tmp_path, capsys):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"kind": "train", "step": 20}\n', encoding="utf-8")
+    metrics.warn_of_missing_rows(log, 29, {"train": 10, "validation": 30})
+    assert not capsys.readouterr().err
+    metrics.warn_of_missing_rows(log, 30, {"train": 10, "validation": 60})
+    assert "has no train rows of steps 21 to 30, though" in capsys.readouterr().err
 
 
 # Clocks

@@ -132,7 +132,7 @@ def test_the_whole_split_counts_where_every_run_has_it(tmp_path):
         ({"sha256": "0000"}, "different data"),
         ({"context": 9}, "different context"),
         ({"characters": 2 * 10**6}, "different budget"),
-        ({"bytes": 98}, "different evaluated characters"),
+        ({"bytes": 98}, "different evaluated bytes"),
         ({"stride": 4}, "different evaluation stride"),
         ({"parameters": 1011}, "different numbers of parameters"),
     ],

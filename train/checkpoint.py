@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
     BestN,
@@ -29,9 +28,9 @@ from orbax.checkpoint.checkpoint_managers import (
 from train.config import CheckpointConfig
 from train.errors import UserError
 from train.files import has_pattern, saved_steps
-from train.integrity import SealedPath, damage
-from train.processes import first_does
-from train.run_files import CHECKPOINTS, DAMAGED_CHECKPOINTS
+from train.integrity import HASHES, SealedPath, damage
+from train.processes import first_does, loss_of_a_process
+from train.run_files import CHECKPOINTS, DAMAGED_CHECKPOINTS, PROVENANCE
 from train.step import TrainState
 
 METRIC = "validation_loss"
@@ -158,7 +157,8 @@ class Checkpoints:
           like: shapes, dtypes and shardings, see ``train.step.abstract_state``.
 
         Raises:
-          UserError: the checkpoint holds another model, or is damaged.
+          UserError: the checkpoint holds another model or optimizer, or is damaged, or cannot be
+            restored though it is intact.
         """
         if step in self._damaged:
             raise self._damage_error(step)
@@ -166,15 +166,21 @@ class Checkpoints:
             return self._restore(step, like)
         except UserError:
             raise
-        except Exception as error:
-            self._damaged[step] = str(error).split(":")[0][:80]
+        except Exception as error:  # Orbax and what it reads with have no common one
+            if loss_of_a_process(error):
+                raise
+            what = damage(self.folder / str(step))
+            if what is None and (self.folder / str(step) / HASHES).exists():
+                raise self._intact_error(step, error) from error
+            self._damaged[step] = what or str(error).split(":")[0][:80]
             raise self._damage_error(step) from error
 
     def restore_latest(self, like: TrainState) -> tuple[int, TrainState] | None:
         """Restores the newest readable checkpoint, with its step; None without a checkpoint.
 
         Raises:
-          UserError: the checkpoint holds another model, or no checkpoint can be read.
+          UserError: the checkpoint holds another model or optimizer, or cannot be restored though
+            it is intact, or no checkpoint can be read.
         """
         while (step := self.latest()) is not None:
             try:
@@ -182,7 +188,7 @@ class Checkpoints:
             except UserError:
                 if step not in self._damaged or jax.process_count() > 1:
                     raise
-            # Unreadable although its hashes match, or are missing.
+            # It cannot be read, and no list of hashes vouches for its files.
             self._set_damaged_aside()
             self._manager.reload()
         return None
@@ -224,24 +230,40 @@ class Checkpoints:
             f"another with --checkpoint=STEP, or resume training, from the newest intact one"
         )
 
+    def _intact_error(self, step: int, error: Exception) -> UserError:
+        first, *_ = str(error).strip().splitlines() or [""]
+        return UserError(
+            f"the checkpoint of step {step} cannot be restored, though its files in "
+            f"{self.folder / str(step)} are intact ({type(error).__name__}: {first[:200]}); free "
+            f"memory and start the same command again, or install the packages of the versions in "
+            f"{self.folder.parent / PROVENANCE}"
+        )
+
     def _restore(self, step: int, like: TrainState) -> TrainState:
-        saved = _shapes(self._manager.item_metadata(step)[_ITEM].tree["params"])
-        wanted = _shapes(like.params)
-        differ = sorted(n for n in saved.keys() | wanted.keys() if saved.get(n) != wanted.get(n))
-        if differ:
-            name = differ[0]
-            raise UserError(
-                f"the checkpoint {self.folder / str(step)} is of another model: {name} is "
-                f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} in the "
-                f"config ({len(differ)} arrays differ); use the run's own config, or another "
-                f"folder with --config.run_dir=FOLDER"
-            )
+        saved = self._manager.item_metadata(step)[_ITEM].tree
+        own = "use the run's own config"
+        self._refuse_others(step, "model", saved["params"], like.params, own)
+        own_and_optax = f"{own} and the version of Optax in its {PROVENANCE}"
+        self._refuse_others(step, "optimizer", saved["opt_state"], like.opt_state, own_and_optax)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(**{_ITEM: ocp.args.StandardRestore(like)})
             )
         return restored[_ITEM]
+
+    def _refuse_others(self, step: int, what: str, there: Any, here: Any, remedy: str) -> None:
+        """Raises UserError unless two trees have the same arrays."""
+        saved, wanted = _shapes(there), _shapes(here)
+        differ = sorted(n for n in saved.keys() | wanted.keys() if saved.get(n) != wanted.get(n))
+        if differ:
+            name = differ[0]
+            raise UserError(
+                f"the checkpoint {self.folder / str(step)} is of another {what}: {name} is "
+                f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} in the "
+                f"config ({len(differ)} arrays differ); {remedy}, or another folder with "
+                f"--config.run_dir=FOLDER"
+            )
 
 
 @contextlib.contextmanager
@@ -276,8 +298,12 @@ def _holds(saved: np.ndarray, leaf: jax.Array) -> bool:
     )
 
 
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in flatten_dict(params, sep="/").items()}
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a tree's arrays; names are the same for tuples and their metadata."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _hush() -> None:

@@ -52,9 +52,15 @@ def has_pattern(path: str | Path) -> bool:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file atomically: a crash leaves the old file or the new one."""
+    """Writes a small file atomically: a crash leaves the old file or the new one.
+
+    So does a loss of power, which could leave an empty file were the text not on disk first.
+    """
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path)
 
 

@@ -23,7 +23,7 @@ from train.evaluate import Evaluator
 from train.files import write_atomically
 from train.init_from import begin
 from train.mesh import by_step_and_row, data_mesh, placed, replicated
-from train.metrics import Metrics, Unwritten
+from train.metrics import Metrics, Unwritten, warn_of_missing_rows
 from train.optimizer import learning_rate, make_optimizer
 from train.patience import Patience
 from train.plan import check_experiment, model_for, train_steps_of, window_order
@@ -119,6 +119,7 @@ def _train(
         weights_sha256 = ""
         if restored:
             start, state = restored
+            _warn_of_missing_rows(experiment, run, start)
         else:
             start, state = 0, init_state(model, optimizer, seed=experiment.seed, **placement)
             if experiment.init_from:
@@ -154,6 +155,12 @@ def _train(
                 )
             step, state = loop.run(train_steps, state, preemption, Profiler(run.path, profile))
         return Outcome(state, step, resumed_from=start, ended_early=step < num_steps)
+
+
+def _warn_of_missing_rows(experiment: ExperimentConfig, run: RunFolder, step: int) -> None:
+    every = {"train": experiment.training.log_every, "validation": experiment.evaluation.every}
+    if run.writes:
+        warn_of_missing_rows(run.metrics, step, every)
 
 
 class _Loop:
@@ -253,6 +260,7 @@ class _Loop:
             lowest = self.patience.add(loss)
             saving |= self.patience.is_over or (lowest and self.patience.limit > 0)
         if saving:
+            self.metrics.sync()  # or a loss of power could take rows that no resumed run repeats
             self.checkpoints.save(state, step, loss)
             self.run_folder.saved()
         self.metrics.leave_out(time.perf_counter() - paused)

@@ -1,6 +1,7 @@
 """``python -m train --config=configs/quickstart.py``: trains or resumes a run."""
 
 import json
+import traceback
 from collections.abc import Sequence
 
 import jax
@@ -32,6 +33,7 @@ def program(argv: Sequence[str]) -> None:
         lost = loss_of_a_process(error)
         if lost is None:
             raise
+        traceback.print_exc()  # the line says little of the reason
         raise lost from error
 
 

@@ -8,8 +8,10 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -108,6 +110,32 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(b"\n" * bool(unfinished) + _line(row).encode())
 
 
+def warn_of_missing_rows(log: Path, step: int, every: Mapping[str, int]) -> None:
+    """Prints a warning if a run's log ends before the checkpoint that the run resumes from.
+
+    Args:
+      log: the exact log of the run.
+      step: of the checkpoint.
+      every: number of steps between rows, by their kind.
+    """
+    newest = dict.fromkeys(every, 0)
+    for row in read_rows(log):
+        if row["kind"] in newest and row["step"] <= step:
+            newest[row["kind"]] = row["step"]
+    missing = [
+        f"{kind} rows of steps {newest[kind] + 1} to {step - step % number}"
+        for kind, number in every.items()
+        if newest[kind] < step - step % number
+    ]
+    if missing:
+        print(
+            f"warning: {log} has no {' and no '.join(missing)}, though the checkpoint of step "
+            f"{step} is there; a machine that stops hard can lose rows, and training goes on "
+            f"without them",
+            file=sys.stderr,
+        )
+
+
 class RowLog:
     """A JSONL file that is truncated to a step when a run resumes, then appended to."""
 
@@ -121,6 +149,10 @@ class RowLog:
         """Appends a row and hands it to the operating system."""
         self._file.write(_line(row))
         self._file.flush()
+
+    def sync(self) -> None:
+        """Waits until the rows are on disk, where a loss of power leaves them."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
@@ -230,6 +262,11 @@ class Metrics:
     def say(self, message: str) -> None:
         """Prints a line without disturbing the progress bar."""
         tqdm.write(message)
+
+    def sync(self) -> None:
+        """Waits until all rows are on disk; call it before a checkpoint is saved."""
+        self._rows.sync()
+        self._timing.sync()
 
     def leave_out(self, seconds: float) -> None:
         """Excludes time from the speed of the next row."""

@@ -48,6 +48,8 @@ _FETCHED = "fetched_checkpoints"
 _OF_THIS_MACHINE = (LOCK, DAMAGED_CHECKPOINTS, _FETCHED)
 _OF_ANY_MACHINE = (EVALUATIONS, TEST_READS)
 """Logs to which other programs append, also those of other machines."""
+WAITING_SECONDS = 600.0
+"""How long an update under way is waited for; a storage that blocks would keep the run for ever."""
 
 
 class Mirror:
@@ -105,14 +107,19 @@ class Mirror:
         """Updates the copy, or with ``or_warn`` warns that it is out of date.
 
         Raises:
-          UserError: the copy cannot be written.
+          UserError: the copy cannot be written, or the update under way does not end.
         """
-        if self._thread is not None:
-            self._thread.join()
-        if or_warn:
-            self._push_or_warn()
-        else:
-            self._push()
+        try:
+            self._wait()
+            if not or_warn:
+                self._push()
+                return
+            self.push_behind()  # in a thread, which can be left
+            self._wait()
+        except UserError as error:
+            if not or_warn:
+                raise
+            _warn(error)
 
     def push_behind(self) -> None:
         """Starts to update the copy in a thread.
@@ -128,7 +135,20 @@ class Mirror:
         try:
             self._push()
         except UserError as error:
-            print(f"warning: the copy of the run is behind: {error}", file=sys.stderr)
+            _warn(error)
+
+    def _wait(self) -> None:
+        """Waits for the update under way, if there is one.
+
+        Raises:
+          UserError: it is not done in ``WAITING_SECONDS``.
+        """
+        if self._thread is None:
+            return
+        self._thread.join(WAITING_SECONDS)
+        if self._thread.is_alive():
+            with self._reaching():
+                raise TimeoutError(f"an update is not done after {WAITING_SECONDS:.0f} s")
 
     def _push(self) -> None:
         with self._reaching():
@@ -199,6 +219,10 @@ class Mirror:
 
     def _reaching(self) -> contextlib.AbstractContextManager[None]:
         return reaching("config.mirror_dir", str(self.place))
+
+
+def _warn(error: UserError) -> None:
+    print(f"warning: the copy of the run is behind: {error}", file=sys.stderr)
 
 
 def fetched_run(remote: str, cache: Path) -> Path:

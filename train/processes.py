@@ -6,6 +6,7 @@ run's folder, which all of them must see.
 
 import dataclasses
 import hashlib
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -24,7 +25,8 @@ JOINING_SECONDS = 300
 LEAVING_SECONDS = 300  # the others wait so long for process 0 to write its last files
 _MESSAGE_BYTES = 2048
 
-# What the exceptions of a collective or of the coordination service hold when a process is gone.
+# What JAX raises when a process is gone, and what Orbax makes of it (a TimeoutError).
+_KINDS_OF_LOSS = (jax.errors.JaxRuntimeError, ConnectionError, TimeoutError)
 _SIGNS_OF_LOSS = (
     "closed by peer",
     "connection reset",
@@ -40,6 +42,10 @@ _SIGNS_OF_LOSS = (
     "coordination service",
     "barrier",
 )
+# Not where a sign is part of a name, as in optimization_barrier.
+_SIGN_OF_LOSS = re.compile("|".join(f"(?<![-_]){sign}" for sign in _SIGNS_OF_LOSS))
+# How errors begin that would come again, whatever they say of collectives.
+_OWN_FAULTS = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,11 +189,15 @@ def agree(**facts: str) -> None:
 
 
 def loss_of_a_process(error: BaseException) -> TryAgain | None:
-    """Returns the error to raise if another process was lost; None if ``error`` is not a sign."""
-    if jax.process_count() == 1 or isinstance(error, UserError | TryAgain):  # has its own words
+    """Returns the error to raise if another process was lost; None if ``error`` is not a sign.
+
+    Only errors of collectives and connections can be one, so that a bug does not start the run
+    again and again.
+    """
+    if jax.process_count() == 1 or not isinstance(error, _KINDS_OF_LOSS):
         return None
-    text = f"{type(error).__name__} {error}".lower()
-    if not any(sign in text for sign in _SIGNS_OF_LOSS):
+    text = str(error)
+    if text.startswith(_OWN_FAULTS) or not _SIGN_OF_LOSS.search(text.lower()):
         return None
     return TryAgain(
         f"another process of this run died or cannot be reached any more "

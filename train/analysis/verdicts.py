@@ -143,7 +143,7 @@ def check_comparable(
     facts: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "data": lambda summary: summary["data_sha256"],
         "context": lambda summary: summary["validation"]["context"],
-        "evaluated characters": lambda summary: summary["validation"]["bytes"],
+        "evaluated bytes": lambda summary: summary["validation"]["bytes"],
         "evaluation stride": lambda summary: summary["validation"]["stride"],
     }
     if same_budget:

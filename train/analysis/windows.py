@@ -23,19 +23,19 @@ def add_window_options(p: Arguments, *, windows: int) -> None:
     p.add_argument("--length", type=int, default=0, help=f"characters of a window; {most}")
 
 
-def spread_windows(num_bytes: int, length: int, count: int) -> npt.NDArray[np.int64]:
+def spread_windows(num_tokens: int, length: int, count: int) -> npt.NDArray[np.int64]:
     """Returns the starts of ``count`` windows of ``length + 1`` characters, spread evenly.
 
     Raises:
       UserError: the windows would overlap.
     """
-    most = (num_bytes - 1) // length
+    most = (num_tokens - 1) // length
     if not 1 <= count <= most:
         raise UserError(
             f"--windows must be from 1 to {most}, as many as the validation split holds at "
             f"length {length}; got {count}"
         )
-    return np.linspace(0, num_bytes - 1 - length, count).astype(np.int64)
+    return np.linspace(0, num_tokens - 1 - length, count).astype(np.int64)
 
 
 def check_alike(every: Sequence[TrainedModel]) -> None:

@@ -261,6 +261,12 @@ def changed(**changes):
     return spoil
 
 
+def with_a_removed_setting(folder):
+    """With a value that this version cannot work with."""
+    model = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]
+    changed(model={**model, "drift_share": 0.5})(folder)
+
+
 DAMAGES = {
     "cut weights": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 20),
@@ -280,6 +286,10 @@ DAMAGES = {
         "the vocabulary has 3 bytes, and model.vocab_size is 12",
     ),
     "no context": (changed(context=0), "context must be at least 2; got 0"),
+    "a removed setting": (
+        with_a_removed_setting,
+        "config.json is not that of an exported model .*'drift_share'",
+    ),
     "no settings": (changed(model=[]), "config.json is not that of an exported model"),
 }
 

@@ -157,7 +157,7 @@ def small_tiles(kernel, monkeypatch):
         ({"num_heads": 2, "heads_per_phase": 2, "score_scope": "block"}, 21, 1),
         ({"num_heads": 2, "num_harmonics": 1, "score_scope": "all"}, 21, 3),
         ({"num_heads": 3, "heads_per_phase": 2, "num_harmonics": 3, "delay": False}, 8, 2),
-        ({"num_heads": 2, "num_harmonics": 2, "score_harmonics": 2}, 1, 1),
+        ({"num_heads": 2, "num_harmonics": 2}, 1, 1),
         # On a GPU two tiles of phases, the second one padded, and half a block of tokens.
         ({"num_heads": 2, "heads_per_phase": 2, "num_phases": 20}, 16, 1),
     ],

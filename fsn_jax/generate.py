@@ -41,6 +41,11 @@ NO_TOKEN = -1
 """Fills a row that has ended while other rows of its batch have not."""
 
 
+def padded_length(length: int) -> int:
+    """Returns the least power of two, from ``SHORTEST_PROMPT`` on, that holds so many tokens."""
+    return max(SHORTEST_PROMPT, 1 << (length - 1).bit_length())
+
+
 def likeliest(
     logits: Float[Array, "B V"],
     *,
@@ -298,7 +303,7 @@ def _drawn(
         if window.shape[1] >= context:
             window = window[:, -(context // 2) :]
         text, length = [window], window.shape[1]
-        padded = min(context, max(SHORTEST_PROMPT, 1 << (length - 1).bit_length()))
+        padded = min(context, padded_length(length))
         window = np.pad(window, ((0, 0), (0, padded - length)))
         read = _prefill(model, variables, window, jnp.int32(length), context, separator)
         if not jnp.isfinite(read.logits).all():

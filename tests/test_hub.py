@@ -1,6 +1,7 @@
 """An exported model: the same bits when read back, and text from it without this package."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -15,6 +17,7 @@ import small_runs
 from flax.traverse_util import flatten_dict
 
 from fsn_jax import ConfigError, hub
+from fsn_jax.documents import document_ids
 from train import export, sample, standalone_sample
 from train.errors import UserError
 from train.evaluate import Evaluation, append_evaluation
@@ -54,6 +57,26 @@ def test_the_parameters_come_back_bit_for_bit(exported):
         name: leaf.shape for name, leaf in flatten_dict(trained.params, sep=".").items()
     }
     assert all(array.dtype == np.float32 for array in arrays.values())
+
+
+@pytest.mark.parametrize("separator", [None, 0])
+@pytest.mark.parametrize("method", ["logits", "states"])
+def test_texts_of_many_lengths_take_one_program(exported, method, separator):
+    """Padded with tokens that none before them sees; sums over a row run in another order."""
+    pretrained = dataclasses.replace(hub.load(exported[1]), separator=separator)
+    name = "__call__" if method == "logits" else method
+    unpadded = jax.jit(functools.partial(pretrained.model.apply, method=name))
+    before = hub._applied._cache_size()
+    for text in ("", "bca", "abcdefghijkl" * 2, "abcabcab" * 4):
+        tokens = jnp.asarray(pretrained.encode(text))[None]
+        ids = None if separator is None else document_ids(tokens, separator)
+        expected = unpadded({"params": pretrained.params}, tokens, segment_ids=ids)
+        got = getattr(pretrained, method)(text)
+        assert got.shape == expected.shape
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert hub._applied._cache_size() == before + 1
+    getattr(pretrained, method)("abc" * 11)
+    assert hub._applied._cache_size() == before + 2
 
 
 @pytest.mark.parametrize("exported", ["fsn"], indirect=True)

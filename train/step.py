@@ -338,12 +338,13 @@ def make_train_steps(
     )
 
 
+@functools.cache
 def make_window_losses(
     model: nn.Module, *, mesh: Mesh, separator: int | None = None
 ) -> jax.stages.Wrapped:
     """Compiles ``(params, windows unsigned[B, L + 1]) -> float32[B, L]``: nats per token.
 
-    ``separator`` is that of ``window_loss``.
+    ``separator`` is that of ``window_loss``. Made once, so that the seeds of an arm share it.
     """
     losses = jax.shard_map(
         functools.partial(window_loss, model, separator=separator),

@@ -16,8 +16,8 @@ from jaxtyping import Array
 from fsn_jax.base_layer import PhaseAttention, softplus_inverse
 from fsn_jax.cache import weighted_sum
 from fsn_jax.causal import attention_weights, merge_heads
-from fsn_jax.coupled import coupled_field
 from fsn_jax.coupling import field_of_sums, local_field, side_by_side
+from fsn_jax.coupling_sum import coupled_field
 from fsn_jax.fields import CouplingFields, documented
 from fsn_jax.torus import Complex, in_float32, kept_in
 

@@ -26,7 +26,7 @@ from fsn_jax.fsn import FSN
 from fsn_jax.transformer import Transformer
 
 Variables = Mapping[str, Any]
-Tokens = Sequence[int] | Int[np.ndarray, " _"]
+StopTokens = Sequence[int] | Int[np.ndarray, " _"]
 
 CHUNK = 8
 """Tokens drawn in one compiled call: few enough to stream, many enough to be quick."""
@@ -218,7 +218,7 @@ def stream(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    stop: Sequence[Tokens] = (),
+    stop: Sequence[StopTokens] = (),
     separator: int | None = None,
 ) -> Iterator[Int[Array, "B n"]]:
     """Yields the tokens that follow ``prompt``, a few at a time.

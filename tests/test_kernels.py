@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from fsn_jax import FrustratedAttention, kernels
 from fsn_jax.causal import causal_sum
-from fsn_jax.coupled import coupled_field
+from fsn_jax.coupling_sum import coupled_field
 from fsn_jax.kernels import choice, gpu, gpu_coupling, gpu_tiles, tpu, tpu_coupling, tpu_tiles
 from fsn_jax.torus import Complex, phasor
 

@@ -175,7 +175,7 @@ class _Loop:
         self.order = window_order(experiment, corpus)
         self.rate = learning_rate(experiment.optimizer, experiment.training.num_steps)
         limit = experiment.evaluation.num_tokens or None
-        validation = corpus.tokens("validation")[:limit]
+        validation = corpus.tokens("validation", stop=limit)
         self.validation_bytes = corpus.vocabulary.num_bytes(validation[1:])
         separator = experiment.data.separator(corpus.vocabulary)
         rows = make_evaluate_rows(model, mesh=mesh, separator=separator)

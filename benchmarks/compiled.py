@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import hlo, listings, machines
 from fsn_jax import FSNConfig
 from fsn_jax.causal import causal_sum
-from fsn_jax.coupled import coupled_field
+from fsn_jax.coupling_sum import coupled_field
 from fsn_jax.kernels.tpu_tiles import block_size
 from fsn_jax.torus import Complex
 from train.config import ExperimentConfig

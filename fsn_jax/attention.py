@@ -16,8 +16,8 @@ from jaxtyping import Array
 from fsn_jax.base_layer import PhaseAttention, softplus_inverse
 from fsn_jax.cache import weighted_sum
 from fsn_jax.causal import attention_weights, merge_heads
-from fsn_jax.coupled import coupled_field
 from fsn_jax.coupling import field_of_sums, local_field, side_by_side
+from fsn_jax.coupling_sum import coupled_field
 from fsn_jax.fields import CouplingFields, documented
 from fsn_jax.torus import Complex, in_float32, kept_in
 
@@ -77,10 +77,9 @@ class FrustratedAttention(CouplingFields, PhaseAttention):
     Head h compares its own block of N / H phases; phase n hears the J heads ``H(n)``. Phases are
     angles in radians, ``theta[B, L, N]``; N is read from the input. Parameters: ``kernel_real`` and
     ``kernel_imag``, the kernel ``kappa`` ``[T, M, J, N]`` (``[T, M, N]`` for J = 1), its real part
-    before a softplus if ``signed_harmonics`` is off; ``score/gate``
-    and ``score/gate_angle``, ``g`` and ``a`` ``[N]`` (``[H, R]`` if heads compare all phases or
-    several harmonics: R is ``score_harmonics`` times the phases that a head compares);
-    ``score/log_beta`` ``[H]``. There is no query, key, value or output matrix.
+    before a softplus if ``signed_harmonics`` is off; ``score/gate`` and ``score/gate_angle``, ``g``
+    and ``a`` ``[N]`` (``[H, N]`` if heads compare all phases); ``score/log_beta`` ``[H]``. There is
+    no query, key, value or output matrix.
 
     Cost of a token, compared with multi-head attention of width N and the same L: no dense layers
     (attention: ``8 N**2`` FLOPs), scores of ``2 N / H`` reals a head (``N / H``) and values of

@@ -234,7 +234,12 @@ ARCHITECTURES: dict[str, type[FSNConfig] | type[TransformerConfig]] = {
     "transformer": TransformerConfig,
 }
 
-REMOVED = {"embedding_init": "normal", "kernel_init": "first_harmonic"}
+REMOVED = {
+    "embedding_init": "normal",
+    "kernel_init": "first_harmonic",
+    "score_harmonics": 1,
+    "drift_share": 1.0,
+}
 """Settings of earlier versions, and the value that every recorded run has."""
 
 

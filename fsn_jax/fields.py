@@ -204,9 +204,6 @@ class ScoreFields(DenseFields):
         "phases that a gated head compares: ``all`` N, or its own ``block`` of N / H; without "
         "effect on a projected score",
     )
-    score_harmonics: int = setting(
-        1, "harmonics of the phases that a gated head compares, each with gates of its own", least=1
-    )
     score_angles: bool = setting(
         True,
         "whether a gated score has frustration angles too, one a head and phase: its gates are "
@@ -225,15 +222,9 @@ class ScoreFields(DenseFields):
         "positions",
         least=0,
     )
-    drift_share: float = setting(
-        1.0,
-        "share of the compared phases whose score drifts with the distance, from 0 to 1",
-        least=0,
-        most=1,
-    )
     rotary_base: float = setting(
         10_000.0,
-        "base of the drift, as in RoPE: the p-th of P phases or pairs that drift turns by "
+        "base of the drift, as in RoPE: the p-th of P phases or pairs turns by "
         "``rotary_base**(-p / P)`` radians a position",
         above=1,
     )
@@ -247,9 +238,7 @@ class ScoreFields(DenseFields):
             self.refuse("similarity_heads", f"be from 0 to num_heads ({self.num_heads})")
         for name, default, fits in (
             ("score_phases", 0, self.score == "projected"),
-            ("score_harmonics", 1, self.score == "gated"),
             ("similarity_heads", 1, self.score != "none"),
-            ("drift_share", 1, self.score != "none"),
         ):
             if getattr(self, name) not in (0, default) and not fits:
                 self.refuse(name, f"be {default!r} for score={self.score!r}")
@@ -259,18 +248,14 @@ class ScoreFields(DenseFields):
         if num_phases % self.num_heads:
             self.refuse("num_heads", f"divide the number of phases ({num_phases})")
 
-    def compared_phases(self, num_phases: int) -> int:
-        """Returns how many of N phases a head compares, in each harmonic."""
+    def num_score_pairs(self, num_phases: int) -> int:
+        """Returns R, the complex pairs of a head's score (0 without a score)."""
         if self.score == "none":
             return 0
         per_head = num_phases // self.num_heads
         if self.score == "projected":
             return self.score_phases or per_head
         return num_phases if self.score_scope == "all" else per_head
-
-    def num_score_pairs(self, num_phases: int) -> int:
-        """Returns R, the complex pairs of a head's score (0 without a score)."""
-        return self.score_harmonics * self.compared_phases(num_phases)
 
 
 @typing.no_type_check

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from fsn_jax.config import ARCHITECTURES, FSNConfig, TransformerConfig, recorded_fields
 from fsn_jax.documents import document_ids
 from fsn_jax.fsn import FSN
-from fsn_jax.generate import stream
+from fsn_jax.generate import padded_length, stream
 from fsn_jax.transformer import Transformer
 from fsn_jax.vocabulary import Vocabulary
 
@@ -117,11 +117,14 @@ class Pretrained:
         return (self.vocabulary.decode(jax.device_get(chunk[0])) for chunk in chunks)
 
     def _apply(self, text: str | bytes, **options: Any) -> Any:
-        tokens = jnp.asarray(self.encode(text))[None]
+        """Applies the model to the padded text: one program serves many lengths."""
+        encoded = self.encode(text)
+        length = len(encoded)
+        tokens = jnp.asarray(np.pad(encoded, (0, padded_length(length) - length)))[None]
         if self.separator is not None:
             options["segment_ids"] = document_ids(tokens, self.separator)
         model = _without_choice(self.model)
-        return _applied(model, {"params": self.params}, tokens, **options)
+        return _applied(model, {"params": self.params}, tokens, **options)[:, :length]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from fsn_jax.causal import split_heads
 from fsn_jax.dense import PhasorDense
 from fsn_jax.fields import ScoreFields, documented, shared_settings
-from fsn_jax.torus import Complex, multiply, powers, rotary_frequencies, times
+from fsn_jax.torus import Complex, multiply, rotary_frequencies, times
 
 
 def drift_frequencies(score: ScoreFields, num_phases: int) -> npt.NDArray[np.float64]:
@@ -33,14 +33,10 @@ def drift_frequencies(score: ScoreFields, num_phases: int) -> npt.NDArray[np.flo
 
     Where a head compares all phases every block of N / H phases has the whole range of frequencies.
     """
-    compared = score.compared_phases(num_phases)
-    period = num_phases // score.num_heads
-    if score.score not in ("gated", "content_gated"):
-        period = compared
-    drifting = round(score.drift_share * period)
-    omega = np.zeros(period)
-    omega[:drifting] = rotary_frequencies(drifting, score.rotary_base)
-    return np.tile(omega, score.num_score_pairs(num_phases) // max(period, 1))
+    pairs = score.num_score_pairs(num_phases)
+    gated = score.score in ("gated", "content_gated")
+    period = num_phases // score.num_heads if gated else pairs
+    return np.tile(rotary_frequencies(period, score.rotary_base), pairs // max(period, 1))
 
 
 @documented
@@ -80,11 +76,10 @@ class PhaseScore(ScoreFields, nn.Module):
         return Complex(jnp.where(static, 1.0, drift.re), jnp.where(static, 0.0, drift.im))
 
     def _gated(self, z: Complex, drift: Complex, beta: Array) -> tuple[Array, Array]:
-        harmonics = [self._compared(zm) for zm in powers(z, self.score_harmonics)]
-        key = multiply(Complex(*map(_side_by_side, zip(*harmonics, strict=True))), drift)
+        key = multiply(self._compared(z), drift)
         # Gates of one block a head are kept as one vector over all phases.
         pairs = key.re.shape[-1]
-        block = self.score_scope == "block" and self.score_harmonics == 1
+        block = self.score_scope == "block"
         shape = (self.num_heads * pairs,) if block else (self.num_heads, pairs)
         by_pair = (1, self.num_heads, 1, pairs)
         gate = self.param("gate", nn.initializers.ones, shape, jnp.float32)
@@ -142,8 +137,4 @@ class PhaseScore(ScoreFields, nn.Module):
         return Complex(*jnp.split(by_head, 2, axis=-1))
 
     def _to_reals(self, x: Complex) -> Array:
-        return _side_by_side(x).astype(self.dtype)
-
-
-def _side_by_side(parts: tuple[Array, ...]) -> Array:
-    return jnp.concatenate(parts, axis=-1)
+        return jnp.concatenate(x, axis=-1).astype(self.dtype)

@@ -54,15 +54,9 @@ FSN_VARIANTS: dict[str, dict[str, Any]] = {
     "gated_no_angles": {"score": "gated", "score_angles": False},
     "unscaled": {"feature_scale": 1.0, "score": "gated"},
     "gated_block": {"score": "gated", "score_scope": "block"},
-    "gated_harmonics": {
-        "score": "gated",
-        "score_harmonics": 2,
-        "drift_share": 0.5,
-        "similarity_heads": 1,
-    },
-    "gated_block_harmonics": {"score": "gated", "score_scope": "block", "score_harmonics": 2},
+    "gated_similarity": {"score": "gated", "similarity_heads": 1},
     "content_gated": {"score": "content_gated", "score_scope": "block"},
-    "content_gated_all": {"score": "content_gated", "drift_share": 0.6},
+    "content_gated_all": {"score": "content_gated"},
     "content_gated_similarity": {"score": "content_gated", "similarity_heads": 1},
     "no_score": {"score": "none"},
     "one_quadrature": {"features": "quadrature"},
@@ -103,7 +97,7 @@ FSN_VARIANTS: dict[str, dict[str, Any]] = {
 WITHIN_A_TOKEN = {
     "unscaled", "one_quadrature", "content_gated_one_quadrature", "modes_one_quadrature",
     "collective_modes", "dense_modes", "modes_field", "no_feedforward", "positive",
-    "gated_no_angles", "gated_block_harmonics", "content_gated_all", "content_gated_similarity",
+    "gated_no_angles", "content_gated_all", "content_gated_similarity",
     "content_gated_linear_values", "wide_score", "similarity_head", "gated_block", "no_angles",
 }  # fmt: skip
 """Variants that change what happens within a token, or combine two that are tested alone."""

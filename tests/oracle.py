@@ -152,15 +152,14 @@ def dense(
     return outputs + params.get("bias", 0.0)
 
 
-def compared(config: Any, head: int) -> list[tuple[int, int]]:
-    """The pairs of a head: (harmonic, phase); a projected score has no phases of its own (0)."""
+def compared(config: Any, head: int) -> range:
+    """The phases of a head's pairs; a projected score, which has none of its own, counts them."""
     per_head = config.num_phases // config.num_heads
     if config.score == "projected":
-        return [(1, 0)] * (config.score_phases or per_head)
-    phases = range(config.num_phases)
+        return range(config.score_phases or per_head)
     if config.score_scope == "block":
-        phases = range(head * per_head, (head + 1) * per_head)
-    return [(m, n) for m in range(1, config.score_harmonics + 1) for n in phases]
+        return range(head * per_head, (head + 1) * per_head)
+    return range(config.num_phases)
 
 
 def drift(config: Any, head: int) -> list[float]:
@@ -171,12 +170,7 @@ def drift(config: Any, head: int) -> list[float]:
     period = config.num_phases // config.num_heads
     if config.score == "projected":
         period = len(pairs)
-    drifting = round(config.drift_share * period)
-    places = range(len(pairs)) if config.score == "projected" else [n for _, n in pairs]
-    return [
-        config.rotary_base ** (-(n % period) / drifting) if n % period < drifting else 0.0
-        for n in places
-    ]
+    return [config.rotary_base ** (-(n % period) / period) for n in pairs]
 
 
 def query_and_key(params: Params, angles: Array, config: Any) -> tuple[Array, Array]:
@@ -208,9 +202,9 @@ def query_and_key(params: Params, angles: Array, config: Any) -> tuple[Array, Ar
         if config.score_angles:
             a = a * np.exp(-1j * params["gate_angle"].reshape(-1))
     for h in range(heads):
-        for p, (m, n) in enumerate(compared(config, h)):
-            query[h, p] = a[h * pairs + p] * cmath.exp(1j * m * angles[n])
-            key[h, p] = b[h * pairs + p] * cmath.exp(1j * m * angles[n])
+        for p, n in enumerate(compared(config, h)):
+            query[h, p] = a[h * pairs + p] * cmath.exp(1j * angles[n])
+            key[h, p] = b[h * pairs + p] * cmath.exp(1j * angles[n])
     return query, key
 
 

@@ -23,7 +23,6 @@ SCORES: dict[str, dict[str, Any]] = {
     "gated": {"score": "gated"},
     "gated_no_angles": {"score": "gated", "score_angles": False},
     "gated_block": {"score": "gated", "score_scope": "block"},
-    "gated_harmonics": {"score": "gated", "score_harmonics": 2, "drift_share": 0.5},
     "content_gated": {"score": "content_gated"},
     "content_gated_block": {"score": "content_gated", "score_scope": "block"},
     "projected": {"score": "projected"},
@@ -155,7 +154,7 @@ def test_base_layer_ignores_the_switches_of_the_kernel():
     np.testing.assert_array_equal(plain.apply(variables, theta), switched.apply(variables, theta))
 
 
-INVARIANT = ("gated", "gated_no_angles", "gated_block", "gated_harmonics", "none")
+INVARIANT = ("gated", "gated_no_angles", "gated_block", "none")
 
 
 def rotation_error(kind, **changes):

@@ -40,9 +40,6 @@ BAD_FSN = [
     ("signed_harmonics", None),
     ("score", "cosine"),
     ("score_scope", "head"),
-    ("score_harmonics", 0),
-    ("drift_share", 1.5),
-    ("drift_share", -0.5),
     ("dropout", 1.0),
     ("dropout", -0.1),
     ("kernel_angle", -1.0),
@@ -98,9 +95,6 @@ def test_refuses_a_bad_field_in_one_line_that_names_it(config_class, field, valu
         ("content_gated", "score_phases", 3),
         ("none", "score_phases", 3),
         ("none", "similarity_heads", 2),
-        ("projected", "score_harmonics", 2),
-        ("content_gated", "score_harmonics", 2),
-        ("none", "drift_share", 0.5),
     ],
 )
 @pytest.mark.parametrize("kind", [FSNConfig, FrustratedAttention, KuramotoAttention])
@@ -181,7 +175,6 @@ def fsn_grid():
             num_layers=draw([1, 2]),
             vocab_size=draw([5, 6, 7]),
             score_scope=draw(["all", "block"]),
-            score_harmonics=draw([1, 2]) if score == "gated" else 1,
             score_angles=draw([True, False]),
             score_phases=draw([0, 1, 2]) if score == "projected" else 0,
             similarity_heads=draw([0, 1]),

@@ -18,10 +18,18 @@ from train.analysis.windows import spread_windows
 from train.data.suffix_match import SuffixMatch, match_suffixes
 from train.errors import UserError
 from train.load import load
-from train.step import window_loss
+from train.step import make_window_losses, window_loss
 
 LETTERS = 4
 RIGHT = 0.9  # what the copier below gives to the character it expects
+
+
+def test_seeds_of_an_arm_share_one_program():
+    one, other = (
+        make_window_losses(FSN(FSNConfig(num_layers=2)), mesh=small_runs.mesh_of(1))
+        for _ in range(2)
+    )
+    assert one is other
 
 
 def some_windows(count=40, length=150):

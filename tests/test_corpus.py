@@ -9,12 +9,13 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from small_runs import tiny_experiment
 
-from fsn_jax.vocabulary import TextError
+from fsn_jax.vocabulary import TextError, Vocabulary
 from train.data import prepare
 from train.data.corpus import SPLITS, Corpus, default_cache
 from train.data.pinned import ENWIK8, PINNED, Pinned, PinnedFile
@@ -219,6 +220,16 @@ def test_tokens_are_ranks_in_the_vocabulary(corpus):
     assert corpus.vocabulary.values.tolist() == sorted(set(text_of(50_000)))
     np.testing.assert_array_equal(corpus.vocabulary.values[tokens], raw)
     np.testing.assert_array_equal(corpus.vocabulary.table[raw], tokens)
+
+
+def test_of_bytes_only_the_tokens_wanted_are_looked_up(corpus):
+    tokens = corpus.tokens("train")
+    with mock.patch.object(
+        Vocabulary, "tokens", autospec=True, side_effect=Vocabulary.tokens
+    ) as looked_up:
+        np.testing.assert_array_equal(corpus.tokens("train", start=5, stop=70), tokens[5:70])
+        np.testing.assert_array_equal(corpus.tokens("train", start=90), tokens[90:])
+    assert [call.args[1].size for call in looked_up.call_args_list] == [65, tokens.size - 90]
 
 
 def test_encode_and_decode_are_inverse(corpus):

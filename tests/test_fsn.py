@@ -195,8 +195,6 @@ def small_configs(draw):
         signed_harmonics=draw(st.booleans()),
         score=score,
         score_scope=draw(st.sampled_from(["all", "block"])) if "gated" in score else "all",
-        score_harmonics=draw(st.integers(1, 2)) if score == "gated" else 1,
-        drift_share=draw(st.sampled_from([0.0, 0.5, 1.0])) if score != "none" else 1.0,
         score_phases=draw(st.integers(0, 3)) if score == "projected" else 0,
         values=values,
         features=draw(st.sampled_from(["phasor", "quadrature"])),

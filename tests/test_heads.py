@@ -97,14 +97,16 @@ def test_a_transformers_weights_make_its_updates(token_shift):
 
 def test_the_program_reads_both_kinds_of_model(finished_arms, tmp_path, capsys):
     target = tmp_path / "heads.json"
-    runs = [str(finished_arms[kind]) for kind in ("fsn", "transformer")]
+    runs = [str(finished_arms[kind]) for kind in ("fsn", "fsn_seed1", "transformer")]
+    compiled = heads._trace._cache_size()
     heads.program(["heads", *runs, f"--output={target}", "--windows=3", "--length=6"])
+    assert heads._trace._cache_size() == compiled + 2  # the seeds share one
     page = json.loads(target.read_text(encoding="utf-8"))
     # Even attention of six tokens: the mean of 1/1 to 1/6 to oneself, of 1/2 to 1/6 to the last.
     even = page["even_attention"]
     assert even["itself"] == pytest.approx(np.mean(1 / np.arange(1, 7)), abs=1e-5)
     assert even["previous"] == pytest.approx(np.mean(1 / np.arange(2, 7)), abs=1e-5)
-    assert [run["heads"][0] for run in page["runs"]] == ["head 1", "head 1"]
+    assert [run["heads"][0] for run in page["runs"]] == ["head 1"] * 3
     for run in page["runs"]:
         for layer in run["layers"]:
             for weights in (layer["relative_entropy"], *layer["attention_to"].values()):

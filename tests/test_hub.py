@@ -1,6 +1,7 @@
 """An exported model: the same bits when read back, and text from it without this package."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -15,6 +17,7 @@ import small_runs
 from flax.traverse_util import flatten_dict
 
 from fsn_jax import ConfigError, hub
+from fsn_jax.documents import document_ids
 from train import export, sample, standalone_sample
 from train.errors import UserError
 from train.evaluate import Evaluation, append_evaluation
@@ -54,6 +57,26 @@ def test_the_parameters_come_back_bit_for_bit(exported):
         name: leaf.shape for name, leaf in flatten_dict(trained.params, sep=".").items()
     }
     assert all(array.dtype == np.float32 for array in arrays.values())
+
+
+@pytest.mark.parametrize("separator", [None, 0])
+@pytest.mark.parametrize("method", ["logits", "states"])
+def test_texts_of_many_lengths_take_one_program(exported, method, separator):
+    """Padded with tokens that none before them sees; sums over a row run in another order."""
+    pretrained = dataclasses.replace(hub.load(exported[1]), separator=separator)
+    name = "__call__" if method == "logits" else method
+    unpadded = jax.jit(functools.partial(pretrained.model.apply, method=name))
+    before = hub._applied._cache_size()
+    for text in ("", "bca", "abcdefghijkl" * 2, "abcabcab" * 4):
+        tokens = jnp.asarray(pretrained.encode(text))[None]
+        ids = None if separator is None else document_ids(tokens, separator)
+        expected = unpadded({"params": pretrained.params}, tokens, segment_ids=ids)
+        got = getattr(pretrained, method)(text)
+        assert got.shape == expected.shape
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert hub._applied._cache_size() == before + 1
+    getattr(pretrained, method)("abc" * 11)
+    assert hub._applied._cache_size() == before + 2
 
 
 @pytest.mark.parametrize("exported", ["fsn"], indirect=True)
@@ -261,6 +284,12 @@ def changed(**changes):
     return spoil
 
 
+def with_a_removed_setting(folder):
+    """With a value that this version cannot work with."""
+    model = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]
+    changed(model={**model, "drift_share": 0.5})(folder)
+
+
 DAMAGES = {
     "cut weights": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 20),
@@ -280,6 +309,10 @@ DAMAGES = {
         "the vocabulary has 3 bytes, and model.vocab_size is 12",
     ),
     "no context": (changed(context=0), "context must be at least 2; got 0"),
+    "a removed setting": (
+        with_a_removed_setting,
+        "config.json is not that of an exported model .*'drift_share'",
+    ),
     "no settings": (changed(model=[]), "config.json is not that of an exported model"),
 }
 

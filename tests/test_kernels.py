@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from fsn_jax import FrustratedAttention, kernels
 from fsn_jax.causal import causal_sum
-from fsn_jax.coupled import coupled_field
+from fsn_jax.coupling_sum import coupled_field
 from fsn_jax.kernels import choice, gpu, gpu_coupling, gpu_tiles, tpu, tpu_coupling, tpu_tiles
 from fsn_jax.torus import Complex, phasor
 
@@ -157,7 +157,7 @@ def small_tiles(kernel, monkeypatch):
         ({"num_heads": 2, "heads_per_phase": 2, "score_scope": "block"}, 21, 1),
         ({"num_heads": 2, "num_harmonics": 1, "score_scope": "all"}, 21, 3),
         ({"num_heads": 3, "heads_per_phase": 2, "num_harmonics": 3, "delay": False}, 8, 2),
-        ({"num_heads": 2, "num_harmonics": 2, "score_harmonics": 2}, 1, 1),
+        ({"num_heads": 2, "num_harmonics": 2}, 1, 1),
         # On a GPU two tiles of phases, the second one padded, and half a block of tokens.
         ({"num_heads": 2, "heads_per_phase": 2, "num_phases": 20}, 16, 1),
     ],

@@ -77,10 +77,18 @@ def test_scores_have_todays_names(before, now):
     assert recorded_fields(FSNConfig, dataclasses.asdict(config)) == dataclasses.asdict(config)
 
 
-def test_a_removed_setting_loads_with_the_value_that_every_record_has():
-    assert "kernel_init" not in recorded_fields(FSNConfig, {"kernel_init": "first_harmonic"})
-    with pytest.raises(TypeError, match="kernel_init"):
-        FSNConfig(**recorded_fields(FSNConfig, {"kernel_init": "sawtooth"}))
+@pytest.mark.parametrize(
+    ("name", "recorded", "other"),
+    [
+        ("kernel_init", "first_harmonic", "sawtooth"),
+        ("score_harmonics", 1, 2),
+        ("drift_share", 1.0, 0.5),
+    ],
+)
+def test_a_removed_setting_loads_with_the_value_that_every_record_has(name, recorded, other):
+    assert name not in recorded_fields(FSNConfig, {name: recorded})
+    with pytest.raises(TypeError, match=name):
+        FSNConfig(**recorded_fields(FSNConfig, {name: other}))
 
 
 FORMER = {"architecture": "fsn"}

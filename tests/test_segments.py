@@ -292,7 +292,7 @@ cache = layer.apply({}, 3, 4, 8, method="empty_cache")
 refused(layer, (variables, theta, cache, 0), positions=line[:3], method="extend")
 
 from fsn_jax.causal import attention_weights, causal_sum
-from fsn_jax.coupled import coupled_field
+from fsn_jax.coupling_sum import coupled_field
 from fsn_jax.coupling import coupling_update
 from fsn_jax.torus import Complex
 

@@ -241,20 +241,6 @@ def test_gates_of_a_block_are_gates_of_zero_elsewhere():
     )
 
 
-def test_gates_of_zero_on_a_harmonic_are_one_harmonic_less():
-    more, params = build(score="gated", score_harmonics=2)
-    attention = params[BLOCK]["attention"]
-    gate = attention["score"]["gate"]
-    assert gate.shape == (H, 2 * N)
-    silent = {**attention["score"], "gate": gate.at[:, N:].set(0)}
-    fewer = {**attention["score"], "gate": gate[:, :N]}
-    fewer["gate_angle"] = fewer["gate_angle"][:, :N]
-    assert_same(
-        (more, with_block(params, attention={**attention, "score": silent})),
-        (build(score="gated")[0], with_block(params, attention={**attention, "score": fewer})),
-    )
-
-
 def test_score_angles_of_zero_are_no_score_angles():
     with_angles, params = build(score="gated")
     attention = params[BLOCK]["attention"]
@@ -333,11 +319,6 @@ def test_score_angles_of_k_drifts_look_k_tokens_back():
     np.testing.assert_array_equal(
         weights[0].argmax(-1), np.maximum(np.arange(12) - steps_back, 0)[None].repeat(H, 0)
     )
-
-
-def test_without_a_share_of_drift_every_head_is_a_similarity_head():
-    still, params = build(score="gated", drift_share=0.0)
-    assert_same((still, params), (build(score="gated", similarity_heads=H)[0], params))
 
 
 def test_quadratures_are_dense_layers_whose_two_halves_share_a_matrix():

@@ -119,9 +119,9 @@ def test_the_whole_split_counts_where_every_run_has_it(tmp_path):
         write_record(tmp_path, "other", whole=2.0),
     ]
     arms = list(read_arms(folders).values())
-    assert [loss.values for loss in verdicts.final_losses(arms)] == [(2.5, 2.7), (2.0,)]
+    assert [loss.values for loss in verdicts.losses_at_end(arms)] == [(2.5, 2.7), (2.0,)]
     (folders[2] / "evaluations.jsonl").unlink()
-    losses = verdicts.final_losses(list(read_arms(folders).values()))
+    losses = verdicts.losses_at_end(list(read_arms(folders).values()))
     assert [loss.values for loss in losses] == [(2.0, 2.0), (2.0,)]
     assert not losses[0].whole_split
 

@@ -100,7 +100,7 @@ def _prompt(corpus: Corpus) -> str:
 
 def _sample(experiment: ExperimentConfig, corpus: Corpus, params: Any) -> bytes:
     trained = pretrained(experiment, params, corpus.vocabulary)
-    prompt = corpus.vocabulary.decode(corpus.tokens("validation")[:64])
+    prompt = corpus.vocabulary.decode(corpus.tokens("validation", stop=64))
     chunks = trained.stream(prompt, num_tokens=SAMPLE_LENGTH, seed=experiment.seed, temperature=0.8)
     try:
         return prompt + b"".join(chunks)

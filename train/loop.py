@@ -186,7 +186,7 @@ class _Loop:
         rate = learning_rate(experiment.optimizer, experiment.training.num_steps)
         self.rates = jax.device_get(jax.jit(jax.vmap(rate))(steps))
         limit = experiment.evaluation.num_tokens or None
-        validation = corpus.tokens("validation")[:limit]
+        validation = corpus.tokens("validation", stop=limit)
         self.validation_bytes = corpus.vocabulary.num_bytes(validation[1:])
         separator = experiment.data.separator(corpus.vocabulary)
         rows = make_evaluate_rows(model, mesh=mesh, separator=separator)

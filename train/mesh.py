@@ -1,7 +1,7 @@
 """The mesh over the devices of a run, and the shardings of arrays on it."""
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,9 +10,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-DATA_AXIS = "data"
+from train.settings import Layout
 
-Layout = Literal["replicated", "sharded"]
+DATA_AXIS = "data"
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from train.groups import MATRICES, group_of
-from train.mesh import Layout
+from train.settings import Layout
 
 
 def packs(mesh: Mesh, layout: Layout) -> bool:

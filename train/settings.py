@@ -11,6 +11,9 @@ from fsn_jax.fields import ConfigError, check_fields, documented, setting
 from fsn_jax.vocabulary import Unit, Vocabulary
 from train.errors import UserError
 
+Placement = Literal["resident", "host"]
+Layout = Literal["replicated", "sharded"]
+
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
@@ -36,7 +39,7 @@ class DataConfig(_Settings):
     cache_dir: str = setting(
         "", "folder of prepared corpora; empty means $FSN_JAX_CACHE or ~/.cache/fsn_jax"
     )
-    placement: Literal["resident", "host"] = setting(
+    placement: Placement = setting(
         "resident",
         "``resident`` keeps the corpus on the device and gathers windows inside the compiled step; "
         "``host`` feeds them through Grain. Both give the same batches, bit for bit",
@@ -152,7 +155,7 @@ class TrainingConfig(_Settings):
         "ends; 0 for never. The learning rate falls as if it went on to ``num_steps``",
         least=0,
     )
-    layout: Literal["replicated", "sharded"] = setting(
+    layout: Layout = setting(
         "replicated",
         "layout of the parameters: ``replicated`` on every device, or ``sharded`` over the devices "
         "with the optimizer's moments, to fit a larger model. The losses agree up to rounding",

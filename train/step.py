@@ -7,7 +7,7 @@ reduce-scatter an array sums and shards the gradients. The losses agree up to th
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -23,7 +23,6 @@ from fsn_jax.documents import document_ids
 from train.data.windows import gather_windows
 from train.mesh import (
     DATA_AXIS,
-    Layout,
     averaged,
     by_step_and_row,
     compiler_options,
@@ -34,6 +33,7 @@ from train.mesh import (
     spec,
 )
 from train.packing import pack, pack_state, packs, unpack, unpack_state
+from train.settings import Layout, Placement
 
 
 @flax.struct.dataclass
@@ -290,7 +290,7 @@ def make_train_steps(
     *,
     mesh: Mesh,
     context: int,
-    placement: Literal["resident", "host"],
+    placement: Placement,
     accumulation_steps: int = 1,
     log_every: int,
     layout: Layout = "replicated",
@@ -338,12 +338,13 @@ def make_train_steps(
     )
 
 
+@functools.cache
 def make_window_losses(
     model: nn.Module, *, mesh: Mesh, separator: int | None = None
 ) -> jax.stages.Wrapped:
     """Compiles ``(params, windows unsigned[B, L + 1]) -> float32[B, L]``: nats per token.
 
-    ``separator`` is that of ``window_loss``.
+    ``separator`` is that of ``window_loss``. Made once, so that the seeds of an arm share it.
     """
     losses = jax.shard_map(
         functools.partial(window_loss, model, separator=separator),

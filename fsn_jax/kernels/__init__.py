@@ -1,8 +1,8 @@
 """The strictly causal sum on each platform: a fused kernel, or blocks compiled by XLA.
 
-``fsn_jax.causal`` calls ``forward`` and ``backward``; ``fsn_jax.coupled`` calls the other two, for
-the whole frustrated coupling. A fused kernel is imported where a program is traced for it, so that
-a platform without Pallas or its Triton backend loses nothing.
+``fsn_jax.causal`` calls ``forward`` and ``backward``; ``fsn_jax.coupling_sum`` calls the other two,
+for the whole frustrated coupling. A fused kernel is imported where a program is traced for it, so
+that a platform without Pallas or its Triton backend loses nothing.
 """
 
 import contextlib

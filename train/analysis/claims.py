@@ -313,13 +313,13 @@ def _arms_table(table: Mapping[str, Any], recorded: Mapping[str, Arm]) -> str:
         except NotRunError:
             missing.append(f"`{name}`")
             continue
-        (alone,) = verdicts.final_losses([arm])
+        (alone,) = verdicts.losses_at_end([arm])
         apart, note = "", ""
         if name != table["reference"]:
             try:
                 arms = verdicts.wanted(recorded, [name, table["reference"]])
                 verdicts.check_comparable(arms, same_size=False)
-                alone, reference = verdicts.final_losses(arms)
+                alone, reference = verdicts.losses_at_end(arms)
                 apart = verdicts.signed(*verdicts.difference(alone, reference))
                 sizes = [verdicts.parameters(a) for a in arms]
                 if abs(sizes[0] - sizes[1]) > verdicts.MATCHED * sizes[1]:

@@ -63,7 +63,7 @@ def compare(one: Arm, other: Arm, *, same_budget: bool = True) -> dict[str, Any]
         "arm": one.name,
         "reference": other.name,
         "points": points,
-        "end": _apart(*verdicts.final_losses([one, other]))["verdict"],
+        "end": _apart(*verdicts.losses_at_end([one, other]))["verdict"],
         "throughout": _throughout(points),
         "crossing": later[0]["characters"] if later else None,
         "seconds": {arm.name: _seconds(arm) for arm in (one, other)},

@@ -58,7 +58,7 @@ def result(folders: Sequence[str | Path], *, reference: str = "") -> dict[str, A
                 f"{first.name} and {arm.name} saw different data, so that their losses make no "
                 f"table; leave one out"
             )
-    losses = {loss.arm: loss for loss in verdicts.final_losses(list(arms.values()))}
+    losses = {loss.arm: loss for loss in verdicts.losses_at_end(list(arms.values()))}
     reference = reference_arm(arms, reference or next(iter(arms)))
     rows = []
     for name, loss in losses.items():

@@ -108,13 +108,16 @@ def measure(
     }
 
 
+_trace = jax.jit(trace_attention, static_argnums=0)
+"""Of the module, so that the seeds of an arm share one program."""
+
+
 def read_heads(
     trained: TrainedModel, tokens: jax.Array, segment_ids: jax.Array | None
 ) -> dict[str, Any]:
     """Returns what the heads of one run attend to, as plain values."""
     variables = {"params": jax.device_get(trained.params)}
-    trace = jax.jit(functools.partial(trace_attention, trained.model))
-    layers = trace(variables, tokens, segment_ids)
+    layers = _trace(trained.model, variables, tokens, segment_ids)
     return {
         "name": trained.experiment.name,
         **trained.source,

@@ -84,7 +84,7 @@ class Loss:
         return f"{self.arm} {self.text} (n = {len(self.values)})"
 
 
-def final_losses(arms: Sequence[Arm]) -> list[Loss]:
+def losses_at_end(arms: Sequence[Arm]) -> list[Loss]:
     """Returns the final losses of arms, all on the same part of the validation split."""
     whole = all(run.whole_validation is not None for arm in arms for run in arm.runs)
 
@@ -202,7 +202,7 @@ def decide(apart: float, error: float | None) -> tuple[Direction, str]:
 
 def below(arms: Sequence[Arm]) -> Verdict:
     """Tests whether the first arm ends below the second."""
-    one, other = final_losses(arms)
+    one, other = losses_at_end(arms)
     apart, error = difference(one, other)
     direction, reason = decide(apart, error)
     return Verdict(direction, f"{one}, {other}: {signed(apart, error)}", reason)
@@ -229,7 +229,7 @@ def below_throughout(arms: Sequence[Arm]) -> Verdict:
 
 def every_seed_below(arms: Sequence[Arm]) -> Verdict:
     """Tests whether every seed of the first arm ends below the mean of the second."""
-    one, other = final_losses(arms)
+    one, other = losses_at_end(arms)
     count = sum(value < other.mean for value in one.values)
     text = f"{one}, {other}: {count} of {len(one.values)} seeds below"
     if len(one.values) < 2:
@@ -249,7 +249,7 @@ def _bounded(apart: float, error: float | None, within: float) -> tuple[Directio
 
 def tracks(arms: Sequence[Arm], *, within: float) -> Verdict:
     """Tests whether the first arm ends within a bound of the second, noise included."""
-    one, other = final_losses(arms)
+    one, other = losses_at_end(arms)
     apart, error = difference(one, other)
     text = f"{one}, {other}: {signed(apart, error)}, to be within {within}"
     direction, reason = _bounded(apart, error, within)
@@ -265,7 +265,7 @@ def early_only(arms: Sequence[Arm], *, within: float) -> Verdict:
     """
     first, *starts = shared_evaluations(*arms)[0]
     start, start_error = difference(*starts)
-    losses = final_losses(arms)
+    losses = losses_at_end(arms)
     end, end_error = difference(*losses)
     text = (
         f"{losses[0]}, {losses[1]}: {signed(start, start_error)} at {first / 1e6:.3g}M characters, "
@@ -341,7 +341,7 @@ def ladder(pairs: Mapping[str, Sequence[Arm]], *, rungs: int) -> Verdict:
     apart = {}
     for rung, arms in pairs.items():
         check_comparable(arms)
-        apart[rung] = difference(*final_losses(arms))
+        apart[rung] = difference(*losses_at_end(arms))
     text = ", ".join(f"{rung} {signed(*found)}" for rung, found in apart.items())
     decided = dict(decide(*found) for found in apart.values())
     if "fails" in decided:

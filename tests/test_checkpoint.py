@@ -89,7 +89,7 @@ def test_a_folder_named_like_a_pattern_holds_checkpoints(tmp_path, name):
             checkpoints.save(state_of(step), step, 1.0)
     assert sorted(entry.name for entry in folder.iterdir()) == ["1", "2"]
     with opened(folder, read_only=True) as checkpoints:
-        assert_equal_trees(checkpoints.restore(2, like()), state_of(2))
+        assert_equal_trees(checkpoints.restore_params(2, like().params), state_of(2).params)
     with opened(folder) as checkpoints:
         step, state = checkpoints.restore_latest(like())
         assert step == 2
@@ -193,5 +193,27 @@ def test_reading_writes_nothing(tmp_path):
         checkpoints.save(state_of(3), 3, None)
     before = sorted(tmp_path.rglob("*"))
     with opened(tmp_path / "c", read_only=True) as checkpoints:
-        assert_equal_trees(checkpoints.restore(3, like()), state_of(3))
+        assert_equal_trees(checkpoints.restore_params(3, like().params), state_of(3).params)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_parameters_are_restored_under_another_optimizer(tmp_path):
+    """As after an update of Optax that keeps other moments."""
+    with opened(tmp_path / "c") as checkpoints:
+        checkpoints.save(state_of(3), 3, None)
+    with opened(tmp_path / "c", read_only=True) as checkpoints:
+        with pytest.raises(UserError, match="is of another optimizer"):
+            checkpoints.restore(3, dataclasses.replace(like(), opt_state={}))
+        assert_equal_trees(checkpoints.restore_params(3, like().params), state_of(3).params)
+
+
+def test_damage_is_found_before_parameters_are_restored(tmp_path):
+    with opened(tmp_path / "c", keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(state_of(step), step, None)
+    largest = max((tmp_path / "c" / "2").rglob("*"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[::-1])
+    with opened(tmp_path / "c", read_only=True) as checkpoints:
+        with pytest.raises(UserError, match="is damaged.*name another with --checkpoint=STEP"):
+            checkpoints.restore_params(2, like().params)
+        assert_equal_trees(checkpoints.restore_params(1, like().params), state_of(1).params)

@@ -47,10 +47,8 @@ class Checkpoints:
         """Opens the folder; creates it unless ``read_only``."""
         _hush()
         self.folder = folder.resolve()
-        if read_only:
-            self._damaged = self._find_damaged()
-        else:
-            self._damaged = {}
+        self._damaged: dict[int, str] = {}
+        if not read_only:
             # In one process, before the others look at the folder.
             first_does(self._set_damaged_aside)
             first_does(lambda: self.folder.mkdir(parents=True, exist_ok=True))
@@ -61,6 +59,7 @@ class Checkpoints:
             self._manager = self._open(path, config, read_only=read_only)
         except Exception as error:  # Orbax and what it reads with have no common one
             self._closing.close()
+            self._damaged = self._find_damaged()
             if not self._damaged:
                 raise
             raise self._damage_error(max(self._damaged)) from error
@@ -160,10 +159,22 @@ class Checkpoints:
           UserError: the checkpoint holds another model or optimizer, or is damaged, or cannot be
             restored though it is intact.
         """
-        if step in self._damaged:
+        return self._checked(step, lambda: self._restore(step, like))
+
+    def restore_params(self, step: int, like: Any) -> Any:
+        """Restores the parameters saved at ``step`` and nothing else, after comparing the hashes.
+
+        Arguments and errors as for ``restore``, of the parameters alone.
+        """
+        if what := damage(self.folder / str(step)):
+            self._damaged[step] = what
             raise self._damage_error(step)
+        return self._checked(step, lambda: self._restore_params(step, like))
+
+    def _checked(self, step: int, read: Callable[[], Any]) -> Any:
+        """Calls ``read``; says whether the checkpoint is damaged if that fails."""
         try:
-            return self._restore(step, like)
+            return read()
         except UserError:
             raise
         except Exception as error:  # Orbax and what it reads with have no common one
@@ -251,6 +262,18 @@ class Checkpoints:
                 step, args=ocp.args.Composite(**{_ITEM: ocp.args.StandardRestore(like)})
             )
         return restored[_ITEM]
+
+    def _restore_params(self, step: int, like: Any) -> Any:
+        saved = self._manager.item_metadata(step)[_ITEM].tree
+        self._refuse_others(step, "model", saved["params"], like, "use the run's own config")
+        item = {"params": like}
+        args = ocp.args.PyTreeRestore(
+            item=item,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(self._manager.directory / str(step) / _ITEM, args=args)["params"]
 
     def _refuse_others(self, step: int, what: str, there: Any, here: Any, remedy: str) -> None:
         """Raises UserError unless two trees have the same arrays."""

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import optax
 from jax.sharding import Mesh
 
 from fsn_jax import FSN, Transformer
@@ -17,8 +18,8 @@ from train.data.pinned import PINNED
 from train.data.prepare import open_corpus
 from train.errors import UserError
 from train.files import user_path
+from train.kernel_choice import with_implementation
 from train.mesh import data_mesh
-from train.optimizer import make_optimizer
 from train.run import RunFolder, open_run, refuse_other_data
 from train.run_files import VOCABULARY
 from train.step import abstract_state
@@ -168,16 +169,23 @@ def _restored(
     run: RunFolder, experiment: ExperimentConfig, vocabulary: Vocabulary, which: str
 ) -> RunModel:
     """Returns the model with its parameters at a checkpoint."""
-    mesh, model = data_mesh(), build_model(experiment.model)
-    optimizer = make_optimizer(experiment.optimizer, experiment.training.num_steps)
+    mesh = data_mesh()
+    config = with_implementation(
+        experiment.model,
+        mesh,
+        rows=max(1, experiment.evaluation.batch_size // mesh.size),
+        context=experiment.data.context,
+        segments=experiment.data.segments != "none",
+    )
+    model = build_model(config)
     if not run.checkpoints.is_dir():
         raise _no_checkpoint(run)
     layout = experiment.training.layout
     with Checkpoints(run.checkpoints, experiment.checkpoints, read_only=True) as checkpoints:
         step = _choose(checkpoints, which, run)
-        like = abstract_state(model, optimizer, mesh=mesh, layout=layout)
-        state = checkpoints.restore(step, like)
-    return RunModel(run, experiment, vocabulary, model, state.params, step, mesh)
+        like = abstract_state(model, optax.identity(), mesh=mesh, layout=layout)
+        params = checkpoints.restore_params(step, like.params)
+    return RunModel(run, experiment, vocabulary, model, params, step, mesh)
 
 
 def _choose(checkpoints: Checkpoints, which: str, run: RunFolder) -> int:

@@ -101,12 +101,12 @@ def main() -> None:
     options = p.parse_args()
     curves = {
         name: train(mixer, options.steps, options.seed)
-        for name, mixer in (("transformer", False), ("FSN-mixer", True))
+        for name, mixer in (("with attention", False), ("with FrustratedAttention", True))
     }
     for name, curve in curves.items():
         reached = jnp.flatnonzero(curve >= 0.9)
         when = f"90% right at step {int(reached[0])}" if reached.size else "90% not reached"
-        print(f"{name:12} {when}; {float(curve[-20:].mean()):.1%} right in the last 20 steps")
+        print(f"{name:24} {when}; {float(curve[-20:].mean()):.1%} right in the last 20 steps")
     if options.output:
         import matplotlib
 
@@ -114,9 +114,11 @@ def main() -> None:
         import matplotlib.pyplot as plt
 
         figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-        for name, curve in curves.items():
-            axes.plot(curve, label=name)
-        axes.set(xlabel="training step", ylabel="share predicted right", ylim=(0, 1.02))
+        for (name, curve), color in zip(curves.items(), ("C1", "C0"), strict=True):
+            axes.plot(curve, color=color, label=name)
+        axes.set(
+            xlabel="training step", ylabel="share of predictable tokens predicted", ylim=(0, 1.02)
+        )
         axes.legend()
         figure.savefig(options.output, dpi=150)
 

@@ -137,7 +137,7 @@ def _draw_text(axes: Axes, text: str) -> None:
             FancyArrowPatch(start, end, connectionstyle=f"arc3,rad={bend}", **arrow, **look)
         )
     axes.text(2.5, 1.2, "attends to the earlier A", color=BLUE, ha="center", va="center")
-    axes.text(3, -1.38, "is pulled by its successor", color=ORANGE, ha="center", va="center")
+    axes.text(3, -1.38, "and is pulled by its successor, D", color=ORANGE, ha="center", va="center")
     axes.set(xlim=(-0.5, 5.5), ylim=(-1.75, 1.5))
     axes.set_axis_off()
     axes.set_title("The last A: what comes next?", fontsize=11, pad=12)
@@ -157,6 +157,8 @@ def _draw_wheel(wheel: Axes, path: list[float]) -> None:
     wheel.annotate(
         "", (path[-1], 0.78), (0, 0), arrowprops={"arrowstyle": "-|>", "color": BLUE, "lw": 2}
     )
+    note = "small dots: phase\nafter each update\narrow: where it ends"
+    wheel.text(2.75, 0.5, note, ha="center", va="center", fontsize=8, color=GREY)
     wheel.set(ylim=(0, 1.4), yticks=[], xticks=[])
     wheel.grid(False)
     wheel.spines["polar"].set_visible(False)

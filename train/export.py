@@ -156,10 +156,14 @@ def model_card(trained: RunModel, *, with_sampler: bool) -> str:
         )
     # JSON is YAML: one key a line, each value in JSON.
     header = "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items())
-    model, kind = experiment.model, "RoPE-SwiGLU transformer"
+    model, kind, ours = experiment.model, "RoPE-SwiGLU transformer", ""
     if isinstance(model, FSNConfig):
         kind = f"Frustrated Synchronization Network (score: {model.score}, heads: "
         kind += f"{model.num_heads}, harmonics: {model.num_harmonics})"
+        if model.score == "projected":
+            ours = (
+                " Its query and key matrices are an addition of fsn_jax to the published network."
+            )
     unit = "byte values" if trained.vocabulary.unit == "bytes" else "Unicode characters"
     before = experiment.init_from and f", from the parameters of {experiment.init_from}"
     sampling = "In a checkout of fsn_jax, `python -m train sample FOLDER` writes text."
@@ -176,8 +180,8 @@ def model_card(trained: RunModel, *, with_sampler: bool) -> str:
 A {kind}, {model.num_params():,} parameters, trained by fsn_jax \
 {fsn_jax.__version__} on the corpus `{corpus}` for {trained.step:,} steps of \
 {experiment.training.batch_size} windows of {experiment.data.context} characters, seed \
-{experiment.seed}{before}. Its {len(trained.vocabulary)} tokens are {unit} of the corpus (SHA-256 \
-`{trained.data_sha256}`).
+{experiment.seed}{before}.{ours} Its {len(trained.vocabulary)} tokens are {unit} of the corpus \
+(SHA-256 `{trained.data_sha256}`).
 
 {measured}
 It was trained as an experiment on architectures; it knows nothing but the statistics of its corpus.

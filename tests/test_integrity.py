@@ -200,6 +200,8 @@ def test_a_process_that_is_lost_in_reading_is_no_damage(copied, monkeypatch):
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         with pytest.raises(JaxRuntimeError, match="UNAVAILABLE"):
             checkpoints.restore(30, mock.Mock())
+        with pytest.raises(JaxRuntimeError, match="UNAVAILABLE"):
+            checkpoints._read_back({}, 30)
         monkeypatch.undo()
 
 

@@ -27,8 +27,17 @@ def test_a_rung_does_not_change_the_kind():
         assert kind_of(ladder.get_config(f"{kind}_4m").model) == NAMES[kind]
 
 
-def test_dense_values_are_no_kind_of_their_own():
-    assert kind_of(ablations.get_config("published_linear_values").model) == "FSN"
+@pytest.mark.parametrize(
+    "arm",
+    ["no_delay", "four_harmonics", "published_linear_values", "published_no_similarity_head"],
+)
+def test_a_changed_form_is_not_called_by_the_name_of_the_form(arm):
+    assert kind_of(ablations.get_config(arm).model) == "fsn"
+
+
+def test_four_heads_do_not_change_the_kind():
+    four = ablations.get_config("published_four_heads").model
+    assert kind_of(four) == NAMES["fsn"]
 
 
 def test_arms_of_different_kinds_have_the_colours_of_their_kinds():
@@ -36,7 +45,7 @@ def test_arms_of_different_kinds_have_the_colours_of_their_kinds():
     assert styles(arms) == {name: Style(kind, COLOURS[kind]) for name, kind in arms.items()}
 
 
-@pytest.mark.parametrize("other", ["transformer", "FSN"])
+@pytest.mark.parametrize("other", ["transformer", "fsn"])
 def test_arms_of_one_kind_or_of_none_keep_their_names(other):
     assert styles({"a": "transformer", "b": other}) == {
         "a": Style("a", "C0"),

@@ -1,6 +1,7 @@
 """Evidence of finished runs: what is copied, and which runs are refused."""
 
 import json
+import math
 import struct
 from pathlib import Path
 from unittest import mock
@@ -133,13 +134,32 @@ def test_a_figure_draws_a_curve_an_arm_and_a_band_where_there_are_seeds(tmp_path
     figures.loss_curve(runs, tmp_path / "curve.png")
     (axes,) = drawn[0].axes
     lowest, highest = axes.get_ylim()
-    assert lowest < 2.0 and highest > 5.0  # of all that is drawn, bands and training too
+    assert lowest < 2.0 and highest > 5.0  # of all evaluations
     curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-    assert curves["FSN, published form, validation (2 seeds)"] == [3.5, 2.5]
+    assert curves["fsn, validation (2 seeds)"] == [3.5, 2.5]
     assert curves["transformer, validation"] == [5.0, 4.0]
     assert len(axes.collections) == 2  # the bands of training and validation, of one arm
     heights = axes.collections[1].get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == (2.0, 4.0)
+    monkeypatch.undo()
+    figures.plt.close(drawn[0])
+
+
+@pytest.mark.parametrize("first", [math.nan, math.inf])
+def test_an_evaluation_that_is_not_finite_does_not_stop_the_figure(tmp_path, first):
+    run = small_runs.write_record(tmp_path, "fsn", curve=(first, 2.0))
+    figures.loss_curve([run], tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_the_first_training_losses_do_not_set_the_scale(tmp_path, monkeypatch):
+    run = small_runs.write_record(tmp_path, "fsn", curve=(3.0, 2.9))
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as log:
+        log.write(json.dumps({"kind": "train", "step": 1, "characters": 1, "bpc": 9.0}) + "\n")
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", lambda figure: drawn.append(figure))
+    figures.loss_curve([run], tmp_path / "curve.png")
+    assert 3.0 < drawn[0].axes[0].get_ylim()[1] < 4.0
     monkeypatch.undo()
     figures.plt.close(drawn[0])
 

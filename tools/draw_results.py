@@ -20,6 +20,7 @@ COMPARISONS = {
     "enwik8_1m_half": ["enwik8_projected_1m_half", "enwik8_transformer_1m_half"],
     "enwik8_1m_half_shifted": ["enwik8_projected_1m_half", "enwik8_shifted_1m_half"],
     "ladder_500k": ["ladder_projected_500k", "ladder_transformer_500k"],
+    "enwik8_projected_pocket_short": ["enwik8_projected_pocket_short", "enwik8_transformer_pocket"],
 }
 CLOCKS = {"enwik8_projected_pocket": "clocks/*"}
 """Runs that time the present program, for a comparison whose own runs are of a slower one."""
@@ -29,6 +30,13 @@ FINAL_LOSSES = {
         "ablation_published*_seed1",
         "ablation_transformer_seed1",
         "--reference=ablation_published",
+    ],
+    "projected_variants_pocket": [
+        "enwik8_projected_pocket_seed*",
+        "enwik8_transformer_pocket_seed*",
+        "enwik8_projected_base_pocket_seed*",
+        "enwik8_projected_modes_pocket_seed*",
+        "enwik8_projected_one_head_pocket_seed*",
     ],
     "ladder": [f"ladder_*_{rung}_seed*" for rung in ("60k", "120k", "pocket")],
 }
@@ -66,13 +74,17 @@ def main() -> None:
     for name, arms in COMPARISONS.items():
         runs = records(*(f"{arm}_seed*" for arm in arms))
         clocks = ["--clocks", *records(CLOCKS[name])] if name in CLOCKS else []
-        compare.program(["compare", *runs, *clocks, f"--output={COMPARISON / name}.json"])
+        output = f"--output={COMPARISON / name}.json"
+        compare.program(["compare", *runs, *clocks, "--any_budget", output])
     for name, arms in FINAL_LOSSES.items():
         final_losses.program(
             ["final_losses", *records(*arms), f"--output={COMPARISON / name}.json"]
         )
-    for name, shown in IN_DOCS.items():
-        (COMPARISON / f"{name}.png").replace(IMAGES / f"{shown}.png")
+    for picture in COMPARISON.glob("*.png"):
+        if picture.stem in IN_DOCS:
+            picture.replace(IMAGES / f"{IN_DOCS[picture.stem]}.png")
+        else:
+            picture.unlink()
     for name, runs in COPIES.items():
         figures.copy_curve(records(*(runs.format(kind) for kind in KINDS)), IMAGES / f"{name}.png")
     quickstarts = records("quickstart_projected", "quickstart", "quickstart_transformer")

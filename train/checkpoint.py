@@ -125,6 +125,8 @@ class Checkpoints:
             same = jax.tree.map(_holds, self._restore(step, like), state)
             reason = "" if all(jax.tree.leaves(same)) else "its values differ"
         except Exception as error:  # Orbax and what it reads with have no common one
+            if loss_of_a_process(error):
+                raise
             reason = f"{type(error).__name__}: {str(error).split(':')[0][:80]}"
         if reason:
             raise UserError(

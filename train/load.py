@@ -18,7 +18,6 @@ from train.data.pinned import PINNED
 from train.data.prepare import open_corpus
 from train.errors import UserError
 from train.files import user_path
-from train.kernel_choice import with_implementation
 from train.mesh import data_mesh
 from train.run import RunFolder, open_run, refuse_other_data
 from train.run_files import VOCABULARY
@@ -170,21 +169,16 @@ def _restored(
 ) -> RunModel:
     """Returns the model with its parameters at a checkpoint."""
     mesh = data_mesh()
-    config = with_implementation(
-        experiment.model,
-        mesh,
-        rows=max(1, experiment.evaluation.batch_size // mesh.size),
-        context=experiment.data.context,
-        segments=experiment.data.segments != "none",
-    )
-    model = build_model(config)
+    # Its parameters have the same shapes, and no kernel is measured for them.
+    shapes = build_model(dataclasses.replace(experiment.model, implementation="xla"))
     if not run.checkpoints.is_dir():
         raise _no_checkpoint(run)
     layout = experiment.training.layout
     with Checkpoints(run.checkpoints, experiment.checkpoints, read_only=True) as checkpoints:
         step = _choose(checkpoints, which, run)
-        like = abstract_state(model, optax.identity(), mesh=mesh, layout=layout)
+        like = abstract_state(shapes, optax.identity(), mesh=mesh, layout=layout)
         params = checkpoints.restore_params(step, like.params)
+    model = build_model(experiment.model)
     return RunModel(run, experiment, vocabulary, model, params, step, mesh)
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,8 +49,11 @@ _FETCHED = "fetched_checkpoints"
 _OF_THIS_MACHINE = (LOCK, DAMAGED_CHECKPOINTS, _FETCHED)
 _OF_ANY_MACHINE = (EVALUATIONS, TEST_READS)
 """Logs to which other programs append, also those of other machines."""
-WAITING_SECONDS = 600.0
-"""How long an update under way is waited for; a storage that blocks would keep the run for ever."""
+WAITING_SECONDS = 240.0
+"""How long updates are waited for where a run has to end; the other processes wait a little longer.
+
+A storage that blocks would keep the run for ever.
+"""
 
 
 class Mirror:
@@ -109,13 +113,14 @@ class Mirror:
         Raises:
           UserError: the copy cannot be written, or the update under way does not end.
         """
+        deadline = time.monotonic() + WAITING_SECONDS
         try:
-            self._wait()
+            self._wait(deadline)
             if not or_warn:
                 self._push()
                 return
             self.push_behind()  # in a thread, which can be left
-            self._wait()
+            self._wait(deadline)
         except UserError as error:
             if not or_warn:
                 raise
@@ -137,15 +142,15 @@ class Mirror:
         except UserError as error:
             _warn(error)
 
-    def _wait(self) -> None:
-        """Waits for the update under way, if there is one.
+    def _wait(self, deadline: float) -> None:
+        """Waits for the update under way, if there is one, until a time of ``time.monotonic``.
 
         Raises:
-          UserError: it is not done in ``WAITING_SECONDS``.
+          UserError: it is not done by then.
         """
         if self._thread is None:
             return
-        self._thread.join(WAITING_SECONDS)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             with self._reaching():
                 raise TimeoutError(f"an update is not done after {WAITING_SECONDS:.0f} s")

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 60  # without a sign of life a process counts as dead
 JOINING_SECONDS = 300
-LEAVING_SECONDS = 300  # the others wait so long for process 0 to write its last files
+LEAVING_SECONDS = 300  # the others wait so long for process 0 to write its last files and copy
 _MESSAGE_BYTES = 2048
 
 # What JAX raises when a process is gone, and what Orbax makes of it (a TimeoutError).

@@ -35,6 +35,8 @@ BOUNDED = {"tracks": verdicts.tracks, "early_only": verdicts.early_only}
 
 
 READING = (
+    "**Not comparable** means that the runs are smaller or shorter than the claim's, or of other "
+    'data; the column "at that scale" says what they show at their own.',
     "Losses are validation bits per character (BPC); ± is the standard deviation over seeds, or "
     "where it says s.e. the standard error of a difference.",
     "A comparison is decided if both arms have two seeds or more and their means are more than "
@@ -217,11 +219,7 @@ def _opening(rows: Sequence[Row]) -> str:
     decided = sum(row.status in ("holds", "fails") for row in rows)
     found = f"{decided} of {len(rows)} pieces of evidence decide a claim at the paper's scale."
     if not decided:
-        found = (
-            "**No claim is confirmed or refuted at the paper's scale yet.** Each verdict is *not "
-            "comparable*, of smaller or shorter runs, *undecided* or *not yet run*; the column "
-            '"at that scale" says what the runs show at their own.'
-        )
+        found = "**No claim is confirmed or refuted at the paper's scale yet.**"
     return (
         f"What the recorded runs say of each claim of the paper. {found} Written by `python -m "
         "train claims` from [claims.toml](claims.toml) and the records under "

@@ -5,6 +5,7 @@ events cost while the runs trained, and beside it what all other characters cost
 """
 
 import contextlib
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,6 +62,7 @@ def loss_curve(runs: Sequence[str | Path], target: Path) -> None:
     """
     arms = read_arms(runs)
     evaluated = [bpc for arm in arms.values() for _, seeds in arm.curve() for bpc in seeds]
+    evaluated = [bpc for bpc in evaluated if math.isfinite(bpc)]
     with panels(target, figsize=(7, 4)) as axes:
         for name, style in styles_of(arms).items():
             faint = Style(f"{style.label}, train", style.colour)

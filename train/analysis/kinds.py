@@ -11,7 +11,42 @@ COLOURS = {
     "base layer": "C5",
     "FSN with collective modes": "C6",
 }
-"""By kind, the same in every figure."""
+"""By kind, wherever each arm of a figure is of another kind."""
+
+_FRUSTRATED: dict[str, Any] = {
+    "architecture": "fsn",
+    "values": "circular",
+    "delay": True,
+    "signed_harmonics": True,
+    "static_angles": True,
+    "similarity_heads": 1,
+}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "FSN, published form": _FRUSTRATED
+    | {
+        "score": "gated",
+        "score_angles": True,
+        "num_harmonics": 2,
+        "feedforward": "swiglu",
+        "field_features": False,
+    },
+    "FSN, projected form": _FRUSTRATED
+    | {
+        "score": "projected",
+        "num_harmonics": 1,
+        "feedforward": "swiglu",
+        "field_features": True,
+    },
+    "FSN with collective modes": _FRUSTRATED | {"feedforward": "collective_modes"},
+    "base layer": _FRUSTRATED
+    | {"delay": False, "signed_harmonics": False, "static_angles": False, "num_harmonics": 1},
+    "transformer": {"architecture": "transformer", "token_shift": "none"},
+    "transformer with token shift": {
+        "architecture": "transformer",
+        "token_shift": "queries_and_keys",
+    },
+}
+"""What makes a model one of a kind; its size, heads and widths do not."""
 
 
 class Style(NamedTuple):
@@ -22,22 +57,15 @@ class Style(NamedTuple):
 
 
 def kind_of(model: Mapping[str, Any]) -> str:
-    """Returns the kind of a model, a key of ``COLOURS``, or ``FSN`` for any other FSN.
+    """Returns the kind of a model, a key of ``COLOURS``, or the architecture of any other one.
 
     Args:
       model: settings of a run, as under ``model`` in its ``config.json``.
     """
-    if model["architecture"] != "fsn":
-        return "transformer" + " with token shift" * (model["token_shift"] != "none")
-    if model["values"] != "circular":
-        return "FSN"
-    if not any(model[part] for part in ("delay", "signed_harmonics", "static_angles")):
-        return "base layer"
-    if model["feedforward"] == "collective_modes":
-        return "FSN with collective modes"
-    return {"projected": "FSN, projected form", "gated": "FSN, published form"}.get(
-        model["score"], "FSN"
-    )
+    for kind, settings in _SETTINGS.items():
+        if all(model.get(name) == value for name, value in settings.items()):
+            return kind
+    return str(model["architecture"])
 
 
 def styles(kinds: Mapping[str, str]) -> dict[str, Style]:

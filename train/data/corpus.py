@@ -113,21 +113,18 @@ class Corpus:
             _check_hash(self, name)
         return np.memmap(self.path(name), dtype=np.uint8, mode="r")
 
-    def tokens(
-        self, name: str, *, start: int = 0, stop: int | None = None, allow_test: bool = False
-    ) -> Tokens:
+    def tokens(self, name: str, *, stop: int | None = None, allow_test: bool = False) -> Tokens:
         """Returns the tokens of a split, uint8[n] (wider from 257 characters on), in memory.
 
         Args:
           name: of the split.
-          start: the first token.
-          stop: the token after the last; None: all from ``start`` on. Of bytes no others are read.
+          stop: number of tokens from the first on; None: all. Of bytes no others are read.
           allow_test: as of ``split``, which raises the same errors.
         """
         text = self.split(name, allow_test=allow_test)
         if self.vocabulary.unit == "bytes":
-            return self.vocabulary.tokens(text[start:stop])
-        return self.vocabulary.tokens(text)[start:stop]
+            return self.vocabulary.tokens(text[:stop])
+        return self.vocabulary.tokens(text)[:stop]
 
     def path(self, name: str) -> Path:
         """Returns the file of a split."""

@@ -20,6 +20,7 @@ COMPARISONS = {
     "enwik8_1m_half": ["enwik8_projected_1m_half", "enwik8_transformer_1m_half"],
     "enwik8_1m_half_shifted": ["enwik8_projected_1m_half", "enwik8_shifted_1m_half"],
     "ladder_500k": ["ladder_projected_500k", "ladder_transformer_500k"],
+    "ladder_500k_shifted": ["ladder_projected_500k", "ladder_shifted_500k"],
     "enwik8_projected_pocket_short": ["enwik8_projected_pocket_short", "enwik8_transformer_pocket"],
 }
 CLOCKS = {"enwik8_projected_pocket": "clocks/*"}

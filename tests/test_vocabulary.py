@@ -105,8 +105,8 @@ def test_no_character_is_cut_and_none_is_lost(text, tmp_path):
     assert "".join(map(chr, corpus.vocabulary.values)) == "".join(sorted(set(LETTERS)))
     for name, split in zip(corpus.splits, splits, strict=True):
         assert corpus.vocabulary.decode(corpus.tokens(name, allow_test=True)) == split
-    part = corpus.tokens("validation", start=3, stop=40)
-    assert corpus.vocabulary.decode(part).decode() == splits[1].decode()[3:40]
+    part = corpus.tokens("validation", stop=40)
+    assert corpus.vocabulary.decode(part).decode() == splits[1].decode()[:40]
     assert (
         json.loads((corpus.folder / "manifest.json").read_text(encoding="utf-8"))["unit"]
         == "characters"

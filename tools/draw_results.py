@@ -91,11 +91,15 @@ def main() -> None:
     quickstarts = records("quickstart_projected", "quickstart", "quickstart_transformer")
     figures.loss_curve(quickstarts, IMAGES / "quickstart_loss.png")
     for name, table in COPY_DEPTHS.items():
-        measured = json.loads((RESULTS / "copy_depth" / f"{table}.json").read_text("utf-8"))
+        measured = json.loads(
+            (RESULTS / "copy_depth" / f"{table}.json").read_text(encoding="utf-8")
+        )
         copy_depth.draw(measured, IMAGES / f"{name}.png")
     of_heads = RESULTS / "heads" / "enwik8_1m_half.json"
-    heads.draw(json.loads(of_heads.read_text("utf-8")), of_heads.with_suffix(".png"))
-    read = json.loads((RESULTS / "readings" / "enwik8_projected_pocket.json").read_text("utf-8"))
+    heads.draw(json.loads(of_heads.read_text(encoding="utf-8")), of_heads.with_suffix(".png"))
+    read = json.loads(
+        (RESULTS / "readings" / "enwik8_projected_pocket.json").read_text(encoding="utf-8")
+    )
     readings.draw_kernels(read, IMAGES / "readings_kernels.png")
     readings.draw_depth(read, IMAGES / "readings_depth.png")
 

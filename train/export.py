@@ -30,6 +30,7 @@ import fsn_jax
 from fsn_jax import FSNConfig, hub
 from fsn_jax.generate import sample_token
 from fsn_jax.hub import Pretrained
+from train.config import ModelConfig
 from train.errors import UserError
 from train.files import new_folder, user_path, writing
 from train.load import RunModel, load_without_data
@@ -156,14 +157,6 @@ def model_card(trained: RunModel, *, with_sampler: bool) -> str:
         )
     # JSON is YAML: one key a line, each value in JSON.
     header = "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items())
-    model, kind, ours = experiment.model, "RoPE-SwiGLU transformer", ""
-    if isinstance(model, FSNConfig):
-        kind = f"Frustrated Synchronization Network (score: {model.score}, heads: "
-        kind += f"{model.num_heads}, harmonics: {model.num_harmonics})"
-        if model.score == "projected":
-            ours = (
-                " Its query and key matrices are an addition of fsn_jax to the published network."
-            )
     unit = "byte values" if trained.vocabulary.unit == "bytes" else "Unicode characters"
     before = experiment.init_from and f", from the parameters of {experiment.init_from}"
     sampling = "In a checkout of fsn_jax, `python -m train sample FOLDER` writes text."
@@ -177,10 +170,10 @@ def model_card(trained: RunModel, *, with_sampler: bool) -> str:
 
 # {experiment.name}
 
-A {kind}, {model.num_params():,} parameters, trained by fsn_jax \
+A {_kind(experiment.model)}, {experiment.model.num_params():,} parameters, trained by fsn_jax \
 {fsn_jax.__version__} on the corpus `{corpus}` for {trained.step:,} steps of \
 {experiment.training.batch_size} windows of {experiment.data.context} characters, seed \
-{experiment.seed}{before}.{ours} Its {len(trained.vocabulary)} tokens are {unit} of the corpus \
+{experiment.seed}{before}.{_additions(experiment.model)} Its {len(trained.vocabulary)} tokens are {unit} of the corpus \
 (SHA-256 `{trained.data_sha256}`).
 
 {measured}
@@ -198,6 +191,23 @@ logits = trained.logits("The ")  # [1, L, V]; trained.model and trained.params a
 
 {sampling}
 """
+
+
+def _kind(model: ModelConfig) -> str:
+    """Says what a model is."""
+    if not isinstance(model, FSNConfig):
+        return "RoPE-SwiGLU transformer"
+    return (
+        f"Frustrated Synchronization Network (score: {model.score}, heads: {model.num_heads}, "
+        f"harmonics: {model.num_harmonics})"
+    )
+
+
+def _additions(model: ModelConfig) -> str:
+    """Says what a model has that the published network has not."""
+    if not isinstance(model, FSNConfig) or model.score != "projected":
+        return ""
+    return " Its query and key matrices are an addition of fsn_jax to the published network."
 
 
 def _model_index(name: str, corpus: str, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def _train(
 
 def _warn_of_missing_rows(experiment: ExperimentConfig, run: RunFolder, step: int) -> None:
     every = {"train": experiment.training.log_every, "validation": experiment.evaluation.every}
-    if run.writes and step < experiment.training.num_steps:
+    if run.writes:
         warn_of_missing_rows(run.metrics, step, every)
 
 

@@ -131,7 +131,7 @@ def warn_of_missing_rows(log: Path, step: int, every: Mapping[str, int]) -> None
         print(
             f"warning: {log} has no {' and no '.join(missing)}, though the checkpoint of step "
             f"{step} is there; a machine that stops hard can lose rows, and steps that were all "
-            f"skipped have none; training goes on",
+            f"skipped have none",
             file=sys.stderr,
         )
 

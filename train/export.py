@@ -173,8 +173,8 @@ def model_card(trained: RunModel, *, with_sampler: bool) -> str:
 A {_kind(experiment.model)}, {experiment.model.num_params():,} parameters, trained by fsn_jax \
 {fsn_jax.__version__} on the corpus `{corpus}` for {trained.step:,} steps of \
 {experiment.training.batch_size} windows of {experiment.data.context} characters, seed \
-{experiment.seed}{before}.{_additions(experiment.model)} Its {len(trained.vocabulary)} tokens are {unit} of the corpus \
-(SHA-256 `{trained.data_sha256}`).
+{experiment.seed}{before}.{_additions(experiment.model)} Its \
+{len(trained.vocabulary)} tokens are {unit} of the corpus (SHA-256 `{trained.data_sha256}`).
 
 {measured}
 It was trained as an experiment on architectures; it knows nothing but the statistics of its corpus.

@@ -15,16 +15,15 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fsn_jax.hub import build_model
 from train.config import ExperimentConfig
 from train.data.suffix_match import match_suffixes
 from train.data.windows import check_evaluation, evaluation_windows
 from train.errors import UserError
-from train.kernel_choice import with_implementation
 from train.load import TrainedModel, load
 from train.mesh import DATA_AXIS, placed
 from train.metrics import SplitLoss, append_row, bits_per_character
 from train.mirror import send_back
+from train.plan import model_for
 from train.program import Arguments, num_cores, start_jax
 from train.provenance import device_description, git_state
 from train.run_files import EVALUATIONS
@@ -148,14 +147,8 @@ def evaluate(trained: TrainedModel, tokens: np.ndarray, *, stride: int = 0) -> E
         ),
     )
     separator = experiment.data.separator(trained.corpus.vocabulary)
-    model = with_implementation(
-        experiment.model,
-        trained.mesh,
-        rows=batch_size // trained.mesh.size,
-        context=experiment.data.context,
-        segments=separator is not None,
-    )
-    rows = make_evaluate_rows(build_model(model), mesh=trained.mesh, separator=separator)
+    model = model_for(experiment, trained.mesh, rows=batch_size // trained.mesh.size)
+    rows = make_evaluate_rows(model, mesh=trained.mesh, separator=separator)
     began = time.perf_counter()
     loss = Evaluator(experiment, rows, trained.mesh, tokens)(trained.params)
     num_bytes = trained.corpus.vocabulary.num_bytes(tokens[1:])

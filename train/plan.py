@@ -86,9 +86,15 @@ def window_order(experiment: ExperimentConfig, corpus: Corpus) -> WindowOrder:
     )
 
 
-def model_for(experiment: ExperimentConfig, mesh: jax.sharding.Mesh) -> FSN | Transformer:
-    """Returns the run's model, with the faster path of the causal sum on the mesh."""
-    rows = experiment.training.batch_size // mesh.size // parts_of_batch(experiment, mesh)
+def model_for(
+    experiment: ExperimentConfig, mesh: jax.sharding.Mesh, *, rows: int = 0
+) -> FSN | Transformer:
+    """Returns the run's model, with the faster path of the causal sum on the mesh.
+
+    ``rows`` is the number of sequences that a device takes at once; 0: that of a train step.
+    """
+    if not rows:
+        rows = experiment.training.batch_size // mesh.size // parts_of_batch(experiment, mesh)
     model = with_implementation(
         experiment.model,
         mesh,

@@ -41,16 +41,14 @@ def test_four_heads_do_not_change_the_kind():
 
 
 def test_arms_of_different_kinds_have_the_colours_of_their_kinds():
-    arms = {"a": "transformer with token shift", "b": "FSN, projected form"}
-    assert styles(arms) == {name: Style(kind, COLOURS[kind]) for name, kind in arms.items()}
+    arms = [("a", "transformer with token shift"), ("b", "FSN, projected form")]
+    assert styles(arms) == [Style(kind, COLOURS[kind]) for _, kind in arms]
 
 
 @pytest.mark.parametrize("other", ["transformer", "fsn"])
 def test_arms_of_one_kind_or_of_none_keep_their_names(other):
-    assert styles({"a": "transformer", "b": other}) == {
-        "a": Style("a", "C0"),
-        "b": Style("b", "C1"),
-    }
+    arms = [("a", "transformer"), ("b", other)]
+    assert styles(arms) == [Style("a", "C0"), Style("b", "C1")]
 
 
 def test_colours_differ():

@@ -181,9 +181,8 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
     timed = bool(result["equal_time"])  # else the runs have no clock in common
     with panels(target, 1, 2 + timed, figsize=(8 + 4 * timed, 3.8)) as axes:
         left, *middle, right = axes
-        looks = styles_of({arm.name: arm for arm in (one, other)})
-        for arm in (one, other):
-            style = looks[arm.name]
+        looks = styles_of((one, other))
+        for arm, style in zip((one, other), looks, strict=True):
             draw_curve(left, arm, "validation", style, marker="o", ms=3)
             clocks = [run.clock for run in arm.runs if run.clock]
             if clocks and timed:
@@ -212,7 +211,7 @@ def draw(result: Mapping[str, Any], one: Arm, other: Arm, target: Path) -> None:
         for minutes_axes in middle:
             minutes_axes.set_xlabel("minutes of training")
         right.set_xlabel(SEEN)
-        apart_label = " less\n".join(looks[arm.name].label for arm in (one, other))
+        apart_label = " less\n".join(style.label for style in looks)
         right.set_ylabel(f"{apart_label}, BPC, ± {STANDARD_ERRORS:g} s.e.")
 
 

@@ -279,7 +279,8 @@ def draw(result: dict[str, Any], target: Path) -> None:
     views = (("all", "any"), ("copy", "any"), ("copy", "far"))
     far = f"copy events, source more than\n{result['far']} characters back"
     titles = ("all predictions", "copy events", far)
-    looks = styles({arm: table["model"] for arm, table in result["arms"].items()})
+    kinds = [(arm, table["model"]) for arm, table in result["arms"].items()]
+    looks = dict(zip(result["arms"], styles(kinds), strict=True))
     with panels(target, 2, 3, figsize=(11, 5.6), sharex=True, sharey="row") as axes:
         for column, (view, title) in enumerate(zip(views, titles, strict=True)):
             for index, (arm, table) in enumerate(result["arms"].items()):

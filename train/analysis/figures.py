@@ -64,11 +64,11 @@ def loss_curve(runs: Sequence[str | Path], target: Path) -> None:
     evaluated = [bpc for arm in arms.values() for _, seeds in arm.curve() for bpc in seeds]
     evaluated = [bpc for bpc in evaluated if math.isfinite(bpc)]
     with panels(target, figsize=(7, 4)) as axes:
-        for name, style in styles_of(arms).items():
+        for arm, style in zip(arms.values(), styles_of(arms.values()), strict=True):
             faint = Style(f"{style.label}, train", style.colour)
-            draw_curve(axes, arms[name], "train", faint, lw=1, alpha=0.3)
+            draw_curve(axes, arm, "train", faint, lw=1, alpha=0.3)
             shown = Style(f"{style.label}, validation", style.colour)
-            draw_curve(axes, arms[name], "validation", shown, marker="o", ms=4, lw=1.5)
+            draw_curve(axes, arm, "validation", shown, marker="o", ms=4, lw=1.5)
         if evaluated:  # the training loss falls fast at first, and would set the scale
             axes.set_ylim(top=max(evaluated) + 0.1)
         axes.set_xlabel(SEEN)
@@ -94,8 +94,8 @@ def copy_curve(runs: Sequence[str | Path], target: Path) -> None:
         for axes, (kind, what) in zip(
             both, (("copies", "copy events"), ("others", "all other characters")), strict=True
         ):
-            for name, style in styles_of(arms).items():
-                draw_curve(axes, arms[name], kind, style, marker="o", ms=3, lw=1.5)
+            for arm, style in zip(arms.values(), styles_of(arms.values()), strict=True):
+                draw_curve(axes, arm, kind, style, marker="o", ms=3, lw=1.5)
             axes.set_xlabel(SEEN)
             axes.set_ylabel(f"bits per character, {what}")
         legend_above(both[0])

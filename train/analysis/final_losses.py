@@ -185,7 +185,8 @@ def _draw_variants(found: Mapping[str, Any], target: Path) -> None:
 def _draw_rungs(found: Mapping[str, Any], target: Path) -> None:
     """Draws loss against parameters and training FLOPs."""
     by_kind = _by_kind(found["arms"])
-    looks = styles({kind: same[0]["model"] for kind, same in by_kind.items()})
+    models = [(kind, same[0]["model"]) for kind, same in by_kind.items()]
+    looks = dict(zip(by_kind, styles(models), strict=True))
     with panels(target, 1, 2, figsize=(9, 3.8), sharey=True) as axes:
         for axis, (what, label) in zip(axes, SIZES.items(), strict=True):
             for kind, same in by_kind.items():

@@ -21,7 +21,7 @@ from fsn_jax.base_layer import attention_entropy
 from fsn_jax.causal import attention_weights
 from fsn_jax.readings import attention_targets, trace_attention
 from train.analysis.figures import legend_above, panels
-from train.analysis.kinds import Style, kind_of, styles
+from train.analysis.kinds import kind_of, styles
 from train.analysis.windows import add_window_options, check_alike, validation_windows
 from train.config import ModelConfig
 from train.files import check_json_output, default_output, write_result
@@ -149,11 +149,7 @@ def draw(result: dict[str, Any], target: Path) -> None:
     """Draws the weight of each head by layer, a panel for each target but the token itself."""
     shown = list(TITLES)[1:]
     runs = result["runs"]
-    kinds = {str(index): run["model"] for index, run in enumerate(runs)}
-    looks = [
-        Style(run["run"], style.colour) if style.label == index else style
-        for run, (index, style) in zip(runs, styles(kinds).items(), strict=True)
-    ]
+    looks = styles([(run["run"], run["model"]) for run in runs])
     with panels(target, 1, len(shown), figsize=(11, 3.4), sharey=True) as axes:
         for axis, place in zip(axes, shown, strict=True):
             for index, (run, style) in enumerate(zip(runs, looks, strict=True)):

@@ -1,6 +1,6 @@
 """Kinds of models: what figures call them, and in which colour they draw them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 COLOURS = {
@@ -68,12 +68,13 @@ def kind_of(model: Mapping[str, Any]) -> str:
     return str(model["architecture"])
 
 
-def styles(kinds: Mapping[str, str]) -> dict[str, Style]:
+def styles(arms: Sequence[tuple[str, str]]) -> list[Style]:
     """Returns the style of each arm: that of its kind, or its name where two arms share a kind.
 
     Args:
-      kinds: the kind of each arm, by its name.
+      arms: name and kind of each.
     """
-    if len(set(kinds.values())) == len(kinds) and set(kinds.values()) <= COLOURS.keys():
-        return {name: Style(kind, COLOURS[kind]) for name, kind in kinds.items()}
-    return {name: Style(name, f"C{index}") for index, name in enumerate(kinds)}
+    kinds = {kind for _, kind in arms}
+    if len(kinds) == len(arms) and kinds <= COLOURS.keys():
+        return [Style(kind, COLOURS[kind]) for _, kind in arms]
+    return [Style(name, f"C{index}") for index, (name, _) in enumerate(arms)]

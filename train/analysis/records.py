@@ -263,9 +263,9 @@ class Arm:
         return [(c, [rows[c] for rows in by_seed]) for c in sorted(shared)]
 
 
-def styles_of(arms: Mapping[str, Arm]) -> dict[str, Style]:
-    """Returns how each arm is drawn, by its name."""
-    return styles({name: arm.kind for name, arm in arms.items()})
+def styles_of(arms: Iterable[Arm]) -> list[Style]:
+    """Returns how each arm is drawn."""
+    return styles([(arm.name, arm.kind) for arm in arms])
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
